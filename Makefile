@@ -1,0 +1,77 @@
+# Everything that a person or CI runs. CI calls these targets and nothing else.
+SHELL       := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+MAKEFLAGS   += --no-builtin-rules --no-print-directory
+.DEFAULT_GOAL := help
+
+MODULE  := github.com/yurt-edge/yurt
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+LDFLAGS := -s -w -X $(MODULE)/internal/daemon.version=$(VERSION)
+TOOL    := go tool -modfile=go.tools.mod
+CMDS    := $(notdir $(patsubst %/main.go,%,$(wildcard cmd/*/main.go)))
+# Packages whose tests must pass under the race detector on every change.
+RACE    ?= ./internal/...
+# Extra flags for `make test`, for example TESTFLAGS=-v.
+TESTFLAGS ?=
+export YURT_CACHE ?= $(CURDIR)/.cache
+
+.PHONY: help
+help: ## Show this list.
+	@awk -F ':.*## ' '/^[a-z\/-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' Makefile
+
+.PHONY: demo
+demo: setup ## Set up this machine, then lose a link and a node, and show that pods run on.
+	bin/yurtadm playground demo
+
+.PHONY: test
+test: setup ## Set up this machine, then run every test.
+	go test -count=1 -p 2 -timeout 45m $(TESTFLAGS) ./...
+
+.PHONY: check
+check: lint race ## Linters, go vet, race tests and repository rules.
+	go vet ./...
+	go test -count=1 ./internal/repo
+
+.PHONY: lint
+lint: ## Run golangci-lint.
+	$(TOOL) golangci-lint run ./...
+
+.PHONY: race
+race: packages ## Run RACE (./internal/... unless given) under the race detector.
+	CGO_ENABLED=1 go test -race -count=1 -p 2 -timeout 20m $(RACE)
+
+.PHONY: e2e
+e2e: setup ## Run the scenarios on a playground.
+	go test -count=1 -timeout 45m $(TESTFLAGS) ./test/e2e/...
+
+.PHONY: bench
+bench: setup ## Measure direct against through the hub, as a table.
+	go test -run '^$$' -bench . -timeout 45m ./test/bench/...
+
+.PHONY: bin
+bin: ## Build our binaries into bin/.
+	@mkdir -p bin
+	CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o bin/ $(CMDS:%=./cmd/%)
+
+.PHONY: bin/controlplane
+bin/controlplane: bin ## Build Kubernetes, etcd, containerd and CoreDNS, once per version.
+	bin/yurtadm playground build
+
+.PHONY: packages
+packages: ## Install the Debian packages that are missing.
+	@.ci/packages
+
+.PHONY: setup
+setup: packages bin bin/controlplane ## Do all that demo and test need.
+
+.PHONY: generate
+generate: ## Rewrite generated files.
+	go generate ./...
+
+.PHONY: verify
+verify: generate ## Fail when generated files or golden lists are stale.
+	git diff --exit-code
+
+.PHONY: clean
+clean: ## Remove binaries and caches of this checkout.
+	rm -rf bin .cache
