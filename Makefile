@@ -17,7 +17,7 @@ export YURT_CACHE ?= $(CURDIR)/.cache
 
 .PHONY: help
 help: ## Show this list.
-	@awk -F ':.*## ' '/^[a-z\/-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9\/-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' Makefile
 
 .PHONY: demo
 demo: setup ## Set up this machine, then lose a link and a node, and show that pods run on.
