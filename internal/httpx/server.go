@@ -1,0 +1,92 @@
+package httpx
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"time"
+)
+
+// Limits of every server. A header of a Kubernetes request is small; a
+// client that needs longer than these to send one is broken or hostile.
+const (
+	readHeaderTimeout = 10 * time.Second
+	idleTimeout       = 2 * time.Minute
+	maxHeaderBytes    = 64 << 10
+	maxStreams        = 250 // as kube-apiserver's default
+)
+
+// Server serves Handler on Listener until the context of Run ends.
+type Server struct {
+	// Listener is owned by the server from the call of Run on.
+	Listener net.Listener
+	Handler  http.Handler
+	// TLS is nil for plain HTTP. NextProtos is set by the server, and only
+	// then may it be empty.
+	TLS *tls.Config
+	// Grace is how long requests may take to finish after the context
+	// ended, before their connections are cut. Zero cuts at once.
+	Grace time.Duration
+	// Log receives the complaints of net/http, such as failed handshakes,
+	// at debug level. Nil drops them.
+	Log *slog.Logger
+	// ConnContext, when set, derives the context of a new connection.
+	ConnContext func(ctx context.Context, c net.Conn) context.Context
+}
+
+// Run serves until ctx ends and then returns nil, after all handlers have
+// returned or Grace is over. Any other end of the listener is an error.
+//
+// The contexts of requests are not derived from ctx, so that a request may
+// finish during the grace; streams that should end at once watch ctx
+// themselves or are cut when the grace is over.
+func (s *Server) Run(ctx context.Context) error {
+	log := s.Log
+	if log == nil {
+		log = slog.New(slog.DiscardHandler)
+	}
+	var protocols http.Protocols
+	protocols.SetHTTP1(true)
+	protocols.SetHTTP2(s.TLS != nil)
+	srv := &http.Server{
+		Handler:           s.Handler,
+		ReadHeaderTimeout: readHeaderTimeout,
+		IdleTimeout:       idleTimeout,
+		MaxHeaderBytes:    maxHeaderBytes,
+		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelDebug),
+		ConnContext:       s.ConnContext,
+		Protocols:         &protocols,
+		HTTP2:             &http.HTTP2Config{MaxConcurrentStreams: maxStreams},
+	}
+
+	done := make(chan error, 1)
+	go func() {
+		if s.TLS == nil {
+			done <- srv.Serve(s.Listener)
+			return
+		}
+		srv.TLSConfig = s.TLS.Clone()
+		done <- srv.ServeTLS(s.Listener, "", "")
+	}()
+	select {
+	case err := <-done:
+		return fmt.Errorf("serve on %s: %w", s.Listener.Addr(), err)
+	case <-ctx.Done():
+	}
+
+	grace, cancel := context.WithTimeout(context.WithoutCancel(ctx), s.Grace)
+	defer cancel()
+	err := srv.Shutdown(grace)
+	if errors.Is(err, context.DeadlineExceeded) {
+		err = srv.Close()
+	}
+	<-done
+	if err != nil {
+		return fmt.Errorf("stop serving on %s: %w", s.Listener.Addr(), err)
+	}
+	return nil
+}

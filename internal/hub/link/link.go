@@ -1,0 +1,207 @@
+package link
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/url"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+)
+
+// Mode says how requests are spread over several servers.
+type Mode string
+
+const (
+	// RoundRobin gives each healthy server its turn.
+	RoundRobin Mode = "rr"
+	// Priority uses the first healthy server in the order of Servers.
+	Priority Mode = "priority"
+)
+
+// maxServers bounds Config.Servers, so that a set of them fits in a word.
+const maxServers = 64
+
+// ErrDown is returned for requests while the link is down.
+var ErrDown = errors.New("the cloud cannot be reached")
+
+// Config is what a link needs. All but Budgets, Mode, Log and Registerer
+// must be set.
+type Config struct {
+	// Servers are the https URLs of the API servers.
+	Servers []*url.URL
+	// ClusterCAs returns the authorities that may vouch for a server. It is
+	// called for each new connection.
+	ClusterCAs func() *x509.CertPool
+	// ClientCertificate returns the hub's own certificate. It is called for
+	// each new connection of Node. An error, as before bootstrap, fails the
+	// requests that need it and says nothing about the link.
+	ClientCertificate func() (*tls.Certificate, error)
+	// Mode is RoundRobin when empty.
+	Mode       Mode
+	Budgets    Budgets
+	Log        *slog.Logger
+	Registerer prometheus.Registerer
+}
+
+// Link is the connection to the cloud. Its methods may be called by several
+// goroutines at once, before and during Run; until Run it is down.
+type Link struct {
+	cfg     Config
+	servers []target
+	metrics *metrics
+	turn    atomic.Uint32 // round robin
+	traffic [2]Traffic    // by credential: bearer, node
+	lanes   atomic.Pointer[lanes]
+	tunnels registry // upgraded connections
+	up      atomic.Bool   // copy of tracker.state.Up for the hot path
+
+	// shortHTTP2 is for the benchmark that chose HTTP/1.1.
+	shortHTTP2 bool
+
+	mu      sync.Mutex // guards the following
+	tracker *tracker
+	changed chan struct{} // closed and replaced at each change of Up
+	tickets tls.ClientSessionCache
+}
+
+// target is one server as requests see it.
+type target struct {
+	url     *url.URL
+	addr    string // host:port to dial
+	healthy atomic.Bool
+	heard   atomic.Int64  // unix nanoseconds of the last byte that came in
+	wake    chan struct{} // tells the prober that its due time has changed
+}
+
+// New makes a link. It starts nothing; Run does.
+func New(cfg Config) (*Link, error) {
+	if len(cfg.Servers) == 0 || len(cfg.Servers) > maxServers {
+		return nil, fmt.Errorf("%d servers given, need 1 to %d", len(cfg.Servers), maxServers)
+	}
+	switch cfg.Mode {
+	case "":
+		cfg.Mode = RoundRobin
+	case RoundRobin, Priority:
+	default:
+		return nil, fmt.Errorf("unknown mode %q of the link, need %q or %q", cfg.Mode, RoundRobin, Priority)
+	}
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	cfg.Budgets = cfg.Budgets.withDefaults()
+	l := &Link{
+		cfg:     cfg,
+		servers: make([]target, len(cfg.Servers)),
+		tracker: newTracker(len(cfg.Servers), cfg.Budgets, time.Now()),
+		changed: make(chan struct{}),
+		tickets: tls.NewLRUClientSessionCache(2 * len(cfg.Servers)),
+	}
+	for i, u := range cfg.Servers {
+		if u.Scheme != "https" || u.Hostname() == "" {
+			return nil, fmt.Errorf("server %q is not an https URL", u)
+		}
+		port := u.Port()
+		if port == "" {
+			port = "443"
+		}
+		s := &l.servers[i]
+		s.url = u
+		s.addr = net.JoinHostPort(u.Hostname(), port)
+		s.wake = make(chan struct{}, 1)
+	}
+	l.metrics = newMetrics(cfg.Registerer, l)
+	l.lanes.Store(l.newLanes())
+	return l, nil
+}
+
+// Run watches over the link until ctx ends, then cuts all that goes through
+// it and returns nil. All goroutines of the link end with it.
+func (l *Link) Run(ctx context.Context) error {
+	var wg sync.WaitGroup
+	for i := range l.servers {
+		wg.Go(func() { l.watchOver(ctx, i) })
+	}
+	wg.Wait()
+	l.mu.Lock()
+	l.tracker.state = State{Since: time.Now(), Reason: "the hub stops"}
+	l.up.Store(false)
+	l.mu.Unlock()
+	l.lanes.Load().cut()
+	l.tunnels.cut()
+	return nil
+}
+
+// State returns the state of the link.
+func (l *Link) State() State {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.tracker.state
+}
+
+// Online reports whether the link is up. It costs one atomic read.
+func (l *Link) Online() bool { return l.up.Load() }
+
+// Changed returns a channel that is closed when the link next goes up or
+// down. Take it before reading the state, so that no change is missed.
+func (l *Link) Changed() <-chan struct{} {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.changed
+}
+
+// WaitUp returns nil as soon as the link is up, or the error of ctx.
+func (l *Link) WaitUp(ctx context.Context) error {
+	for {
+		changed := l.Changed()
+		if l.Online() {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-changed:
+		}
+	}
+}
+
+// ClientChanged makes new requests use new connections, made with what
+// ClientCertificate and ClusterCAs return then. Requests and streams that are
+// on the way finish on the old ones.
+func (l *Link) ClientChanged() {
+	l.mu.Lock()
+	l.tickets = tls.NewLRUClientSessionCache(2 * len(l.servers))
+	old := l.lanes.Swap(l.newLanesLocked())
+	l.mu.Unlock()
+	old.retire()
+}
+
+// Node returns a transport that authenticates with the hub's certificate.
+//
+// Of the request's URL only path and query count; the link chooses the
+// server. Requests fail with ErrDown while the link is down.
+func (l *Link) Node() http.RoundTripper { return roundTripper{l, node} }
+
+// Bearer returns a transport without client certificate: a request carries
+// its own Authorization header. Otherwise it is like Node.
+func (l *Link) Bearer() http.RoundTripper { return roundTripper{l, bearer} }
+
+// Traffic returns what has gone over the wire, TLS and all: with the hub's
+// certificate, which includes probes, and without.
+func (l *Link) Traffic() (node, bearer *Traffic) {
+	return &l.traffic[0], &l.traffic[1]
+}
+
+func (l *Link) sessionTickets() tls.ClientSessionCache {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.tickets
+}

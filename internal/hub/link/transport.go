@@ -1,0 +1,477 @@
+package link
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// credential says who a connection belongs to.
+type credential int
+
+const (
+	bearer credential = iota // no client certificate
+	node                     // the hub's own certificate
+)
+
+// Traffic counts the bytes of connections, TLS and all.
+type Traffic struct{ in, out atomic.Int64 }
+
+// Read is how many bytes have come in.
+func (t *Traffic) Read() int64 { return t.in.Load() }
+
+// Written is how many bytes have gone out.
+func (t *Traffic) Written() int64 { return t.out.Load() }
+
+// lanes are the pooled connections of one generation. A generation ends when
+// the link goes down, and all of it is cut; or when the client certificate
+// changes, and what is on the way may finish.
+type lanes struct {
+	by [2]lane // by credential
+	registry
+}
+
+// lane carries the requests of one credential. Short requests and streams
+// do not share connections: a request is cheaper over HTTP/1.1, and neither
+// has to wait behind a stream's bytes; a stream is cheaper over HTTP/2,
+// where a hundred of them need one connection and a ping shows that it is
+// alive.
+type lane struct{ short, stream *http.Transport }
+
+// cut ends every connection and every dial at once, and all later ones.
+func (s *lanes) cut() {
+	s.registry.cut()
+	s.retire()
+}
+
+// retire closes the connections that carry nothing; the others follow when
+// they have been idle for long enough.
+func (s *lanes) retire() {
+	for _, l := range s.by {
+		l.short.CloseIdleConnections()
+		l.stream.CloseIdleConnections()
+	}
+}
+
+// registry holds what must end together: dials and connections.
+type registry struct {
+	mu   sync.Mutex // guards the following
+	open map[*closer]struct{}
+	dead bool
+}
+
+// closer ends one thing in a registry.
+type closer struct{ end func() }
+
+// add registers end to be called by cut. It reports false when that has
+// happened already.
+func (g *registry) add(end func()) (*closer, bool) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.dead {
+		return nil, false
+	}
+	c := &closer{end}
+	if g.open == nil {
+		g.open = make(map[*closer]struct{})
+	}
+	g.open[c] = struct{}{}
+	return c, true
+}
+
+func (g *registry) remove(c *closer) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	delete(g.open, c)
+}
+
+// cut ends everything in the registry, and refuses all that comes later.
+func (g *registry) cut() {
+	g.mu.Lock()
+	g.dead = true
+	open := g.open
+	g.open = nil
+	g.mu.Unlock()
+	for c := range open {
+		c.end()
+	}
+}
+
+func (g *registry) isDead() bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.dead
+}
+
+func (l *Link) newLanes() *lanes {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.newLanesLocked()
+}
+
+func (l *Link) newLanesLocked() *lanes {
+	s := &lanes{}
+	for cred := range s.by {
+		d := &dialer{link: l, lanes: s, cred: credential(cred), tickets: l.tickets}
+		s.by[cred] = lane{short: l.shortTransport(d), stream: l.streamTransport(d)}
+	}
+	return s
+}
+
+func (l *Link) shortTransport(d *dialer) *http.Transport {
+	if l.shortHTTP2 {
+		return l.streamTransport(d)
+	}
+	var protocols http.Protocols
+	protocols.SetHTTP1(true)
+	return &http.Transport{
+		Protocols: &protocols,
+		DialTLSContext: func(ctx context.Context, _, addr string) (net.Conn, error) {
+			return d.dial(ctx, addr, "http/1.1")
+		},
+		DisableCompression:  true,
+		MaxIdleConnsPerHost: 64,
+		IdleConnTimeout:     30 * time.Second,
+		WriteBufferSize:     4 << 10,
+		ReadBufferSize:      16 << 10,
+		ForceAttemptHTTP2:   false,
+	}
+}
+
+func (l *Link) streamTransport(d *dialer) *http.Transport {
+	var protocols http.Protocols
+	protocols.SetHTTP1(true)
+	protocols.SetHTTP2(true)
+	return &http.Transport{
+		Protocols: &protocols,
+		DialTLSContext: func(ctx context.Context, _, addr string) (net.Conn, error) {
+			return d.dial(ctx, addr, "h2", "http/1.1")
+		},
+		DisableCompression: true,
+		IdleConnTimeout:    90 * time.Second,
+		HTTP2: &http.HTTP2Config{
+			// A client that does not read its watch holds at most this
+			// much of our memory; 1 MiB is 10 MB/s at 100 ms.
+			MaxReceiveBufferPerStream: 1 << 20,
+			MaxReadFrameSize:          64 << 10,
+			SendPingTimeout:           l.cfg.Budgets.Idle,
+			PingTimeout:               l.cfg.Budgets.Ping,
+			WriteByteTimeout:          l.cfg.Budgets.Idle,
+		},
+	}
+}
+
+// dialer makes the connections of one credential.
+type dialer struct {
+	link    *Link
+	lanes   *lanes // nil for connections that outlive their generation
+	cred    credential
+	tickets tls.ClientSessionCache
+}
+
+// dialError says that a connection could not be made, so that nothing of a
+// request has been sent.
+type dialError struct{ error }
+
+func (e *dialError) Unwrap() error { return e.error }
+
+// credentialError says that we have no certificate to show. It is no
+// evidence about the link.
+type credentialError struct{ error }
+
+func (e *credentialError) Unwrap() error { return e.error }
+
+// dial makes a connection and completes the TLS handshake on it.
+func (d *dialer) dial(ctx context.Context, addr string, protos ...string) (net.Conn, error) {
+	i := d.link.indexOf(addr)
+	b := d.link.cfg.Budgets
+	ctx, cancel := context.WithTimeout(ctx, b.Patience+b.Answer)
+	defer cancel()
+	if d.lanes != nil {
+		dialing, ok := d.lanes.add(cancel)
+		if !ok {
+			return nil, &dialError{ErrDown}
+		}
+		defer d.lanes.remove(dialing)
+	}
+	raw, err := connect(ctx, addr, b.Patience)
+	if err != nil {
+		return nil, err
+	}
+	c := &conn{Conn: raw, lanes: d.lanes, traffic: &d.link.traffic[d.cred], heard: &d.link.servers[i].heard}
+	if c.lanes != nil {
+		var ok bool
+		if c.entry, ok = c.lanes.add(func() { _ = raw.Close() }); !ok {
+			_ = raw.Close()
+			return nil, &dialError{ErrDown}
+		}
+	}
+	secured, err := d.handshake(ctx, c, i, protos)
+	if err != nil {
+		_ = c.Close()
+		return nil, err
+	}
+	c.verified = true
+	return secured, nil
+}
+
+// handshake secures c as a connection to server i.
+func (d *dialer) handshake(ctx context.Context, c net.Conn, i int, protos []string) (*tls.Conn, error) {
+	cfg := &tls.Config{
+		MinVersion:         tls.VersionTLS12,
+		ServerName:         d.link.servers[i].url.Hostname(),
+		RootCAs:            d.link.cfg.ClusterCAs(),
+		NextProtos:         protos,
+		ClientSessionCache: d.tickets,
+	}
+	if cfg.RootCAs == nil {
+		return nil, &credentialError{errors.New("no cluster CA to verify the server by")}
+	}
+	if d.cred == node {
+		cert, err := d.link.cfg.ClientCertificate()
+		if err != nil {
+			return nil, &credentialError{fmt.Errorf("read client certificate: %w", err)}
+		}
+		// Not Certificates: the certificate is shown whatever authorities
+		// the server hints at.
+		cfg.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return cert, nil }
+	}
+	t := tls.Client(c, cfg)
+	if err := t.HandshakeContext(ctx); err != nil {
+		return nil, &dialError{fmt.Errorf("tls handshake with %s: %w", d.link.servers[i].addr, err)}
+	}
+	return t, nil
+}
+
+// connect makes a TCP connection that the kernel ends by itself when its
+// peer is silent for too long, for connections that no ping watches over.
+func connect(ctx context.Context, addr string, patience time.Duration) (net.Conn, error) {
+	d := net.Dialer{
+		Timeout: patience,
+		KeepAliveConfig: net.KeepAliveConfig{
+			Enable: true, Idle: 20 * time.Second, Interval: 5 * time.Second, Count: 3,
+		},
+		Control: func(_, _ string, c syscall.RawConn) error {
+			var sockErr error
+			err := c.Control(func(fd uintptr) {
+				const ms = 20_000
+				sockErr = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, ms)
+			})
+			return errors.Join(err, sockErr)
+		},
+	}
+	c, err := d.DialContext(ctx, "tcp", addr)
+	if err != nil {
+		return nil, &dialError{err}
+	}
+	return c, nil
+}
+
+func (l *Link) indexOf(addr string) int {
+	for i := range l.servers {
+		if l.servers[i].addr == addr {
+			return i
+		}
+	}
+	return 0 // unreachable: requests are only made to servers
+}
+
+// conn counts its bytes, and notes when the server was last heard.
+type conn struct {
+	net.Conn
+	lanes    *lanes
+	entry    *closer
+	traffic  *Traffic
+	heard    *atomic.Int64
+	verified bool // the handshake is done: bytes are the server's
+}
+
+func (c *conn) Read(p []byte) (int, error) {
+	n, err := c.Conn.Read(p)
+	if n > 0 {
+		c.traffic.in.Add(int64(n))
+		if c.verified {
+			c.heard.Store(time.Now().UnixNano())
+		}
+	}
+	return n, err
+}
+
+func (c *conn) Write(p []byte) (int, error) {
+	n, err := c.Conn.Write(p)
+	c.traffic.out.Add(int64(n))
+	return n, err
+}
+
+func (c *conn) Close() error {
+	if c.entry != nil {
+		c.lanes.remove(c.entry)
+	}
+	return c.Conn.Close()
+}
+
+// pick returns the server for the next try of a request, or -1 when no
+// healthy one is left. Tried holds a bit for each server that has failed it.
+func (l *Link) pick(tried uint64) int {
+	n, first := len(l.servers), 0
+	if n > 1 && l.cfg.Mode == RoundRobin {
+		first = int(l.turn.Add(1) % uint32(n))
+	}
+	for k := range n {
+		i := (first + k) % n
+		if tried&(1<<i) == 0 && l.servers[i].healthy.Load() {
+			return i
+		}
+	}
+	return -1
+}
+
+// send sends req, whose URL it changes, to a healthy server; to another one
+// if no connection could be made to the first. It returns the server too.
+// The response and any error are evidence.
+func (l *Link) send(req *http.Request, cred credential, stream bool) (*http.Response, int, error) {
+	s := l.lanes.Load() // before the check: new ones are made when down
+	if !l.up.Load() {
+		closeBody(req)
+		return nil, -1, ErrDown
+	}
+	t := s.by[cred].short
+	if stream {
+		t = s.by[cred].stream
+	}
+	path, rawPath := req.URL.Path, req.URL.RawPath
+	var body *retained
+	if req.Body != nil && len(l.servers) > 1 {
+		body = &retained{ReadCloser: req.Body}
+		req.Body = body
+		defer body.release()
+	}
+	var tried uint64
+	var err error
+	for {
+		i := l.pick(tried)
+		if i < 0 {
+			closeBody(req)
+			if err == nil {
+				err = ErrDown
+			}
+			return nil, -1, err
+		}
+		tried |= 1 << i
+		to := l.servers[i].url
+		req.URL.Scheme, req.URL.Host = to.Scheme, l.servers[i].addr
+		req.URL.Path, req.URL.RawPath = path, rawPath
+		if to.Path != "" && to.Path != "/" {
+			req.URL.Path, req.URL.RawPath = joinPath(to, req.URL)
+		}
+		req.Host = to.Host
+		var resp *http.Response
+		stalled := time.AfterFunc(l.cfg.Budgets.Stall, func() { l.suspect(i) })
+		resp, err = t.RoundTrip(req)
+		stalled.Stop()
+		if err == nil {
+			return resp, i, nil
+		}
+		err = l.blame(req.Context(), s, i, err)
+		var noConn *dialError
+		if !errors.As(err, &noConn) || req.Context().Err() != nil {
+			return nil, i, err
+		}
+	}
+}
+
+// blame judges an error of a request or a body of server i. What the caller
+// did itself is no evidence; anything else asks for a probe.
+func (l *Link) blame(ctx context.Context, s *lanes, i int, err error) error {
+	var cred *credentialError
+	switch {
+	case ctx.Err() != nil, errors.As(err, &cred):
+		return err
+	case s != nil && s.isDead():
+		if errors.Is(err, ErrDown) {
+			return err
+		}
+		return fmt.Errorf("%w: %w", ErrDown, err)
+	}
+	l.suspect(i)
+	return err
+}
+
+func closeBody(req *http.Request) {
+	if req.Body != nil {
+		_ = req.Body.Close()
+	}
+}
+
+// retained keeps a request body open while its request may still be sent to
+// another server.
+type retained struct {
+	io.ReadCloser
+	mu               sync.Mutex
+	released, closed bool
+}
+
+func (b *retained) Close() error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.closed = true
+	if !b.released {
+		return nil
+	}
+	return b.ReadCloser.Close()
+}
+
+func (b *retained) release() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.released = true
+	if b.closed {
+		_ = b.ReadCloser.Close()
+	}
+}
+
+// roundTripper is the link as the hub's own clients see it.
+type roundTripper struct {
+	link *Link
+	cred credential
+}
+
+// RoundTrip implements [http.RoundTripper].
+func (t roundTripper) RoundTrip(req *http.Request) (*http.Response, error) {
+	out := req.WithContext(req.Context())
+	u := *req.URL
+	out.URL = &u
+	resp, i, err := t.link.send(out, t.cred, isStream(req))
+	if err != nil {
+		return nil, err
+	}
+	resp.Request = req
+	resp.Body = &witness{ReadCloser: resp.Body, link: t.link, ctx: req.Context(), server: i}
+	return resp, nil
+}
+
+// witness turns the end of a body into evidence.
+type witness struct {
+	io.ReadCloser
+	link   *Link
+	ctx    context.Context //nolint:containedctx // that of the request, as in http.Request
+	server int
+}
+
+func (b *witness) Read(p []byte) (int, error) {
+	n, err := b.ReadCloser.Read(p)
+	if err != nil && err != io.EOF { //nolint:errorlint // Read returns it bare.
+		err = b.link.blame(b.ctx, nil, b.server, err)
+	}
+	return n, err
+}
