@@ -1,0 +1,480 @@
+package identity
+
+import (
+	"context"
+	"crypto/sha256"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sync/singleflight"
+	"golang.org/x/time/rate"
+	authenticationv1 "k8s.io/api/authentication/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	utilcache "k8s.io/apimachinery/pkg/util/cache"
+)
+
+const (
+	// DefaultBudget is how long a request waits for a review by the cloud.
+	DefaultBudget = 2 * time.Second
+
+	// A positive answer is used for tokenTTL; from tokenRefresh on, using it
+	// asks again in the background, so that a busy caller never waits.
+	tokenTTL     = 2 * time.Minute
+	tokenRefresh = time.Minute
+	// negativeTTL is how long a "no" of the cloud is used.
+	negativeTTL = 10 * time.Second
+	// fallbackTTL is after how long the cloud is asked again when an answer had
+	// to be given in its place. A "yes" is used meanwhile, so that a weak link
+	// costs a caller no more than one wait.
+	fallbackTTL = 5 * time.Second
+	// certificateTTL is how long a verified certificate is not verified again.
+	certificateTTL = time.Minute
+
+	// Tokens that nothing vouches for are reviewed at this rate per host.
+	reviewRate  = 1
+	reviewBurst = 20
+
+	keysInterval = time.Hour        // between refreshes of the signing keys
+	keysRetry    = 30 * time.Second // after a failed one, and at least between two
+	keysPoll     = 5 * time.Second  // of the link's state while it is down
+	seenGrain    = 24 * time.Hour   // of trust.Seen, so that it is seldom saved
+
+	// tokenMemory is how long a review of an opaque token counts offline.
+	tokenMemory  = 90 * 24 * time.Hour
+	maxAudiences = 16
+	trustKey     = "trust"
+)
+
+// AuthenticatorConfig is what an Authenticator works with. API, Memory and
+// ClusterCAs are required.
+type AuthenticatorConfig struct {
+	API    API
+	Memory Memory
+	// ClusterCAs returns the pool that client certificates are verified
+	// against: the cluster's client CA and nothing else. It is called for each
+	// request and should return the same pointer until the pool changes.
+	ClusterCAs func() *x509.CertPool
+	// Local verifies the tokens that this hub made; nil if it makes none.
+	Local *LocalSigner
+	// Online tells the state of the link; nil means that it is always tried.
+	Online func() bool
+	// Budget is how long a request waits for a review; DefaultBudget if zero.
+	Budget time.Duration
+	Log    *slog.Logger // slog.Default() if nil
+}
+
+// Authenticator tells who sent a request. It is safe for concurrent use.
+type Authenticator struct {
+	cfg AuthenticatorConfig
+
+	certificates *utilcache.LRUExpireCache // certificateKey -> *Caller
+	tokens       *utilcache.LRUExpireCache // digest -> verdict
+	limiters     *utilcache.LRUExpireCache // host -> *rate.Limiter
+	limitersMu   sync.Mutex                // guards adding to limiters
+	flights      singleflight.Group
+	reviewed     table[reviewed]
+
+	trust   atomic.Pointer[trust]
+	trustMu sync.Mutex // guards replacing trust
+	wake    chan struct{}
+}
+
+// verdict is what is known of a token. Its Caller has no Token.
+type verdict struct {
+	caller  *Caller
+	err     error
+	refresh time.Time // ask again from then on; zero: never
+}
+
+// reviewed is what is remembered of a token that the signing keys cannot, or
+// must not, decide alone.
+type reviewed struct {
+	Caller *Caller `json:"u,omitempty"` // nil: the cloud rejected it
+	Expiry int64   `json:"e,omitempty"` // Unix seconds; 0: unknown
+}
+
+// NewAuthenticator returns an Authenticator that knows what Memory holds. Its
+// Run method keeps the signing keys current.
+func NewAuthenticator(cfg AuthenticatorConfig) *Authenticator {
+	if cfg.Online == nil {
+		cfg.Online = func() bool { return true }
+	}
+	if cfg.Budget == 0 {
+		cfg.Budget = DefaultBudget
+	}
+	if cfg.Log == nil {
+		cfg.Log = slog.Default()
+	}
+	a := &Authenticator{
+		cfg:          cfg,
+		certificates: utilcache.NewLRUExpireCache(256),
+		tokens:       utilcache.NewLRUExpireCache(2048),
+		limiters:     utilcache.NewLRUExpireCache(512),
+		reviewed:     table[reviewed]{memory: cfg.Memory, prefix: "token", ways: 8, maxAge: tokenMemory},
+		wake:         make(chan struct{}, 1),
+	}
+	t, err := loadTrust(cfg.Memory)
+	if err != nil {
+		cfg.Log.Warn("remembered signing keys are unusable", "err", err)
+	}
+	a.trust.Store(t)
+	return a
+}
+
+// loadTrust always returns a usable value, empty with an error.
+func loadTrust(memory Memory) (*trust, error) {
+	data, err := memory.Load(trustKey)
+	if err != nil || len(data) == 0 {
+		return &trust{}, err
+	}
+	t := &trust{}
+	if err := json.Unmarshal(data, t); err != nil {
+		return &trust{}, err
+	}
+	if err := t.parse(); err != nil {
+		return &trust{}, err
+	}
+	return t, nil
+}
+
+// Audiences returns the audiences that the API server is known to accept.
+func (a *Authenticator) Audiences() []string { return slices.Clone(a.trust.Load().Audiences) }
+
+// Authenticate returns who sent r. The error is an *apierrors.StatusError that
+// can be sent as it is: 401, or 429 for a host that tries too many tokens.
+func (a *Authenticator) Authenticate(r *http.Request) (*Caller, error) {
+	token := bearer(r)
+	if r.TLS != nil && len(r.TLS.PeerCertificates) > 0 {
+		caller, err := a.certificate(r.TLS)
+		if err == nil || token == "" {
+			return caller, err
+		}
+	}
+	if token == "" {
+		return nil, unauthorized("no client certificate and no bearer token given")
+	}
+	if len(token) > maxToken {
+		return nil, unauthorized("the bearer token is too long")
+	}
+	v, err := a.token(r.Context(), token, remoteHost(r))
+	if err != nil {
+		return nil, err
+	}
+	if v.err != nil {
+		return nil, v.err
+	}
+	return v.caller.withToken(token), nil
+}
+
+func unauthorized(message string) error { return apierrors.NewUnauthorized(message) }
+
+func remoteHost(r *http.Request) string {
+	host, _, err := net.SplitHostPort(r.RemoteAddr)
+	if err != nil {
+		return r.RemoteAddr
+	}
+	return host
+}
+
+type certificateKey struct {
+	leaf digest
+	pool *x509.CertPool
+}
+
+func (a *Authenticator) certificate(state *tls.ConnectionState) (*Caller, error) {
+	leaf := state.PeerCertificates[0]
+	key := certificateKey{leaf: sha256.Sum256(leaf.Raw), pool: a.cfg.ClusterCAs()}
+	if c, ok := a.certificates.Get(key); ok {
+		return c.(*Caller), nil //nolint:forcetypeassert // only callers go in
+	}
+	if key.pool == nil {
+		// A nil pool would mean the system's roots.
+		return nil, unauthorized("the cluster's certificate authority is not known yet")
+	}
+	options := x509.VerifyOptions{
+		Roots:         key.pool,
+		Intermediates: x509.NewCertPool(),
+		KeyUsages:     []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
+	}
+	for _, c := range state.PeerCertificates[1:] {
+		options.Intermediates.AddCert(c)
+	}
+	chains, err := leaf.Verify(options)
+	if err != nil {
+		return nil, unauthorized(certificateMessage(err))
+	}
+	if leaf.Subject.CommonName == "" {
+		return nil, unauthorized("the client certificate names nobody")
+	}
+	caller := &Caller{
+		Name:        leaf.Subject.CommonName,
+		Groups:      append(slices.Clone(leaf.Subject.Organization), groupAuthenticated),
+		Extra:       map[string][]string{extraCredentialID: {"X509SHA256=" + hex.EncodeToString(key.leaf[:])}},
+		Certificate: true,
+	}
+	ttl := certificateTTL
+	for _, c := range chains[0] {
+		ttl = min(ttl, time.Until(c.NotAfter))
+	}
+	a.certificates.Add(key, caller, ttl)
+	return caller, nil
+}
+
+func certificateMessage(err error) string {
+	var invalid x509.CertificateInvalidError
+	if errors.As(err, &invalid) && invalid.Reason == x509.Expired {
+		return "the client certificate has expired or is not valid yet"
+	}
+	if errors.As(err, &invalid) && invalid.Reason == x509.IncompatibleUsage {
+		return "the certificate is not for clients"
+	}
+	var unknown x509.UnknownAuthorityError
+	if errors.As(err, &unknown) {
+		return "the client certificate is signed by an unknown authority"
+	}
+	return "the client certificate is not valid"
+}
+
+// token returns the verdict on a bearer token. An error means that there is
+// none.
+func (a *Authenticator) token(ctx context.Context, token, host string) (verdict, error) {
+	d := digest(sha256.Sum256([]byte(token)))
+	if cached, ok := a.tokens.Get(d); ok {
+		v := cached.(verdict) //nolint:forcetypeassert // only verdicts go in
+		if !v.refresh.IsZero() && time.Now().After(v.refresh) && a.cfg.Online() {
+			a.decide(ctx, token, d, nil) // not waited for
+		}
+		return v, nil
+	}
+	var admit func() bool
+	if host != "" {
+		admit = func() bool { return a.limiter(host).Allow() }
+	}
+	select {
+	case result := <-a.decide(ctx, token, d, admit):
+		if result.Err != nil {
+			return verdict{}, result.Err
+		}
+		return result.Val.(verdict), nil //nolint:forcetypeassert // see decide
+	case <-ctx.Done():
+		return verdict{}, unauthorized("the request ended before its token was checked")
+	}
+}
+
+// decide finds the verdict on a token, once for all who wait for it, and puts
+// it in the cache. It outlives ctx, by no more than the budget.
+func (a *Authenticator) decide(ctx context.Context, token string, d digest, admit func() bool) <-chan singleflight.Result {
+	ctx = context.WithoutCancel(ctx)
+	return a.flights.DoChan(string(d[:]), func() (any, error) {
+		v, ttl, err := a.judge(ctx, token, d, admit)
+		if err != nil {
+			return nil, err
+		}
+		a.tokens.Add(d, v, ttl)
+		return v, nil
+	})
+}
+
+func (a *Authenticator) judge(ctx context.Context, token string, d digest, admit func() bool) (verdict, time.Duration, error) {
+	t := a.trust.Load()
+	w := parseToken(token)
+	if w != nil && a.cfg.Local != nil && w.issuer() == a.cfg.Local.Issuer() {
+		caller, err := a.cfg.Local.verify(w, t.Audiences)
+		if err != nil {
+			return verdict{err: unauthorized(err.Error())}, negativeTTL, nil
+		}
+		return verdict{caller: caller}, min(certificateTTL, w.left()), nil
+	}
+
+	var genuine *Caller
+	reason := errors.New("it is not signed by this cluster and was never checked before")
+	if w != nil {
+		genuine, reason = t.verify(w)
+		if errors.Is(reason, errUnknownKey) {
+			a.wakeUp()
+		}
+	}
+	known, at, isKnown, err := a.reviewed.get(tokenSet(d), d)
+	if err != nil {
+		a.cfg.Log.Warn("remembered tokens are unreadable", "err", err)
+	}
+	isKnown = isKnown && (known.Expiry == 0 || time.Now().Before(time.Unix(known.Expiry, 0).Add(leeway)))
+
+	if a.cfg.Online() {
+		vouched := genuine != nil || isKnown && known.Caller != nil
+		if !vouched && admit != nil && !admit() {
+			return verdict{}, 0, apierrors.NewTooManyRequests("too many unknown tokens from this address", 1)
+		}
+		reviewCtx, cancel := context.WithTimeout(ctx, a.cfg.Budget)
+		review, err := a.cfg.API.TokenReview(reviewCtx, token, nil)
+		cancel()
+		if err == nil {
+			fresh := isKnown && time.Since(at) < tokenMemory/8
+			v, ttl := a.learn(review, w, d, known, fresh)
+			return v, ttl, nil
+		}
+		a.cfg.Log.Debug("token review failed, using what is known", "err", err)
+	}
+
+	switch {
+	case isKnown && known.Caller == nil:
+		return verdict{err: unauthorized("the API server rejected the token when it last saw it")}, fallbackTTL, nil
+	case genuine != nil:
+		return verdict{caller: genuine, refresh: time.Now().Add(fallbackTTL)}, min(tokenTTL, w.left()), nil
+	case isKnown:
+		return verdict{caller: known.Caller, refresh: time.Now().Add(fallbackTTL)}, min(tokenTTL, w.left()), nil
+	}
+	return verdict{err: unauthorized(fmt.Sprintf("the API server is not reachable to check the token: %v", reason))}, fallbackTTL, nil
+}
+
+// learn turns the cloud's answer into a verdict and remembers of it what the
+// signing keys will not tell while the cloud is away. What is known already is
+// not saved again while it is fresh.
+func (a *Authenticator) learn(review *authenticationv1.TokenReview, w *webToken, d digest, known reviewed, fresh bool) (verdict, time.Duration) {
+	v, ttl := verdict{err: unauthorized("the API server does not accept the token")}, negativeTTL
+	if review.Status.Authenticated {
+		a.learnAudiences(review.Status.Audiences)
+		v = verdict{caller: callerFromUserInfo(review.Status.User), refresh: time.Now().Add(tokenRefresh)}
+		// With a clock that runs ahead, every token seems to have ended.
+		ttl = max(min(tokenTTL, w.left()), negativeTTL)
+	}
+	genuine := false
+	if w != nil {
+		_, err := a.trust.Load().verify(w)
+		genuine = err == nil
+	}
+	// The keys' word is enough exactly when it agrees with the cloud's.
+	var value *reviewed
+	if review.Status.Authenticated != genuine {
+		value = &reviewed{Caller: v.caller}
+		if e := w.expiry(); !e.IsZero() {
+			value.Expiry = e.Unix()
+		}
+	}
+	if fresh && value != nil && sameUser(value.Caller, known.Caller) || !fresh && value == nil {
+		return v, ttl
+	}
+	if err := a.reviewed.put(tokenSet(d), d, value); err != nil {
+		a.cfg.Log.Warn("token review is not remembered", "err", err)
+	}
+	return v, ttl
+}
+
+// tokenSet spreads tokens over 64 records.
+func tokenSet(d digest) string { return hex.EncodeToString([]byte{d[0] & 63}) }
+
+func (a *Authenticator) limiter(host string) *rate.Limiter {
+	a.limitersMu.Lock()
+	defer a.limitersMu.Unlock()
+	if l, ok := a.limiters.Get(host); ok {
+		return l.(*rate.Limiter) //nolint:forcetypeassert // only limiters go in
+	}
+	l := rate.NewLimiter(reviewRate, reviewBurst)
+	a.limiters.Add(host, l, 10*time.Minute)
+	return l
+}
+
+func (a *Authenticator) wakeUp() {
+	select {
+	case a.wake <- struct{}{}:
+	default:
+	}
+}
+
+// Run keeps the cluster's signing keys current until ctx ends, and returns nil.
+func (a *Authenticator) Run(ctx context.Context) error {
+	for {
+		wait := keysPoll
+		if a.cfg.Online() {
+			wait = keysInterval
+			if err := a.refreshKeys(ctx); err != nil {
+				a.cfg.Log.Warn("signing keys are not refreshed", "err", err)
+				wait = keysRetry
+			}
+		}
+		if !a.pause(ctx, wait) {
+			return nil
+		}
+	}
+}
+
+// pause waits, or after a while until a token with an unknown key comes, and
+// tells whether ctx is still alive.
+func (a *Authenticator) pause(ctx context.Context, wait time.Duration) bool {
+	first := min(wait, keysRetry)
+	select {
+	case <-ctx.Done():
+		return false
+	case <-time.After(first):
+	}
+	select {
+	case <-ctx.Done():
+		return false
+	case <-a.wake:
+	case <-time.After(wait - first):
+	}
+	return true
+}
+
+func (a *Authenticator) refreshKeys(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, 5*a.cfg.Budget)
+	defer cancel()
+	jwks, issuer, err := a.cfg.API.Keys(ctx)
+	if err != nil {
+		return err
+	}
+	next := trust{JWKS: jwks, Issuer: issuer}
+	if err := next.parse(); err != nil {
+		return err
+	}
+	return a.updateTrust(func(t *trust) { t.JWKS, t.Issuer, t.keys = next.JWKS, next.Issuer, next.keys })
+}
+
+func (a *Authenticator) learnAudiences(audiences []string) {
+	known := a.trust.Load().Audiences
+	if !slices.ContainsFunc(audiences, func(s string) bool { return !slices.Contains(known, s) }) {
+		return
+	}
+	err := a.updateTrust(func(t *trust) {
+		t.Audiences = slices.Compact(slices.Sorted(slices.Values(append(slices.Clone(t.Audiences), audiences...))))
+		t.Audiences = t.Audiences[:min(len(t.Audiences), maxAudiences)]
+	})
+	if err != nil {
+		a.cfg.Log.Warn("audiences are not remembered", "err", err)
+	}
+}
+
+// updateTrust replaces the trust by a changed copy, and saves it if something
+// changed that is worth it.
+func (a *Authenticator) updateTrust(change func(*trust)) error {
+	a.trustMu.Lock()
+	defer a.trustMu.Unlock()
+	old := a.trust.Load()
+	next := *old
+	change(&next)
+	same := string(old.JWKS) == string(next.JWKS) && old.Issuer == next.Issuer && slices.Equal(old.Audiences, next.Audiences)
+	if same && time.Since(old.Seen) < seenGrain {
+		return nil
+	}
+	next.Seen = time.Now()
+	a.trust.Store(&next)
+	data, err := json.Marshal(&next)
+	if err != nil {
+		return fmt.Errorf("encode signing keys: %w", err)
+	}
+	if err := a.cfg.Memory.Save(trustKey, data); err != nil {
+		return fmt.Errorf("save signing keys: %w", err)
+	}
+	return nil
+}
