@@ -320,8 +320,15 @@ func (a *Authenticator) judge(ctx context.Context, token string, d digest, admit
 		review, err := a.cfg.API.TokenReview(reviewCtx, token, nil)
 		cancel()
 		if err == nil {
-			fresh := isKnown && time.Since(at) < tokenMemory/8
-			v, ttl := a.learn(review, w, d, known, fresh)
+			v, ttl, value := a.learn(review, w)
+			switch {
+			case value == nil && !isKnown:
+			case value != nil && isKnown && sameUser(value.Caller, known.Caller) && time.Since(at) < tokenMemory/8:
+			default:
+				if err := a.reviewed.put(tokenSet(d), d, value); err != nil {
+					a.cfg.Log.Warn("token review is not remembered", "err", err)
+				}
+			}
 			return v, ttl, nil
 		}
 		a.cfg.Log.Debug("token review failed, using what is known", "err", err)
@@ -338,10 +345,9 @@ func (a *Authenticator) judge(ctx context.Context, token string, d digest, admit
 	return verdict{err: unauthorized(fmt.Sprintf("the API server is not reachable to check the token: %v", reason))}, fallbackTTL, nil
 }
 
-// learn turns the cloud's answer into a verdict and remembers of it what the
-// signing keys will not tell while the cloud is away. What is known already is
-// not saved again while it is fresh.
-func (a *Authenticator) learn(review *authenticationv1.TokenReview, w *webToken, d digest, known reviewed, fresh bool) (verdict, time.Duration) {
+// learn turns the cloud's answer into a verdict, and returns what the signing
+// keys will not tell of it while the cloud is away: nil if they tell all.
+func (a *Authenticator) learn(review *authenticationv1.TokenReview, w *webToken) (verdict, time.Duration, *reviewed) {
 	v, ttl := verdict{err: unauthorized("the API server does not accept the token")}, negativeTTL
 	if review.Status.Authenticated {
 		a.learnAudiences(review.Status.Audiences)
@@ -355,20 +361,14 @@ func (a *Authenticator) learn(review *authenticationv1.TokenReview, w *webToken,
 		genuine = err == nil
 	}
 	// The keys' word is enough exactly when it agrees with the cloud's.
-	var value *reviewed
-	if review.Status.Authenticated != genuine {
-		value = &reviewed{Caller: v.caller}
-		if e := w.expiry(); !e.IsZero() {
-			value.Expiry = e.Unix()
-		}
+	if review.Status.Authenticated == genuine {
+		return v, ttl, nil
 	}
-	if fresh && value != nil && sameUser(value.Caller, known.Caller) || !fresh && value == nil {
-		return v, ttl
+	value := &reviewed{Caller: v.caller}
+	if e := w.expiry(); !e.IsZero() {
+		value.Expiry = e.Unix()
 	}
-	if err := a.reviewed.put(tokenSet(d), d, value); err != nil {
-		a.cfg.Log.Warn("token review is not remembered", "err", err)
-	}
-	return v, ttl
+	return v, ttl, value
 }
 
 // tokenSet spreads tokens over 64 records.
