@@ -17,7 +17,7 @@ export YURT_CACHE ?= $(CURDIR)/.cache
 
 .PHONY: help
 help: ## Show this list.
-	@awk -F ':.*## ' '/^[a-z0-9\/-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9\/-]+:.*## / {printf "  %-17s %s\n", $$1, $$2}' Makefile
 
 .PHONY: demo
 demo: setup ## Set up this machine, then lose a link and a node, and show that pods run on.
@@ -65,8 +65,9 @@ packages: ## Install the Debian packages that are missing.
 setup: packages bin bin/controlplane ## Do all that demo and test need.
 
 .PHONY: generate
-generate: ## Rewrite generated files.
+generate: ## Rewrite generated files and reviewed lists.
 	go generate ./...
+	go test -count=1 -run TestHubDependencies ./internal/repo -update
 
 .PHONY: verify
 verify: generate ## Fail when generated files or golden lists are stale.
