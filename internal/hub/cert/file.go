@@ -1,0 +1,153 @@
+package cert
+
+import (
+	"bytes"
+	"crypto/ecdsa"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"os"
+
+	"github.com/yurt-edge/yurt/internal/atomicfile"
+)
+
+const (
+	blockCertificate = "CERTIFICATE"
+	blockKey         = "EC PRIVATE KEY"
+)
+
+// loadPair reads a certificate and its key from one file, as the kubelet
+// stores them.
+func loadPair(path string) (*tls.Certificate, error) {
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return nil, err
+	}
+	pair, err := tls.X509KeyPair(data, data)
+	if err != nil {
+		return nil, fmt.Errorf("load %s: %w", path, err)
+	}
+	return &pair, nil
+}
+
+// storePair writes a key and its certificates to one file, and returns them
+// as they will be read.
+func storePair(path string, certificates []byte, key *ecdsa.PrivateKey) (*tls.Certificate, error) {
+	keyPEM, err := encodeKey(key)
+	if err != nil {
+		return nil, err
+	}
+	pair, err := tls.X509KeyPair(certificates, keyPEM)
+	if err != nil {
+		return nil, fmt.Errorf("use certificate for %s: %w", path, err)
+	}
+	data := append(bytes.Clone(certificates), keyPEM...)
+	if err := atomicfile.WriteFile(path, data, 0o600); err != nil {
+		return nil, fmt.Errorf("store certificate: %w", err)
+	}
+	return &pair, nil
+}
+
+func encodeKey(key *ecdsa.PrivateKey) ([]byte, error) {
+	der, err := x509.MarshalECPrivateKey(key)
+	if err != nil {
+		return nil, fmt.Errorf("encode key: %w", err)
+	}
+	return pem.EncodeToMemory(&pem.Block{Type: blockKey, Bytes: der}), nil
+}
+
+// parseAuthority reads the certificates of a PEM bundle.
+func parseAuthority(data []byte) (*authority, error) {
+	a := &authority{pool: x509.NewCertPool()}
+	for rest := data; ; {
+		var block *pem.Block
+		if block, rest = pem.Decode(rest); block == nil {
+			break
+		}
+		if block.Type != blockCertificate {
+			continue
+		}
+		cert, err := x509.ParseCertificate(block.Bytes)
+		if err != nil {
+			return nil, fmt.Errorf("parse certificate authority: %w", err)
+		}
+		a.pool.AddCert(cert)
+		a.pem = append(a.pem, pem.EncodeToMemory(&pem.Block{Type: blockCertificate, Bytes: block.Bytes})...)
+	}
+	if len(a.pem) == 0 {
+		return nil, errors.New("parse certificate authority: no certificate found")
+	}
+	return a, nil
+}
+
+// loadCluster reads the cluster's authority from the first file that has it.
+// That none has it is no error.
+func (c *Certificates) loadCluster() error {
+	data, err := c.clusterPEM()
+	if err != nil || len(data) == 0 {
+		return err
+	}
+	return c.setCluster(data)
+}
+
+func (c *Certificates) clusterPEM() ([]byte, error) {
+	if c.cfg.ClusterCAFile != "" {
+		data, err := os.ReadFile(c.cfg.ClusterCAFile)
+		if !errors.Is(err, os.ErrNotExist) {
+			return data, err
+		}
+	}
+	if c.cfg.Mode == ModeToken && c.cfg.BootstrapKubeconfig != "" {
+		boot, err := loadBootstrap(c.cfg.BootstrapKubeconfig)
+		if err == nil && len(c.Servers()) == 0 && boot.server != "" {
+			c.servers.Store(&[]string{boot.server})
+		}
+		if err == nil && len(boot.ca) > 0 {
+			return boot.ca, nil
+		}
+		if err != nil && !errors.Is(err, os.ErrNotExist) {
+			return nil, err
+		}
+	}
+	data, err := os.ReadFile(c.path(clusterCAFile))
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, nil
+	}
+	return data, err
+}
+
+// setCluster makes data the cluster's authority, here and on disk.
+func (c *Certificates) setCluster(data []byte) error {
+	next, err := parseAuthority(data)
+	if err != nil {
+		return err
+	}
+	if old := c.cluster.Load(); old != nil && bytes.Equal(old.pem, next.pem) {
+		return nil
+	}
+	if err := writeIfChanged(c.path(clusterCAFile), next.pem); err != nil {
+		return err
+	}
+	c.cluster.Store(next)
+	return nil
+}
+
+// writeBundle brings the bundle file up to date.
+func (c *Certificates) writeBundle() error {
+	bundle := c.local.authorityPEM()
+	if a := c.cluster.Load(); a != nil {
+		bundle = append(bytes.Clone(a.pem), bundle...)
+	}
+	return writeIfChanged(c.path(BundleFile), bundle)
+}
+
+// writeIfChanged spares the flash, and readers that watch the file.
+func writeIfChanged(path string, data []byte) error {
+	old, err := os.ReadFile(path)
+	if err == nil && bytes.Equal(old, data) {
+		return nil
+	}
+	return atomicfile.WriteFile(path, data, 0o644)
+}
