@@ -61,8 +61,8 @@ type Link struct {
 	turn    atomic.Uint32 // round robin
 	traffic [2]Traffic    // by credential: bearer, node
 	lanes   atomic.Pointer[lanes]
-	tunnels registry // upgraded connections
-	up      atomic.Bool   // copy of tracker.state.Up for the hot path
+	tunnels registry    // upgraded connections
+	up      atomic.Bool // copy of tracker.state.Up for the hot path
 
 	// shortHTTP2 is for the benchmark that chose HTTP/1.1.
 	shortHTTP2 bool
@@ -70,7 +70,9 @@ type Link struct {
 	mu      sync.Mutex // guards the following
 	tracker *tracker
 	changed chan struct{} // closed and replaced at each change of Up
-	tickets tls.ClientSessionCache
+	// tickets resume TLS sessions, by credential: a resumed session carries
+	// the client certificate of the one that it continues.
+	tickets [2]tls.ClientSessionCache
 }
 
 // target is one server as requests see it.
@@ -103,7 +105,7 @@ func New(cfg Config) (*Link, error) {
 		servers: make([]target, len(cfg.Servers)),
 		tracker: newTracker(len(cfg.Servers), cfg.Budgets, time.Now()),
 		changed: make(chan struct{}),
-		tickets: tls.NewLRUClientSessionCache(2 * len(cfg.Servers)),
+		tickets: newTickets(len(cfg.Servers)),
 	}
 	for i, u := range cfg.Servers {
 		if u.Scheme != "https" || u.Hostname() == "" {
@@ -178,7 +180,7 @@ func (l *Link) WaitUp(ctx context.Context) error {
 // on the way finish on the old ones.
 func (l *Link) ClientChanged() {
 	l.mu.Lock()
-	l.tickets = tls.NewLRUClientSessionCache(2 * len(l.servers))
+	l.tickets = newTickets(len(l.servers))
 	old := l.lanes.Swap(l.newLanesLocked())
 	l.mu.Unlock()
 	old.retire()
@@ -200,8 +202,14 @@ func (l *Link) Traffic() (node, bearer *Traffic) {
 	return &l.traffic[0], &l.traffic[1]
 }
 
-func (l *Link) sessionTickets() tls.ClientSessionCache {
+func newTickets(servers int) [2]tls.ClientSessionCache {
+	return [2]tls.ClientSessionCache{
+		bearer: tls.NewLRUClientSessionCache(servers), node: tls.NewLRUClientSessionCache(servers),
+	}
+}
+
+func (l *Link) ticketsOf(cred credential) tls.ClientSessionCache {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return l.tickets
+	return l.tickets[cred]
 }

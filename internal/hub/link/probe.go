@@ -4,10 +4,12 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"net"
 	"net/http"
 	"sync"
 	"time"
@@ -79,10 +81,15 @@ func (l *Link) suspect(i int) {
 	due := l.tracker.suspect(i, time.Now())
 	l.mu.Unlock()
 	if due {
-		select {
-		case l.servers[i].wake <- struct{}{}:
-		default:
-		}
+		l.wake(i)
+	}
+}
+
+// wake makes the prober of server i look at the tracker again.
+func (l *Link) wake(i int) {
+	select {
+	case l.servers[i].wake <- struct{}{}:
+	default:
 	}
 }
 
@@ -144,6 +151,7 @@ func (l *Link) report(i int, started time.Time, v verdict, connected time.Durati
 	}
 	l.mu.Unlock()
 
+	l.wake(i)
 	l.metrics.probed(v)
 	if !turned {
 		return
@@ -160,7 +168,7 @@ func (l *Link) report(i int, started time.Time, v verdict, connected time.Durati
 // look makes a fresh connection to server i and asks whether it is ready.
 func (l *Link) look(ctx context.Context, i int, patience time.Duration) (v verdict, connected time.Duration, reason string) {
 	begun := time.Now()
-	raw, err := connect(ctx, l.servers[i].addr, patience)
+	raw, err := race(ctx, l.servers[i].addr, patience)
 	if err != nil {
 		return silence, 0, err.Error()
 	}
@@ -171,11 +179,12 @@ func (l *Link) look(ctx context.Context, i int, patience time.Duration) (v verdi
 	defer cancel()
 	stop := context.AfterFunc(ctx, func() { _ = raw.Close() })
 	defer stop()
-	d := dialer{link: l, cred: node, tickets: l.sessionTickets()}
+	cred := node
 	if _, err := l.cfg.ClientCertificate(); err != nil {
-		d.cred = bearer
+		cred = bearer
 	}
-	t, err := d.handshake(ctx, &conn{Conn: raw, traffic: &l.traffic[d.cred], heard: &l.servers[i].heard}, i, []string{"http/1.1"})
+	d := dialer{link: l, cred: cred, tickets: l.ticketsOf(cred)}
+	t, err := d.handshake(ctx, &conn{Conn: raw, traffic: &l.traffic[cred], heard: &l.servers[i].heard}, i, []string{"http/1.1"})
 	if err != nil {
 		return l.why(ctx, err)
 	}
@@ -192,12 +201,59 @@ func (l *Link) look(ctx context.Context, i int, patience time.Duration) (v verdi
 	return v, connected, reason
 }
 
-// why tells an answer that does not satisfy from no answer at all.
-func (l *Link) why(ctx context.Context, err error) (verdict, time.Duration, string) {
-	if ctx.Err() != nil {
-		return silence, 0, fmt.Sprintf("no answer within %s of connecting", l.cfg.Budgets.Answer)
+// hedge is how much later than the first the second try of a probe sets out.
+const hedge = 400 * time.Millisecond
+
+// race connects to addr by the faster of two tries, because one lost packet
+// costs a second and must not pass for a cut.
+func race(ctx context.Context, addr string, patience time.Duration) (net.Conn, error) {
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	type result struct {
+		conn net.Conn
+		err  error
 	}
-	return unwell, 0, err.Error()
+	results := make(chan result, 2)
+	try := func() {
+		c, err := connect(ctx, addr, patience)
+		results <- result{c, err}
+	}
+	go try()
+	tries := 1
+	second := time.NewTimer(hedge)
+	defer second.Stop()
+	select {
+	case r := <-results:
+		return r.conn, r.err // an answer, whatever it is
+	case <-second.C:
+		go try()
+		tries++
+	}
+	first := <-results
+	if first.err == nil {
+		cancel()
+	}
+	for range tries - 1 {
+		if other := <-results; first.err != nil && other.err == nil {
+			first = other
+		} else if other.err == nil {
+			_ = other.conn.Close()
+		}
+	}
+	return first.conn, first.err
+}
+
+// why tells who does not satisfy us from who does not answer at all.
+func (l *Link) why(ctx context.Context, err error) (verdict, time.Duration, string) {
+	var record tls.RecordHeaderError
+	var cert *tls.CertificateVerificationError
+	switch {
+	case ctx.Err() != nil:
+		return silence, 0, fmt.Sprintf("no answer within %s of connecting", l.cfg.Budgets.Answer)
+	case errors.As(err, &record), errors.As(err, &cert):
+		return stranger, 0, err.Error()
+	}
+	return silence, 0, err.Error()
 }
 
 // judge tells the answer of an API server that serves from any other. The
@@ -205,7 +261,7 @@ func (l *Link) why(ctx context.Context, err error) (verdict, time.Duration, stri
 func judge(resp *http.Response) (verdict, string) {
 	body, err := io.ReadAll(io.LimitReader(resp.Body, 4<<10))
 	if err != nil {
-		return unwell, fmt.Sprintf("read answer: %v", err)
+		return silence, fmt.Sprintf("read answer: %v", err)
 	}
 	body = bytes.TrimSpace(body)
 	switch resp.StatusCode {
@@ -213,7 +269,7 @@ func judge(resp *http.Response) (verdict, string) {
 		if string(body) == "ok" {
 			return alive, "ready"
 		}
-		return unwell, "answers, but not like an API server"
+		return stranger, "answers, but not like an API server"
 	case http.StatusUnauthorized, http.StatusForbidden, http.StatusTooManyRequests:
 		// It may refuse us this question and serve others.
 		if bytes.Contains(body, []byte(`"kind":"Status"`)) || bytes.Contains(body, []byte(`"kind": "Status"`)) ||

@@ -70,13 +70,18 @@ const (
 	flapsMost  = 5
 )
 
+// unwellMost is how many times in a row a healthy server may say that it is
+// not ready before it is believed: it may just elect a leader of its etcd.
+const unwellMost = 3
+
 // verdict is what a probe found out.
 type verdict int
 
 const (
-	alive   verdict = iota // an API server of the cluster answered
-	unwell                 // somebody answered, but not as it should
-	silence                // no connection, or no answer on it
+	alive    verdict = iota // an API server of the cluster serves
+	unwell                  // one answers, but says that it is not ready
+	stranger                // somebody else answers: a captive portal
+	silence                 // no connection, or no answer on it
 )
 
 // tracker turns evidence into the link's state. It is told the time, does no
@@ -100,7 +105,8 @@ type server struct {
 	probed time.Time
 	// suspected says that the next probe must be on a fresh connection.
 	suspected bool
-	// good and unwell count probes in a row since the last other verdict.
+	// good and unwell count probes in a row: those that found it alive, and
+	// those that got any other answer.
 	good, unwell int
 	// connect is how long the last good probe took to connect.
 	connect time.Duration
@@ -191,13 +197,17 @@ func (t *tracker) report(i int, started, now time.Time, v verdict, connect time.
 		return false
 	}
 	s.good = 0
-	if v == unwell {
-		s.unwell++
-	} else {
+	if v == silence {
 		s.unwell = 0
+	} else {
+		s.unwell++
 	}
 	if s.healthy {
 		s.due = now.Add(t.budgets.Retry)
+		if v == unwell && s.unwell < unwellMost {
+			s.suspected = true
+			return false
+		}
 	}
 	s.healthy, s.reason = false, reason
 	return t.settle(now, reason)

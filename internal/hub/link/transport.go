@@ -122,7 +122,7 @@ func (l *Link) newLanes() *lanes {
 func (l *Link) newLanesLocked() *lanes {
 	s := &lanes{}
 	for cred := range s.by {
-		d := &dialer{link: l, lanes: s, cred: credential(cred), tickets: l.tickets}
+		d := &dialer{link: l, lanes: s, cred: credential(cred), tickets: l.tickets[cred]}
 		s.by[cred] = lane{short: l.shortTransport(d), stream: l.streamTransport(d)}
 	}
 	return s

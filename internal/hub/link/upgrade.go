@@ -110,7 +110,7 @@ func (l *Link) dialAny(ctx context.Context, cred credential) (net.Conn, int, err
 			return nil, -1, err
 		}
 		tried |= 1 << i
-		d := dialer{link: l, cred: cred, tickets: l.sessionTickets()}
+		d := dialer{link: l, cred: cred, tickets: l.ticketsOf(cred)}
 		var c net.Conn
 		if c, err = d.dial(ctx, l.servers[i].addr, "http/1.1"); err == nil {
 			return c, i, nil

@@ -1,0 +1,445 @@
+package link
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"io"
+	"net/http"
+	"net/url"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus/testutil"
+)
+
+// soon is what "at once" may take on a busy machine.
+const soon = 1500 * time.Millisecond
+
+func hello(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, "hello") }
+
+func TestRefusedIsSeenAtOnceAndTheReturnToo(t *testing.T) {
+	t.Parallel()
+	ca := newAuthority(t)
+	u := newUpstream(t, ca, hello)
+	w := newWire(t, u.addr())
+	r := newRig(t, ca, nil, w.addr)
+	r.waitUp(t)
+	if _, err := nodeGet(t, r, "/api"); err != nil {
+		t.Fatal(err)
+	}
+
+	begun := time.Now()
+	w.refuse()
+	if _, err := nodeGet(t, r, "/api"); err == nil {
+		t.Error("a request passed a cut wire")
+	}
+	r.waitDown(t)
+	if d := time.Since(begun); d > soon {
+		t.Errorf("down after %s", d)
+	}
+	if s := r.State(); s.Up || !strings.Contains(s.Reason, "refused") {
+		t.Errorf("state %+v", s)
+	}
+	if _, err := nodeGet(t, r, "/api"); !errors.Is(err, ErrDown) {
+		t.Errorf("request while down: %v", err)
+	}
+
+	begun = time.Now()
+	w.heal(t)
+	r.waitUp(t)
+	if d := time.Since(begun); d > 2*time.Second {
+		t.Errorf("up %s after the return", d)
+	}
+	if body, err := nodeGet(t, r, "/api"); err != nil || body != "hello" {
+		t.Errorf("got %q, %v", body, err)
+	}
+	want := `# HELP node_yurthub_link_changes_total How often the link went up or down.
+# TYPE node_yurthub_link_changes_total counter
+node_yurthub_link_changes_total 3
+`
+	if err := testutil.GatherAndCompare(r.registry, strings.NewReader(want), "node_yurthub_link_changes_total"); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestBlackHoleIsSeenByAWaitingRequest(t *testing.T) {
+	t.Parallel()
+	ca := newAuthority(t)
+	u := newUpstream(t, ca, hello)
+	w := newWire(t, u.addr())
+	r := newRig(t, ca, nil, w.addr)
+	r.waitUp(t)
+	if _, err := nodeGet(t, r, "/api"); err != nil {
+		t.Fatal(err)
+	}
+
+	begun := time.Now()
+	w.blackhole()
+	// The relay still accepts, as a middle box may: it is the probe's
+	// handshake that fails.
+	if _, err := nodeGet(t, r, "/api"); !errors.Is(err, ErrDown) {
+		t.Errorf("request in a black hole: %v", err)
+	}
+	if d := time.Since(begun); d > 6*time.Second {
+		t.Errorf("failed after %s", d)
+	}
+	if r.Online() {
+		t.Error("still up")
+	}
+	w.heal(t)
+	begun = time.Now()
+	r.waitUp(t)
+	if d := time.Since(begun); d > 2*time.Second {
+		t.Errorf("up %s after the return", d)
+	}
+}
+
+func TestIdleBlackHoleIsSeenByPings(t *testing.T) {
+	t.Parallel()
+	ca := newAuthority(t)
+	started := make(chan struct{}, 1)
+	u := newUpstream(t, ca, func(w http.ResponseWriter, r *http.Request) {
+		w.WriteHeader(http.StatusOK)
+		_ = http.NewResponseController(w).Flush()
+		started <- struct{}{}
+		<-r.Context().Done()
+	})
+	for name, path := range map[string]string{"with a watch": "/api/v1/pods?watch=true", "with nothing": ""} {
+		t.Run(name, func(t *testing.T) {
+			w := newWire(t, u.addr())
+			r := newRig(t, ca, func(c *Config) {
+				c.Budgets = Budgets{Idle: 300 * time.Millisecond, Ping: 300 * time.Millisecond,
+					Stall: 300 * time.Millisecond, Connect: 300 * time.Millisecond, Answer: 300 * time.Millisecond}
+			}, w.addr)
+			r.waitUp(t)
+			if path != "" {
+				resp, err := r.Node().RoundTrip(newRequest(t, path))
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer func() { _ = resp.Body.Close() }()
+				<-started
+			}
+			begun := time.Now()
+			w.blackhole()
+			r.waitDown(t)
+			if d := time.Since(begun); d > 3*time.Second {
+				t.Errorf("down after %s", d)
+			}
+		})
+	}
+}
+
+func TestIdleLinkCostsLittle(t *testing.T) {
+	t.Parallel()
+	ca := newAuthority(t)
+	u := newUpstream(t, ca, hello)
+	idle := 200 * time.Millisecond
+	r := newRig(t, ca, func(c *Config) { c.Budgets = Budgets{Idle: idle, Ping: idle} }, u.addr())
+	r.waitUp(t)
+	waitFor(t, func() bool { return u.asked.Load() >= 2 }) // a pooled connection is open now
+	from, in, dials := r.traffic[node].Written(), r.traffic[node].Read(), u.dials.Load()
+	begun := time.Now()
+	const pings = 5
+	for last, n := from, 0; n < pings; {
+		waitFor(t, func() bool { return r.traffic[node].Written() > last })
+		last = r.traffic[node].Written()
+		n++
+	}
+	took := time.Since(begun)
+	each := (r.traffic[node].Written() - from + r.traffic[node].Read() - in) / pings
+	t.Logf("%d bytes per ping", each)
+	if each > 200 {
+		t.Errorf("%d bytes per ping", each)
+	}
+	if took < (pings-2)*idle {
+		t.Errorf("%d pings in %s", pings, took)
+	}
+	if u.dials.Load() != dials {
+		t.Errorf("%d connections made while idle", u.dials.Load()-dials)
+	}
+}
+
+func TestSlowAnswerIsNoCut(t *testing.T) {
+	t.Parallel()
+	ca := newAuthority(t)
+	release := make(chan struct{})
+	u := newUpstream(t, ca, func(w http.ResponseWriter, _ *http.Request) { <-release })
+	r := newRig(t, ca, func(c *Config) { c.Budgets.Stall = 50 * time.Millisecond }, u.addr())
+	r.waitUp(t)
+	asked := u.asked.Load()
+	errs := make(chan error, 1)
+	go func() { _, err := nodeGet(t, r, "/api"); errs <- err }()
+	waitFor(t, func() bool { return u.asked.Load() > asked })
+	close(release)
+	if err := <-errs; err != nil {
+		t.Error(err)
+	}
+	if s := r.State(); !s.Up {
+		t.Errorf("state %+v", s)
+	}
+}
+
+func TestWhoIsNoAPIServerIsNotUp(t *testing.T) {
+	t.Parallel()
+	ca := newAuthority(t)
+	quick := func(c *Config) { c.Budgets.Retry = 20 * time.Millisecond }
+	portal := http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Type", "text/html")
+		_, _ = io.WriteString(w, "<html>Welcome to the hotel</html>")
+	})
+	fail := http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		http.Error(w, "etcd failed", http.StatusInternalServerError)
+	})
+
+	t.Run("page", func(t *testing.T) {
+		u := newUpstream(t, ca, hello)
+		u.ready.Store(&portal)
+		r := newRig(t, ca, quick, u.addr())
+		waitFor(t, func() bool { return u.asked.Load() >= 3 })
+		if s := r.State(); s.Up || !strings.Contains(s.Reason, "not like an API server") {
+			t.Errorf("state %+v", s)
+		}
+		u.ready.Store(nil)
+		r.waitUp(t)
+	})
+	t.Run("not ready", func(t *testing.T) {
+		u := newUpstream(t, ca, hello)
+		u.ready.Store(&fail)
+		r := newRig(t, ca, quick, u.addr())
+		waitFor(t, func() bool { return u.asked.Load() >= 3 })
+		if s := r.State(); s.Up || !strings.Contains(s.Reason, "500") {
+			t.Errorf("state %+v", s)
+		}
+	})
+	t.Run("certificate", func(t *testing.T) {
+		u := newUpstream(t, newAuthority(t), hello)
+		r := newRig(t, ca, quick, u.addr())
+		waitFor(t, func() bool { return u.dials.Load() >= 3 })
+		if s := r.State(); s.Up || !strings.Contains(s.Reason, "certificate") {
+			t.Errorf("state %+v", s)
+		}
+	})
+	t.Run("anonymous refused", func(t *testing.T) {
+		u := newUpstream(t, ca, hello)
+		unauthorized := http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+			w.WriteHeader(http.StatusUnauthorized)
+			_, _ = io.WriteString(w, `{"kind":"Status","apiVersion":"v1"}`)
+		})
+		u.ready.Store(&unauthorized)
+		newRig(t, ca, quick, u.addr()).waitUp(t)
+	})
+}
+
+func TestRequestsMoveToAnotherServer(t *testing.T) {
+	t.Parallel()
+	ca := newAuthority(t)
+	name := func(s string) http.HandlerFunc {
+		return func(w http.ResponseWriter, r *http.Request) {
+			body, _ := io.ReadAll(r.Body)
+			_, _ = io.WriteString(w, s+string(body))
+		}
+	}
+	a, b := newUpstream(t, ca, name("a")), newUpstream(t, ca, name("b"))
+	wa := newWire(t, a.addr())
+	for _, mode := range []Mode{RoundRobin, Priority} {
+		t.Run(string(mode), func(t *testing.T) {
+			wa.heal(t)
+			r := newRig(t, ca, func(c *Config) { c.Mode = mode }, wa.addr, b.addr())
+			waitFor(t, func() bool { return r.servers[0].healthy.Load() && r.servers[1].healthy.Load() })
+			seen := map[string]int{}
+			for range 6 {
+				body, err := nodeGet(t, r, "/")
+				if err != nil {
+					t.Fatal(err)
+				}
+				seen[body]++
+			}
+			if mode == RoundRobin && (seen["a"] != 3 || seen["b"] != 3) || mode == Priority && seen["a"] != 6 {
+				t.Errorf("requests went to %v", seen)
+			}
+			wa.refuse()
+			// No connection is pooled now, so nothing can have been sent
+			// to the first server: each request, and its body, moves on.
+			r.ClientChanged()
+			for range 4 {
+				req, err := http.NewRequest(http.MethodPost, "https://any/", io.NopCloser(strings.NewReader("!")))
+				if err != nil {
+					t.Fatal(err)
+				}
+				resp, err := r.Node().RoundTrip(req)
+				if err != nil {
+					t.Fatal(err)
+				}
+				body, err := io.ReadAll(resp.Body)
+				_ = resp.Body.Close()
+				if err != nil || string(body) != "b!" {
+					t.Errorf("got %q, %v", body, err)
+				}
+			}
+			if !r.Online() {
+				t.Error("link is down with a healthy server")
+			}
+			waitFor(t, func() bool { return !r.servers[0].healthy.Load() })
+		})
+	}
+}
+
+func TestCredentialsOfConnections(t *testing.T) {
+	t.Parallel()
+	ca := newAuthority(t)
+	u := newUpstream(t, ca, func(w http.ResponseWriter, r *http.Request) {
+		who := r.Header.Get("Authorization")
+		for _, c := range r.TLS.PeerCertificates {
+			who += c.Subject.CommonName
+		}
+		_, _ = io.WriteString(w, who+" "+r.Proto)
+	})
+	r := newRig(t, ca, nil, u.addr())
+	r.waitUp(t)
+	for _, tc := range []struct {
+		name string
+		rt   http.RoundTripper
+		path string
+		want string
+	}{
+		{"node", r.Node(), "/api", "system:node:edge-1 HTTP/1.1"},
+		{"node stream", r.Node(), "/api/v1/pods?watch=1", "system:node:edge-1 HTTP/2.0"},
+		{"bearer", r.Bearer(), "/api", "Bearer t HTTP/1.1"},
+		{"bearer stream", r.Bearer(), "/api/v1/watch/pods", "Bearer t HTTP/2.0"},
+	} {
+		req := newRequest(t, tc.path)
+		if strings.HasPrefix(tc.name, "bearer") {
+			req.Header.Set("Authorization", "Bearer t")
+		}
+		if got, err := read(tc.rt.RoundTrip(req)); err != nil || got != tc.want {
+			t.Errorf("%s: got %q, %v, want %q", tc.name, got, err, tc.want)
+		}
+	}
+
+	r.cert.Store(ca.client(t, "system:node:renewed"))
+	r.ClientChanged()
+	for path, want := range map[string]string{
+		"/api":                    "system:node:renewed HTTP/1.1",
+		"/api/v1/pods?watch=true": "system:node:renewed HTTP/2.0",
+	} {
+		if got, err := nodeGet(t, r, path); err != nil || got != want {
+			t.Errorf("after the change: got %q, %v, want %q", got, err, want)
+		}
+	}
+	if n, b := r.Traffic(); n.Read() == 0 || n.Written() == 0 || b.Read() == 0 || b.Written() == 0 {
+		t.Error("traffic is not counted")
+	}
+}
+
+func TestMissingCertificateIsNoCut(t *testing.T) {
+	t.Parallel()
+	ca := newAuthority(t)
+	u := newUpstream(t, ca, hello)
+	r := newRig(t, ca, func(c *Config) {
+		c.ClientCertificate = func() (*tls.Certificate, error) { return nil, errors.New("not bootstrapped") }
+	}, u.addr())
+	r.waitUp(t)
+	if _, err := nodeGet(t, r, "/api"); err == nil || !strings.Contains(err.Error(), "not bootstrapped") {
+		t.Errorf("got %v", err)
+	}
+	if got, err := read(r.Bearer().RoundTrip(newRequest(t, "/api"))); err != nil || got != "hello" {
+		t.Errorf("got %q, %v", got, err)
+	}
+	if !r.Online() {
+		t.Error("down")
+	}
+}
+
+func TestDownEndsStreams(t *testing.T) {
+	t.Parallel()
+	ca := newAuthority(t)
+	u := newUpstream(t, ca, func(w http.ResponseWriter, r *http.Request) {
+		_, _ = io.WriteString(w, "event")
+		_ = http.NewResponseController(w).Flush()
+		<-r.Context().Done()
+	})
+	w := newWire(t, u.addr())
+	r := newRig(t, ca, nil, w.addr)
+	r.waitUp(t)
+	resp, err := r.Node().RoundTrip(newRequest(t, "/api/v1/pods?watch=true"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.blackhole()
+	r.suspect(0)
+	body, err := io.ReadAll(resp.Body)
+	if string(body) != "event" || err == nil {
+		t.Errorf("stream ended with %q, %v", body, err)
+	}
+	r.waitDown(t)
+}
+
+func TestNewRefusesBadConfig(t *testing.T) {
+	t.Parallel()
+	for name, cfg := range map[string]Config{
+		"no server": {},
+		"http":      {Servers: urls("http://10.0.0.1:6443")},
+		"no host":   {Servers: urls("https:///x")},
+		"mode":      {Servers: urls("https://10.0.0.1:6443"), Mode: "random"},
+	} {
+		if _, err := New(cfg); err == nil {
+			t.Errorf("%s: accepted", name)
+		}
+	}
+	l, err := New(Config{Servers: urls("https://cloud")})
+	if err != nil || l.servers[0].addr != "cloud:443" {
+		t.Errorf("got %v, %v", l, err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	if err := l.WaitUp(ctx); !errors.Is(err, context.Canceled) {
+		t.Errorf("WaitUp returned %v", err)
+	}
+}
+
+func newRequest(t testing.TB, path string) *http.Request {
+	t.Helper()
+	req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "https://any"+path, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return req
+}
+
+func nodeGet(t testing.TB, r *rig, path string) (string, error) {
+	t.Helper()
+	return read(r.Node().RoundTrip(newRequest(t, path)))
+}
+
+func read(resp *http.Response, err error) (string, error) {
+	if err != nil {
+		return "", err
+	}
+	defer func() { _ = resp.Body.Close() }()
+	body, err := io.ReadAll(resp.Body)
+	return string(body), err
+}
+
+// waitFor polls cond, which another goroutine makes true.
+func waitFor(t testing.TB, cond func() bool) {
+	t.Helper()
+	tick := time.NewTicker(5 * time.Millisecond)
+	defer tick.Stop()
+	for deadline := time.Now().Add(15 * time.Second); !cond(); {
+		if time.Now().After(deadline) {
+			t.Fatal("condition did not come true")
+		}
+		<-tick.C
+	}
+}
+
+func urls(s string) []*url.URL {
+	u, err := url.Parse(s)
+	if err != nil {
+		panic(err)
+	}
+	return []*url.URL{u}
+}
