@@ -11,8 +11,6 @@ import (
 	"testing"
 )
 
-func itoa(n int) string { return strconv.Itoa(n) }
-
 // junk are names that say nothing about what a package holds.
 var junk = []string{
 	"util", "utils", "common", "helper", "helpers", "base", "types", "constants", "consts", "misc", "shared", "impl", "lib",

@@ -219,4 +219,17 @@ func TestHubUnit(t *testing.T) {
 			}
 		}
 	}
+
+	// A unit that waits for messages needs a hub that sends them.
+	var hub strings.Builder
+	for _, name := range files(t, "*.go") {
+		if under(name, "internal/hub") || under(name, "cmd/yurthub") {
+			hub.WriteString(read(t, name))
+		}
+	}
+	for _, call := range []string{"daemon.Ready(", "daemon.Stopping(", "daemon.Watchdog("} {
+		if !strings.Contains(hub.String(), call) {
+			t.Errorf("the unit expects the hub to call %s...)", call)
+		}
+	}
 }

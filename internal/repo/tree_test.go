@@ -63,7 +63,7 @@ func under(path, dir string) bool {
 
 // command returns the output of a program run at the root.
 func command(name string, args ...string) ([]byte, error) {
-	cmd := exec.Command(name, args...) //nolint:noctx // The test's own timeout ends it.
+	cmd := exec.Command(name, args...)
 	cmd.Dir = root
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
