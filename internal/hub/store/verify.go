@@ -206,7 +206,8 @@ func (v *verifier) bucket(ref bucketRef) (sound bool, err error) {
 
 type leafFunc func(key []byte, flags uint32, value []byte) error
 
-// tree walks the pages from id down. Keys must lie in [from, to).
+// tree walks the pages from id down. Keys must begin at from and end before
+// to; nil is no bound.
 func (v *verifier) tree(id uint64, from, to []byte, leaf leafFunc) error {
 	p, err := v.read(id)
 	if err == nil {
@@ -264,7 +265,7 @@ func (v *verifier) node(p, from, to []byte, leaf leafFunc) error {
 	if kind != leafPage && (kind != branchPage || count == 0) {
 		return fmt.Errorf("kind %d with %d elements", kind, count)
 	}
-	last := from
+	var last []byte
 	for i := range count {
 		at := pageHeader + i*pageElement
 		e := p[at : at+pageElement]
@@ -280,7 +281,7 @@ func (v *verifier) node(p, from, to []byte, leaf leafFunc) error {
 			return errors.New("element outside the page")
 		}
 		key := p[begin:end:end]
-		if c := bytes.Compare(key, last); c < 0 || c == 0 && i > 0 || to != nil && bytes.Compare(key, to) >= 0 {
+		if !inOrder(i, key, from, last, to) {
 			return errors.New("keys out of order")
 		}
 		last = key
@@ -302,6 +303,18 @@ func (v *verifier) node(p, from, to []byte, leaf leafFunc) error {
 		}
 	}
 	return nil
+}
+
+// inOrder reports whether the i-th key of a page may follow last. bbolt finds
+// a page in its parent by the first key, so that one must be from itself.
+func inOrder(i int, key, from, last, to []byte) bool {
+	if to != nil && bytes.Compare(key, to) >= 0 {
+		return false
+	}
+	if i == 0 {
+		return from == nil || bytes.Equal(key, from)
+	}
+	return bytes.Compare(key, last) > 0
 }
 
 // branchKey returns the key of an element that node has yet to look at.
