@@ -36,8 +36,7 @@ func history(t *testing.T, states int, after func(image []byte, c content)) {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "store")
 	rng := rand.New(rand.NewPCG(7, 7))
-	noise := make([]byte, 1<<16)
-	_, _ = rand.NewChaCha8([32]byte{}).Read(noise)
+	source := noise(1 << 16)
 	s := openTemp(t, store.Config{Path: path})
 	c := make(content)
 	commit := func() {
@@ -50,7 +49,7 @@ func history(t *testing.T, states int, after func(image []byte, c content)) {
 				continue
 			}
 			at := rng.IntN(1 << 15)
-			data := noise[at : at+rng.IntN(1<<rng.IntN(14))]
+			data := source[at : at+rng.IntN(1<<rng.IntN(14))]
 			b.Put(bucket, key, store.Record{Version: uint64(len(data)), Data: data})
 			if c[bucket] == nil {
 				c[bucket] = make(map[string][]byte)

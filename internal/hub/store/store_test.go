@@ -2,6 +2,9 @@ package store_test
 
 import (
 	"bytes"
+	"fmt"
+	"math/rand/v2"
+	"os"
 	"testing"
 
 	"go.uber.org/goleak"
@@ -11,6 +14,13 @@ import (
 )
 
 func TestMain(m *testing.M) {
+	if ran, err := child(); ran {
+		if err != nil {
+			fmt.Fprintln(os.Stderr, "child:", err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
 	goleak.VerifyTestMain(m)
 }
 
@@ -24,4 +34,11 @@ func TestConformance(t *testing.T) {
 		}
 		return s
 	})
+}
+
+// noise returns n bytes that do not compress.
+func noise(n int) []byte {
+	b := make([]byte, n)
+	_, _ = rand.NewChaCha8([32]byte{9}).Read(b)
+	return b
 }
