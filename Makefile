@@ -15,64 +15,58 @@ RACE    ?= ./internal/...
 TESTFLAGS ?=
 export YURT_CACHE ?= $(CURDIR)/.cache
 
-.PHONY: help
+# No target is a file: Go and the playground know what is up to date.
+.PHONY: help demo test check lint race e2e bench bin fmt vuln bin/controlplane packages setup generate verify clean
+
 help: ## Show this list.
 	@awk -F ':.*## ' '/^[a-z0-9\/-]+:.*## / {printf "  %-17s %s\n", $$1, $$2}' Makefile
 
-.PHONY: demo
 demo: setup ## Set up this machine, then lose a link and a node, and show that pods run on.
 	bin/yurtadm playground demo
 
-.PHONY: test
 test: setup ## Set up this machine, then run every test.
 	go test -count=1 -p 2 -timeout 45m $(TESTFLAGS) ./...
 
-.PHONY: check
 check: lint race ## Linters, go vet, race tests and repository rules.
 	go vet ./...
 	go test -count=1 ./internal/repo
 
-.PHONY: lint
 lint: ## Run golangci-lint.
 	$(TOOL) golangci-lint run ./...
 
-.PHONY: race
+fmt: ## Format, and mend what the linters can mend.
+	$(TOOL) golangci-lint run --fix ./...
+
+vuln: ## Look for known vulnerabilities in what we link.
+	$(TOOL) govulncheck ./...
+
 race: packages ## Run RACE (./internal/... unless given) under the race detector.
 	CGO_ENABLED=1 go test -race -count=1 -p 2 -timeout 20m $(RACE)
 
-.PHONY: e2e
 e2e: setup ## Run the scenarios on a playground.
 	go test -count=1 -timeout 45m $(TESTFLAGS) ./test/e2e/...
 
-.PHONY: bench
 bench: setup ## Measure direct against through the hub, as a table.
 	go test -run '^$$' -bench . -timeout 45m ./test/bench/...
 
-.PHONY: bin
 bin: ## Build our binaries into bin/.
 	@mkdir -p bin
 	CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o bin/ $(CMDS:%=./cmd/%)
 
-.PHONY: bin/controlplane
 bin/controlplane: bin ## Build Kubernetes, etcd, containerd and CoreDNS, once per version.
 	bin/yurtadm playground build
 
-.PHONY: packages
 packages: ## Install the Debian packages that are missing.
 	@.ci/packages
 
-.PHONY: setup
 setup: packages bin bin/controlplane ## Do all that demo and test need.
 
-.PHONY: generate
 generate: ## Rewrite generated files and reviewed lists.
 	go generate ./...
 	go test -count=1 -run TestHubDependencies ./internal/repo -update
 
-.PHONY: verify
 verify: generate ## Fail when generated files or golden lists are stale.
 	git diff --exit-code
 
-.PHONY: clean
 clean: ## Remove binaries and caches of this checkout.
 	rm -rf bin .cache
