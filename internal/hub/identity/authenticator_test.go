@@ -273,25 +273,25 @@ func TestTokenIsReviewedOncePerTTL(t *testing.T) {
 		}
 		wg.Wait()
 		asked(1) // one flight for all
-		time.Sleep(tokenRefresh - time.Second)
+		elapse(tokenRefresh - time.Second)
 		b.want(t, r, webUser)
 		asked(1)
-		time.Sleep(2 * time.Second)
+		elapse(2 * time.Second)
 		b.want(t, r, webUser) // from the cache, and refreshed behind
 		asked(2)
 		b.want(t, r, webUser)
 		asked(2)
-		time.Sleep(tokenTTL + time.Second)
+		elapse(tokenTTL + time.Second)
 		b.want(t, r, webUser)
 		asked(3)
 
 		// A revoked token is noticed: at once when it was idle.
 		b.cloud.set(func() { clear(b.cloud.users) })
-		time.Sleep(tokenTTL + time.Second)
+		elapse(tokenTTL + time.Second)
 		b.want(t, r, "")
 		b.want(t, r, "")
 		asked(4)
-		time.Sleep(negativeTTL + time.Second)
+		elapse(negativeTTL + time.Second)
 		b.want(t, r, "")
 		asked(5)
 		// And it stays revoked without the cloud, although its signature is good.
@@ -300,7 +300,7 @@ func TestTokenIsReviewedOncePerTTL(t *testing.T) {
 		b.want(t, r, "")
 		// Until the cloud says otherwise.
 		b.offline.Store(false)
-		time.Sleep(fallbackTTL + time.Second)
+		elapse(fallbackTTL + time.Second)
 		b.cloud.admit(bearer(r), webUser)
 		b.want(t, r, webUser)
 		b.offline.Store(true)
@@ -322,7 +322,7 @@ func TestHangingCloudCostsOneWait(t *testing.T) {
 			t.Errorf("waited %s", waited)
 		}
 		for range 30 {
-			time.Sleep(time.Second)
+			elapse(time.Second)
 			start := time.Now()
 			b.want(t, r, webUser)
 			if waited := time.Since(start); waited > 0 {
@@ -335,7 +335,7 @@ func TestHangingCloudCostsOneWait(t *testing.T) {
 		if _, err := b.Authenticate(withToken("opaque").WithContext(ctx)); !apierrors.IsUnauthorized(err) {
 			t.Errorf("got %v", err)
 		}
-		time.Sleep(DefaultBudget)
+		elapse(DefaultBudget)
 		synctest.Wait()
 	})
 }
@@ -348,7 +348,7 @@ func TestTokenEndsInCache(t *testing.T) {
 		b.offline.Store(true)
 		r := withToken(b.cloud.token(t, func(c *claims) { c.Expiry = jwt.NewNumericDate(time.Now().Add(time.Minute)) }))
 		b.want(t, r, webUser)
-		time.Sleep(time.Minute + leeway + time.Second)
+		elapse(time.Minute + leeway + time.Second)
 		b.want(t, r, "")
 	})
 }
@@ -413,13 +413,13 @@ func TestRunFollowsKeyRotation(t *testing.T) {
 				t.Fatalf("%d fetches, want %d", got, want)
 			}
 		}
-		time.Sleep(time.Hour)
+		elapse(time.Hour)
 		fetched(0)
 		b.offline.Store(false)
-		time.Sleep(keysPoll)
+		elapse(keysPoll)
 		fetched(1)
 		saves := b.memory.Saves()
-		time.Sleep(keysInterval + time.Second)
+		elapse(keysInterval + time.Second)
 		fetched(2)
 		if b.memory.Saves() != saves {
 			t.Error("unchanged keys were saved again")
@@ -428,7 +428,7 @@ func TestRunFollowsKeyRotation(t *testing.T) {
 		b.cloud.set(func() { b.cloud.key, b.cloud.id = newKey(t), "key-2" })
 		r := withToken(b.cloud.admit(b.cloud.token(t, nil), webUser))
 		b.want(t, r, webUser)
-		time.Sleep(keysRetry)
+		elapse(keysRetry)
 		fetched(3)
 		b.offline.Store(true)
 		b.restart()
@@ -499,7 +499,7 @@ func TestLocalSigner(t *testing.T) {
 		b.local = again
 		b.restart()
 		b.want(t, r, webUser)
-		time.Sleep(time.Hour + leeway + time.Second)
+		elapse(time.Hour + leeway + time.Second)
 		b.want(t, r, "")
 		if _, _, err := b.local.Sign(TokenSpec{Namespace: "shop"}); err == nil {
 			t.Error("signed for nobody")

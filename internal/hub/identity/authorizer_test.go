@@ -108,19 +108,19 @@ func TestDecisionTTL(t *testing.T) {
 		}
 		wg.Wait()
 		c.asked(t, 1)
-		time.Sleep(allowedRefresh + time.Second)
+		elapse(allowedRefresh + time.Second)
 		c.allow(always(false))
 		c.want(t, web(), list("a"), true) // the last time; asked again behind
 		c.asked(t, 2)
 		c.want(t, web(), list("a"), false)
-		time.Sleep(deniedTTL - time.Second)
+		elapse(deniedTTL - time.Second)
 		c.want(t, web(), list("a"), false)
 		c.asked(t, 2)
-		time.Sleep(2 * time.Second)
+		elapse(2 * time.Second)
 		c.allow(always(true))
 		c.want(t, web(), list("a"), true)
 		c.asked(t, 3)
-		time.Sleep(allowedTTL + time.Second)
+		elapse(allowedTTL + time.Second)
 		c.allow(always(false))
 		c.want(t, web(), list("a"), false) // after a pause the cloud is waited for
 		c.asked(t, 4)
@@ -190,7 +190,7 @@ func TestLatestAnswerWinsOffline(t *testing.T) {
 		c := newCourt(t)
 		say := func(a Attributes, yes bool) {
 			t.Helper()
-			time.Sleep(allowedTTL + time.Second)
+			elapse(allowedTTL + time.Second)
 			c.offline.Store(false)
 			c.allow(always(yes))
 			c.want(t, web(), a, yes)
@@ -219,7 +219,7 @@ func TestFailingReviewsFallBack(t *testing.T) {
 		c.allow(always(true))
 		c.want(t, web(), list("a"), true)
 		c.cloud.set(func() { c.cloud.hang = true })
-		time.Sleep(allowedTTL + time.Second)
+		elapse(allowedTTL + time.Second)
 		wait := func(a Attributes, allowed bool) time.Duration {
 			start := time.Now()
 			c.want(t, web(), a, allowed)
@@ -229,7 +229,7 @@ func TestFailingReviewsFallBack(t *testing.T) {
 			t.Errorf("waited %s", w)
 		}
 		for range 60 {
-			time.Sleep(time.Second)
+			elapse(time.Second)
 			if w := wait(list("a"), true); w != 0 {
 				t.Errorf("waited %s again", w)
 			}
@@ -241,7 +241,7 @@ func TestFailingReviewsFallBack(t *testing.T) {
 			t.Errorf("waited %s again", w)
 		}
 		c.cloud.set(func() { c.cloud.hang = false })
-		time.Sleep(fallbackTTL + time.Second)
+		elapse(fallbackTTL + time.Second)
 		c.want(t, web(), list("b"), true)
 
 		c.cloud.set(func() { c.cloud.hang = true })
@@ -250,7 +250,7 @@ func TestFailingReviewsFallBack(t *testing.T) {
 		if _, err := c.Authorize(ctx, web(), list("c")); err == nil {
 			t.Error("no error after the caller left")
 		}
-		time.Sleep(DefaultBudget)
+		elapse(DefaultBudget)
 		synctest.Wait()
 	})
 }
@@ -271,18 +271,18 @@ func TestDecisionsAreSavedSeldom(t *testing.T) {
 		saves(0)
 		c.allow(always(true))
 		for range 100 {
-			time.Sleep(time.Hour)
+			elapse(time.Hour)
 			c.want(t, web(), list("a"), true)
 		}
 		saves(1)
-		time.Sleep(DefaultMaxAge / 8)
+		elapse(DefaultMaxAge / 8)
 		c.want(t, web(), list("a"), true)
 		saves(2)
 		c.restart()
 		c.offline.Store(true)
-		time.Sleep(DefaultMaxAge - time.Hour)
+		elapse(DefaultMaxAge - time.Hour)
 		c.want(t, web(), list("a"), true)
-		time.Sleep(2 * time.Hour)
+		elapse(2 * time.Hour)
 		c.want(t, web(), list("a"), false)
 	})
 }

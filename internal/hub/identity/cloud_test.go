@@ -209,3 +209,6 @@ func withToken(token string) *http.Request {
 }
 
 func quiet() *slog.Logger { return slog.New(slog.DiscardHandler) }
+
+// elapse lets the virtual time of a synctest bubble pass.
+func elapse(d time.Duration) { <-time.After(d) }
