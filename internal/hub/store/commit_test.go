@@ -76,7 +76,7 @@ func TestFirstSubmitDoesNotWaitAndLaterOnesShare(t *testing.T) {
 			t.Fatal(err)
 		}
 		commits := s.Stats().Commits - before
-		if worst > time.Second || commits > 12 {
+		if worst > 2*time.Second || commits > 7 {
 			t.Errorf("10 s of batches: %d commits, up to %v late", commits, worst)
 		}
 		if d := time.Since(start); d != 10*time.Second {
@@ -129,10 +129,12 @@ func TestFullBatchDoesNotWait(t *testing.T) {
 }
 
 func TestSubmitBlocksWhenFullAndHonoursContext(t *testing.T) {
-	bubble(t, store.Config{MaxLag: time.Hour, MaxBatchBytes: 1 << 30}, func(t *testing.T, s *store.Store) {
-		if err := s.Commit(t.Context(), one(0)); err != nil {
+	bubble(t, store.Config{}, func(t *testing.T, s *store.Store) {
+		resume := make(chan struct{}) // holds the committer up, as a slow disk
+		if err := s.Submit(t.Context(), one(0), func(error) { <-resume }); err != nil {
 			t.Fatal(err)
 		}
+		synctest.Wait()
 		cause := errors.New("out of patience")
 		ctx, cancel := context.WithTimeoutCause(t.Context(), time.Minute, cause)
 		defer cancel()
@@ -148,11 +150,12 @@ func TestSubmitBlocksWhenFullAndHonoursContext(t *testing.T) {
 				break
 			}
 		}
-		if n < 5 || n > 9 {
-			t.Errorf("%d MB queued", n)
+		if n != 7 || s.Stats().QueuedBytes > 8<<20 {
+			t.Errorf("%d MB queued, %d bytes", n, s.Stats().QueuedBytes)
 		}
-		if q := s.Stats().QueuedBytes; q > 8<<20 {
-			t.Errorf("%d bytes queued", q)
+		close(resume)
+		if err := s.Submit(t.Context(), one(n), nil); err != nil {
+			t.Error(err)
 		}
 	})
 }

@@ -29,10 +29,9 @@ func (c content) clone() content {
 	return n
 }
 
-// history makes a store with a few commits of puts, deletes and drops behind
-// it, of values of all sizes, and calls after with the closed file and its
-// content at each of its last states.
-func history(t *testing.T, states int, after func(image []byte, c content)) {
+// history makes a store by commits of puts and deletes of values of all
+// sizes and returns its file and its content after each.
+func history(t *testing.T, commits int) (images [][]byte, contents []content) {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "store")
 	rng := rand.New(rand.NewPCG(7, 7))
@@ -62,28 +61,24 @@ func history(t *testing.T, states int, after func(image []byte, c content)) {
 			t.Fatal(err)
 		}
 	}
-	for range 12 {
-		commit()
-	}
-	for range states {
+	for range commits {
 		commit()
 		image, err := os.ReadFile(path) // nothing is written between commits
 		if err != nil {
 			t.Fatal(err)
 		}
-		after(image, c.clone())
+		images, contents = append(images, image), append(contents, c.clone())
 	}
+	return images, contents
 }
 
 // settled returns a store's file whose last two commits hold the same, so
 // that falling back to the one before loses nothing.
 func settled(t *testing.T) ([]byte, content) {
 	t.Helper()
-	var image []byte
-	var want content
-	history(t, 1, func(i []byte, c content) { image, want = i, c })
+	images, contents := history(t, 12)
 	path := filepath.Join(t.TempDir(), "store")
-	write(t, path, image)
+	write(t, path, images[11])
 	s := openTemp(t, store.Config{Path: path})
 	for range 2 {
 		b := store.NewBatch()
@@ -99,7 +94,7 @@ func settled(t *testing.T) ([]byte, content) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return image, want
+	return image, contents[11]
 }
 
 func write(t *testing.T, path string, image []byte) {
@@ -286,14 +281,10 @@ func TestTruncatedFile(t *testing.T) {
 // held before, which looks sound.
 func TestLostWritesAreNoticed(t *testing.T) {
 	t.Parallel()
-	var images [][]byte
-	var contents []content
-	history(t, 8, func(image []byte, c content) {
-		images, contents = append(images, image), append(contents, c)
-	})
+	images, contents := history(t, 16)
 	path := filepath.Join(t.TempDir(), "store")
 	var rebuilt, noticed int
-	for i := 1; i < len(images); i++ {
+	for i := 10; i < len(images); i++ {
 		for page := 2; page < usedPages(images[i-1]); page++ {
 			bad := bytes.Clone(images[i])
 			here := bad[page*pageSize:][:pageSize]
@@ -362,15 +353,11 @@ func inspectStale(t *testing.T, path string, want content, older []content) outc
 // a sync. The state before must be there, whole and unsuspected.
 func TestPowerCutInCommitKeepsStateBefore(t *testing.T) {
 	t.Parallel()
-	var images [][]byte
-	var contents []content
-	history(t, 6, func(image []byte, c content) {
-		images, contents = append(images, image), append(contents, c)
-	})
+	images, contents := history(t, 16)
 	path := filepath.Join(t.TempDir(), "store")
 	rng := rand.New(rand.NewPCG(3, 3))
 	for i := 1; i < len(images); i++ {
-		for round := range 12 {
+		for round := range 6 {
 			cut := make([]byte, len(images[i])) // the file may have grown
 			copy(cut, images[i-1])
 			for at := 2 * pageSize; at < len(cut); at += 512 {

@@ -13,7 +13,7 @@ import (
 // Snapshot is the state of the store at one commit. It is for one goroutine
 // and must be closed soon: while it is open, no page that was replaced
 // since can be used again, so the file grows with every commit, and
-// Store.Close waits for it.
+// Store.Close waits for it. Its owner may commit and open other snapshots.
 type Snapshot struct {
 	s  *Store
 	tx *bolt.Tx
@@ -114,8 +114,9 @@ func (sn *Snapshot) read(dst []byte, bucket, key string) (out []byte, h Header, 
 //
 // An entry with a damaged header is left out. Scan then goes on and returns
 // ErrDamaged in the end, as it does when the bucket is known to have lost
-// keys: what fn has seen is right but not complete. Replacing the bucket by
-// a Drop and Puts in one batch makes it whole again.
+// keys or writes: what fn has seen was written so, but may lack keys or hold
+// older versions of some. Resuming a watch from such a bucket would be
+// wrong. Replacing it by a Drop and Puts in one batch makes it whole again.
 func (sn *Snapshot) Scan(bucket, from string, fn func(key string, h Header) error) error {
 	if sn.tx == nil {
 		return ErrClosed

@@ -413,7 +413,7 @@ func randomHistory(t *testing.T, b *bed) {
 				}
 			}
 		})
-		if round%50 == 49 {
+		if round%15 == 14 {
 			b.reopen(t)
 			if b.Rebuilt() {
 				t.Fatal("rebuilt")
