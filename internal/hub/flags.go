@@ -1,0 +1,115 @@
+package hub
+
+import (
+	"fmt"
+	"net"
+	"net/url"
+	"strings"
+	"time"
+
+	"github.com/spf13/pflag"
+	"k8s.io/apimachinery/pkg/runtime/schema"
+
+	"github.com/yurt-edge/yurt/internal/hub/cert"
+	"github.com/yurt-edge/yurt/internal/hub/link"
+)
+
+// Flags are a hub's settings as they stand on the command line. Names and
+// defaults are OpenYurt's where it has them.
+type Flags struct {
+	nodeName, poolName, rootDir, storeDir string
+	servers, nodeIPs, serviceIPs, pinned  []string
+	lbMode, mode, bootstrap               string
+	caHashes                              []string
+	bind, dummyIP, dummyName              string
+	dummy, profiling                      bool
+	healthPort, proxyPort                 int
+	decisionAge                           time.Duration
+}
+
+// Add registers the flags.
+func (f *Flags) Add(fs *pflag.FlagSet) {
+	fs.StringVar(&f.nodeName, "node-name", "", "name of this node in the cluster (required)")
+	fs.StringVar(&f.poolName, "nodepool-name", "", "node pool that this node belongs to")
+	fs.StringSliceVar(&f.servers, "server-addr", nil, "URLs of the API servers, https only; from --bootstrap-file if empty")
+	fs.StringVar(&f.lbMode, "lb-mode", string(link.RoundRobin), "how requests are spread over several servers: rr or priority")
+	fs.StringVar(&f.rootDir, "root-dir", "/var/lib/yurthub", "directory for keys, certificates and the store")
+	fs.StringVar(&f.storeDir, "disk-cache-path", "", "directory of the replica's store (default <root-dir>/store)")
+	fs.StringVar(&f.mode, "bootstrap-mode", string(cert.ModeToken), "where the hub's certificate comes from: token or kubeletcertificate")
+	fs.StringVar(&f.bootstrap, "bootstrap-file", "", "kubeconfig that holds the bootstrap token and the cluster's CA")
+	fs.StringSliceVar(&f.caHashes, "discovery-token-ca-cert-hash", nil, "pins of the cluster's CA (sha256:<hex>) where no file holds it")
+	fs.StringVar(&f.bind, "bind-address", "127.0.0.1", "loopback address of the proxy and of health")
+	fs.IntVar(&f.healthPort, "serve-port", 10267, "port of health, readiness and metrics")
+	fs.IntVar(&f.proxyPort, "proxy-secure-port", 10268, "port of the HTTPS proxy")
+	fs.BoolVar(&f.dummy, "enable-dummy-if", true, "serve pods at --dummy-if-ip")
+	fs.StringVar(&f.dummyIP, "dummy-if-ip", "169.254.2.1", "link-local address at which pods reach the hub")
+	fs.StringVar(&f.dummyName, "dummy-if-name", "hub-dummy0", "interface of --dummy-if-ip; lo where the kernel has no dummy type")
+	fs.StringSliceVar(&f.nodeIPs, "node-ip", nil, "addresses of this node, for its server certificate")
+	fs.StringSliceVar(&f.serviceIPs, "service-ip", nil, "addresses of the service default/kubernetes, for the server certificate")
+	fs.StringSliceVar(&f.pinned, "pool-scope-resources", []string{"v1/services", "discovery.k8s.io/v1/endpointslices"},
+		"resources that are always replicated, as [group/]version/resource")
+	fs.DurationVar(&f.decisionAge, "max-decision-age", 90*24*time.Hour, "how old a remembered authorisation may be while the cloud is away")
+	fs.BoolVar(&f.profiling, "profiling", false, "serve /debug/pprof to callers who may get it")
+}
+
+// Config checks the flags. Errors name the flag and what it takes.
+func (f *Flags) Config() (Config, error) {
+	cfg := Config{
+		NodeName: f.nodeName, PoolName: f.poolName, RootDir: f.rootDir, StoreDir: f.storeDir,
+		LinkMode: link.Mode(f.lbMode), Mode: cert.Mode(f.mode), Bootstrap: f.bootstrap, CAHashes: f.caHashes,
+		BindAddress: f.bind, HealthPort: f.healthPort, ProxyPort: f.proxyPort, DummyName: f.dummyName,
+		DecisionAge: f.decisionAge, Profiling: f.profiling,
+	}
+	if cfg.NodeName == "" {
+		return cfg, fmt.Errorf("--node-name is empty: give the name of this node")
+	}
+	if len(f.servers) == 0 && f.bootstrap == "" {
+		return cfg, fmt.Errorf("--server-addr is empty: give the URL of an API server, as https://10.0.0.1:6443")
+	}
+	for _, text := range f.servers {
+		u, err := url.Parse(strings.TrimSpace(text))
+		if err != nil || u.Scheme != "https" || u.Host == "" {
+			return cfg, fmt.Errorf("--server-addr %q is not an https URL: give it as https://10.0.0.1:6443", text)
+		}
+		cfg.Servers = append(cfg.Servers, u)
+	}
+	if cfg.LinkMode != link.RoundRobin && cfg.LinkMode != link.Priority {
+		return cfg, fmt.Errorf("--lb-mode %q is not known: use rr or priority", f.lbMode)
+	}
+	var err error
+	if cfg.NodeIPs, err = parseIPs("--node-ip", f.nodeIPs); err != nil {
+		return cfg, err
+	}
+	if cfg.ServiceIPs, err = parseIPs("--service-ip", f.serviceIPs); err != nil {
+		return cfg, err
+	}
+	if f.dummy && f.dummyIP != "" {
+		if cfg.DummyIP = net.ParseIP(f.dummyIP); cfg.DummyIP == nil {
+			return cfg, fmt.Errorf("--dummy-if-ip %q is not an IP address", f.dummyIP)
+		}
+	}
+	for _, text := range f.pinned {
+		parts := strings.Split(strings.TrimPrefix(text, "/"), "/")
+		switch len(parts) {
+		case 2:
+			cfg.Pinned = append(cfg.Pinned, schema.GroupVersionResource{Version: parts[0], Resource: parts[1]})
+		case 3:
+			cfg.Pinned = append(cfg.Pinned, schema.GroupVersionResource{Group: parts[0], Version: parts[1], Resource: parts[2]})
+		default:
+			return cfg, fmt.Errorf("--pool-scope-resources %q is not [group/]version/resource", text)
+		}
+	}
+	return cfg, nil
+}
+
+func parseIPs(flag string, texts []string) ([]net.IP, error) {
+	var out []net.IP
+	for _, text := range texts {
+		ip := net.ParseIP(strings.TrimSpace(text))
+		if ip == nil {
+			return nil, fmt.Errorf("%s %q is not an IP address", flag, text)
+		}
+		out = append(out, ip)
+	}
+	return out, nil
+}

@@ -1,0 +1,380 @@
+// Package hub is the agent that makes an edge node independent of its link:
+// an API server's stand-in on the node that forwards while it can, answers
+// from a replica while it cannot, and lends its rights to nobody.
+//
+// Config and Run are its front door; pipeline.go shows the way of a request.
+package hub
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strconv"
+	"time"
+
+	"github.com/go-jose/go-jose/v4"
+	"github.com/prometheus/client_golang/prometheus"
+	"k8s.io/apimachinery/pkg/runtime/schema"
+
+	"github.com/yurt-edge/yurt/internal/atomicfile"
+	"github.com/yurt-edge/yurt/internal/daemon"
+	"github.com/yurt-edge/yurt/internal/httpx"
+	"github.com/yurt-edge/yurt/internal/hub/cert"
+	"github.com/yurt-edge/yurt/internal/hub/identity"
+	"github.com/yurt-edge/yurt/internal/hub/journal"
+	"github.com/yurt-edge/yurt/internal/hub/link"
+	"github.com/yurt-edge/yurt/internal/hub/replica"
+	"github.com/yurt-edge/yurt/internal/hub/store"
+)
+
+const (
+	// readBudget is how long a read waits for the cloud when the replica
+	// could answer it.
+	readBudget = 2 * time.Second
+	// writeBudget is the same for writes that have an answer on the node.
+	writeBudget = 5 * time.Second
+	// leaseBudget is short: the kubelet's own time-out is ten seconds.
+	leaseBudget = 3 * time.Second
+	// syncBudget is how long an informer waits for a new scope to sync
+	// before it is sent to the cloud.
+	syncBudget = 20 * time.Second
+	// awaitBudget is how long a read waits for the replica to reach a
+	// resource version before the cloud is asked.
+	awaitBudget = time.Second
+
+	minTokenLife = 2 * time.Minute
+	stopGrace    = 3 * time.Second
+)
+
+var (
+	podsResource        = schema.GroupVersionResource{Version: "v1", Resource: "pods"}
+	signatureAlgorithms = []jose.SignatureAlgorithm{jose.RS256, jose.RS384, jose.RS512, jose.ES256, jose.ES384, jose.ES512}
+)
+
+// Config is what a hub needs. Defaults are set by the command's flags.
+type Config struct {
+	NodeName   string
+	PoolName   string
+	NodeIPs    []net.IP
+	Servers    []*url.URL
+	LinkMode   link.Mode
+	RootDir    string
+	StoreDir   string // the replica's; RootDir/store if empty
+	Mode       cert.Mode
+	Bootstrap  string   // kubeconfig with the bootstrap token
+	CAHashes   []string // pins of the cluster's CA
+	ServiceIPs []net.IP // of the kubernetes service, for the server certificate
+
+	BindAddress string // of the proxy and of health, 127.0.0.1
+	ProxyPort   int    // 10268
+	HealthPort  int    // 10267
+	DummyIP     net.IP // where pods reach the hub; nil: nowhere
+	DummyName   string // interface that holds it, where the kernel has the type
+
+	// Pinned are resources that the hub replicates without being asked.
+	Pinned []schema.GroupVersionResource
+	// DecisionAge bounds how old a remembered authorisation may be.
+	DecisionAge time.Duration
+	Profiling   bool
+
+	Log        *slog.Logger
+	Registerer prometheus.Registerer
+	Gatherer   prometheus.Gatherer
+}
+
+// Hub is a running hub.
+type Hub struct {
+	cfg     Config
+	log     *slog.Logger
+	store   *store.Store
+	certs   *cert.Certificates
+	link    *link.Link
+	replica *replica.Replica
+	journal *journal.Journal
+	answers *answers
+	authn   *identity.Authenticator
+	authz   *identity.Authorizer
+	signer  *identity.LocalSigner
+	tokens  memory
+	reviews memory
+	lanes   *lanes
+	metrics *hubMetrics
+
+	heartbeat heartbeat
+	self      *identity.Caller // the node's user, which the hub's streams are
+}
+
+// Run serves until ctx ends and returns nil, or returns the first error that
+// stops it.
+func Run(ctx context.Context, cfg Config) error {
+	h, err := open(cfg)
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if err := h.store.Close(); err != nil {
+			h.log.Error("store not closed", "err", err)
+		}
+	}()
+	servers, err := h.listen(ctx)
+	if err != nil {
+		return err
+	}
+	runs := []func(context.Context) error{
+		h.certs.Run, h.link.Run, h.replica.Run, h.journal.Run, h.authn.Run,
+		h.answers.run, h.follow, h.announce, h.keepAddress,
+		daemon.Watchdog(h.log, h.alive),
+	}
+	for _, s := range servers {
+		runs = append(runs, s.Run)
+	}
+	return daemon.Group(ctx, runs...)
+}
+
+// open builds the hub's parts from what is on disk. It asks nothing of the
+// cloud, so it takes the same time with the link cut.
+func open(cfg Config) (*Hub, error) {
+	if cfg.NodeName == "" {
+		return nil, errors.New("no node name given: set --node-name")
+	}
+	h := &Hub{cfg: cfg, log: cfg.Log, lanes: newLanes(), metrics: newHubMetrics(cfg.Registerer)}
+	h.self = &identity.Caller{
+		Name: "system:node:" + cfg.NodeName, Groups: []string{"system:nodes", "system:authenticated"}, Certificate: true,
+	}
+	var err error
+	if h.store, err = h.openStore(); err != nil {
+		return nil, err
+	}
+	if err := h.build(); err != nil {
+		return nil, errors.Join(err, h.store.Close())
+	}
+	return h, nil
+}
+
+func (h *Hub) build() error {
+	cfg := h.cfg
+	var err error
+	servers := make([]string, len(cfg.Servers))
+	for i, u := range cfg.Servers {
+		servers[i] = u.String()
+	}
+	h.certs, err = cert.New(cert.Config{
+		Dir: filepath.Join(cfg.RootDir, "pki"), NodeName: cfg.NodeName, Mode: cfg.Mode, Servers: servers,
+		BootstrapKubeconfig: cfg.Bootstrap, CAHashes: cfg.CAHashes,
+		DummyIP: cfg.DummyIP, NodeIPs: cfg.NodeIPs, ServerIPs: cfg.ServiceIPs, Log: h.log,
+	})
+	if err != nil {
+		return err
+	}
+	if len(cfg.Servers) == 0 {
+		for _, s := range h.certs.Servers() {
+			u, err := url.Parse(s)
+			if err != nil {
+				return fmt.Errorf("server %q in %s: %w", s, cfg.Bootstrap, err)
+			}
+			cfg.Servers = append(cfg.Servers, u)
+		}
+	}
+	if len(cfg.Servers) == 0 {
+		return errors.New("no API server given: set --server-addr")
+	}
+	h.link, err = link.New(link.Config{
+		Servers: cfg.Servers, Mode: cfg.LinkMode, ClusterCAs: h.certs.ClusterCAs,
+		ClientCertificate: func() (*tls.Certificate, error) {
+			if c := h.certs.ClientCertificate(); c != nil {
+				return c, nil
+			}
+			return nil, errors.New("the hub has no client certificate yet")
+		},
+		Log: h.log, Registerer: cfg.Registerer,
+	})
+	if err != nil {
+		return err
+	}
+	h.tokens, h.reviews = memory{h.store, "tokens"}, memory{h.store, "reviews"}
+	remembered := memory{h.store, "identity"}
+	if h.signer, err = identity.NewLocalSigner(cfg.NodeName, remembered); err != nil {
+		return err
+	}
+	api := identity.NewAPI(&http.Client{Transport: h.link.Node()}, "https://upstream")
+	h.authn = identity.NewAuthenticator(identity.AuthenticatorConfig{
+		API: api, Memory: remembered, ClusterCAs: h.certs.ClusterCAs, Local: h.signer,
+		Online: h.link.Online, Log: h.log,
+	})
+	h.authz = identity.NewAuthorizer(identity.AuthorizerConfig{
+		API: api, Memory: remembered, Online: h.link.Online, MaxAge: cfg.DecisionAge, Log: h.log,
+	})
+	h.answers = newAnswers(h.store, h.log)
+	h.journal, err = journal.Open(journal.Config{
+		Store: h.store, Cloud: h.link.Node(), WaitUp: h.link.WaitUp, Log: h.log, Registerer: cfg.Registerer,
+		Refresh: func(r schema.GroupVersionResource, namespace, name string) error {
+			return h.replica.Refresh(r, namespace, name)
+		},
+	})
+	if err != nil {
+		return err
+	}
+	h.replica, err = replica.New(replica.Config{
+		Store: h.store, Upstream: h.link, Online: h.link.Online, Overlay: h.journal.Overlay,
+		Log: h.log, Registerer: cfg.Registerer,
+	})
+	if err != nil {
+		return err
+	}
+	for _, r := range cfg.Pinned {
+		if err := h.replica.Pin(replica.Scope{Resource: r}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// openStore opens the store under the node's key. The key is a file that
+// only root reads.
+func (h *Hub) openStore() (*store.Store, error) {
+	keyFile := filepath.Join(h.cfg.RootDir, "pki", "store.key")
+	key, err := os.ReadFile(keyFile)
+	if errors.Is(err, os.ErrNotExist) {
+		key = make([]byte, 32)
+		if _, err := rand.Read(key); err != nil {
+			return nil, fmt.Errorf("make store key: %w", err)
+		}
+		if err := os.MkdirAll(filepath.Dir(keyFile), 0o700); err != nil {
+			return nil, fmt.Errorf("make store key: %w", err)
+		}
+		err = atomicfile.WriteFile(keyFile, key, 0o600)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read store key: %w", err)
+	}
+	dir := h.cfg.StoreDir
+	if dir == "" {
+		dir = filepath.Join(h.cfg.RootDir, "store")
+	}
+	s, err := store.Open(store.Config{
+		Path: filepath.Join(dir, "hub.db"), Key: key, Log: h.log,
+		OnDamage: func(bucket, object string) {
+			h.log.Error("stored object damaged", "scope", bucket, "object", object)
+		},
+	})
+	if err != nil {
+		return nil, fmt.Errorf("open store in %s: %w", dir, err)
+	}
+	if s.Rebuilt() {
+		h.log.Error("store was unusable and is set aside; everything is fetched anew", "path", dir)
+	}
+	return s, nil
+}
+
+// listen opens all listeners before anything is served, so that a port that
+// is taken stops the start and nothing else.
+func (h *Hub) listen(ctx context.Context) ([]*httpx.Server, error) {
+	if err := h.ensureAddress(); err != nil {
+		return nil, err
+	}
+	hosts := []string{h.cfg.BindAddress}
+	if h.cfg.DummyIP != nil {
+		hosts = append(hosts, h.cfg.DummyIP.String())
+	}
+	var (
+		servers  []*httpx.Server
+		open     []net.Listener
+		handler  = h.handler()
+		tlsOfHub = &tls.Config{
+			MinVersion:     tls.VersionTLS12,
+			GetCertificate: h.certs.GetCertificate,
+			// Certificates are verified by the authenticator, which can
+			// then say what is wrong with one.
+			ClientAuth: tls.RequestClientCert,
+		}
+	)
+	fail := func(err error) ([]*httpx.Server, error) {
+		for _, l := range open {
+			err = errors.Join(err, l.Close())
+		}
+		return nil, err
+	}
+	var lc net.ListenConfig
+	bind := func(host string, port int) (net.Listener, error) {
+		l, err := lc.Listen(ctx, "tcp", net.JoinHostPort(host, strconv.Itoa(port)))
+		if err != nil {
+			return nil, fmt.Errorf("listen: %w", err)
+		}
+		open = append(open, l)
+		return l, nil
+	}
+	for _, host := range hosts {
+		l, err := bind(host, h.cfg.ProxyPort)
+		if err != nil {
+			return fail(err)
+		}
+		servers = append(servers, &httpx.Server{Listener: l, Handler: handler, TLS: tlsOfHub, Grace: stopGrace, Log: h.log})
+	}
+	l, err := bind(h.cfg.BindAddress, h.cfg.HealthPort)
+	if err != nil {
+		return fail(err)
+	}
+	return append(servers, &httpx.Server{Listener: l, Handler: h.health(), Grace: stopGrace, Log: h.log}), nil
+}
+
+// alive is the watchdog's question. It passes through the locks of every part
+// and hangs if one of them does. A full disk or a cut link are no reason to
+// restart.
+func (h *Hub) alive(context.Context) error {
+	h.report()
+	return nil
+}
+
+// announce tells systemd once the hub can do its work.
+func (h *Hub) announce(ctx context.Context) error {
+	select {
+	case <-ctx.Done():
+		return nil
+	case <-h.certs.Ready():
+	}
+	h.log.Info("hub is ready", "node", h.cfg.NodeName, "pool", h.cfg.PoolName)
+	if err := daemon.Ready(); err != nil {
+		h.log.Warn("systemd not told", "err", err)
+	}
+	<-ctx.Done()
+	if err := daemon.Stopping(); err != nil {
+		h.log.Warn("systemd not told", "err", err)
+	}
+	return nil
+}
+
+// follow does what a change of the link or of the certificate asks for.
+func (h *Hub) follow(ctx context.Context) error {
+	for {
+		changed, renewed := h.link.Changed(), h.certs.ClientChanged()
+		if h.link.Online() {
+			if err := h.answers.prefetch(ctx, h.link.Node()); err != nil && ctx.Err() == nil {
+				h.log.Debug("discovery not fetched", "err", err)
+			}
+		}
+		state := h.link.State()
+		line := "online"
+		if !state.Up {
+			line = "offline: " + state.Reason
+		}
+		if err := daemon.Status(line); err != nil {
+			h.log.Debug("systemd not told", "err", err)
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-changed:
+		case <-renewed:
+			h.link.ClientChanged()
+		case <-time.After(prefetchEvery):
+		}
+	}
+}

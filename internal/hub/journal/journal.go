@@ -1,0 +1,323 @@
+// Package journal keeps the writes that a node makes while the cloud is
+// away: pod and node status, and events. A write is acknowledged once it is
+// durable on disk, shown to local readers as an overlay on the replica, and
+// delivered when the link is back. What may be dropped, and when, is written
+// in docs/guarantees.md.
+//
+// It accepts writes; whether a caller may make them is for its user to check.
+package journal
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/http"
+	"net/url"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"k8s.io/apimachinery/pkg/runtime/schema"
+
+	"github.com/yurt-edge/yurt/internal/hub/store"
+	"github.com/yurt-edge/yurt/internal/hub/wire"
+)
+
+const (
+	statusBucket = "journal/status"
+	eventBucket  = "journal/events"
+
+	// deliverBudget is how long one delivery may take.
+	deliverBudget = 10 * time.Second
+	// retryEvery is the pause after a delivery that failed for now.
+	retryEvery = 2 * time.Second
+)
+
+// Config is what a journal needs.
+type Config struct {
+	Store *store.Store
+	// Cloud sends requests as the node.
+	Cloud http.RoundTripper
+	// WaitUp returns once the link is up, or ctx ends.
+	WaitUp func(ctx context.Context) error
+	// Refresh is called after the overlay of an object changed.
+	Refresh    func(resource schema.GroupVersionResource, namespace, name string) error
+	Log        *slog.Logger
+	Registerer prometheus.Registerer
+	// MaxEvents and MaxEventBytes bound the events kept; the oldest go
+	// first. Zero means 1000 and 1 MiB.
+	MaxEvents, MaxEventBytes int
+}
+
+// Journal is the writes that wait for the cloud.
+type Journal struct {
+	cfg     Config
+	metrics metrics
+	wake    chan struct{} // something was added
+
+	write sync.Mutex // one writer at a time, held over the commit
+
+	mu         sync.Mutex // guards the following
+	status     map[target]*statusEntry
+	events     map[string]*eventEntry
+	eventBytes int
+	sequence   uint64
+}
+
+type metrics struct {
+	depth   *prometheus.GaugeVec
+	dropped *prometheus.CounterVec
+	sent    *prometheus.CounterVec
+}
+
+// target names an object.
+type target struct {
+	resource  schema.GroupVersionResource
+	namespace string
+	name      string
+}
+
+func (t target) String() string {
+	return t.resource.Resource + "/" + t.namespace + "/" + t.name
+}
+
+func (t target) path() string {
+	if t.namespace == "" {
+		return "/api/v1/" + t.resource.Resource + "/" + url.PathEscape(t.name)
+	}
+	return "/api/v1/namespaces/" + url.PathEscape(t.namespace) + "/" + t.resource.Resource + "/" + url.PathEscape(t.name)
+}
+
+// Open loads what the store holds.
+func Open(cfg Config) (*Journal, error) {
+	if cfg.MaxEvents == 0 {
+		cfg.MaxEvents = 1000
+	}
+	if cfg.MaxEventBytes == 0 {
+		cfg.MaxEventBytes = 1 << 20
+	}
+	j := &Journal{
+		cfg: cfg, wake: make(chan struct{}, 1),
+		status: map[target]*statusEntry{}, events: map[string]*eventEntry{},
+	}
+	j.metrics = metrics{
+		depth: prometheus.NewGaugeVec(prometheus.GaugeOpts{
+			Name: "node_yurthub_journal_entries", Help: "Writes that wait for the cloud.",
+		}, []string{"kind"}),
+		dropped: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "node_yurthub_journal_dropped_total", Help: "Acknowledged writes that were dropped by the rules.",
+		}, []string{"kind", "reason"}),
+		sent: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "node_yurthub_journal_delivered_total", Help: "Writes that the cloud took from the journal.",
+		}, []string{"kind"}),
+	}
+	cfg.Registerer.MustRegister(j.metrics.depth, j.metrics.dropped, j.metrics.sent)
+	if err := load(cfg, statusBucket, func(e *statusEntry) { j.status[e.target()] = e }); err != nil {
+		return nil, err
+	}
+	err := load(cfg, eventBucket, func(e *eventEntry) {
+		j.events[e.key()] = e
+		j.eventBytes += len(e.Object)
+		j.sequence = max(j.sequence, e.Sequence)
+	})
+	if err != nil {
+		return nil, err
+	}
+	j.measure()
+	return j, nil
+}
+
+// load reads a bucket. An entry that is damaged is lost, and said so: it is
+// the one write that this journal cannot keep its promise for.
+func load[E any](cfg Config, bucket string, add func(*E)) error {
+	snap, err := cfg.Store.Snapshot()
+	if err != nil {
+		return fmt.Errorf("load journal: %w", err)
+	}
+	defer snap.Close()
+	var keys []string
+	err = snap.Scan(bucket, "", func(key string, _ store.Header) error {
+		keys = append(keys, key)
+		return nil
+	})
+	if err != nil && !errors.Is(err, store.ErrNotFound) {
+		return fmt.Errorf("load journal: %w", err)
+	}
+	for _, key := range keys {
+		record, err := snap.Get(bucket, key)
+		if err == nil {
+			e := new(E)
+			if err = json.Unmarshal(record.Data, e); err == nil {
+				add(e)
+				continue
+			}
+		}
+		cfg.Log.Error("journal entry lost", "object", key, "err", err)
+	}
+	return nil
+}
+
+func (j *Journal) measure() {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	pending := 0
+	for _, e := range j.status {
+		if !e.delivered() {
+			pending++
+		}
+	}
+	j.metrics.depth.WithLabelValues("status").Set(float64(pending))
+	j.metrics.depth.WithLabelValues("event").Set(float64(len(j.events)))
+}
+
+// Depth returns how many writes wait for the cloud.
+func (j *Journal) Depth() (status, events int) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	for _, e := range j.status {
+		if !e.delivered() {
+			status++
+		}
+	}
+	return status, len(j.events)
+}
+
+func (j *Journal) notify() {
+	j.measure()
+	select {
+	case j.wake <- struct{}{}:
+	default:
+	}
+}
+
+// put makes an entry durable.
+func (j *Journal) put(ctx context.Context, bucket, key string, e any) error {
+	text, err := json.Marshal(e)
+	if err != nil {
+		return fmt.Errorf("encode journal entry %s: %w", key, err)
+	}
+	batch := store.NewBatch()
+	batch.Put(bucket, key, store.Record{Encoding: uint8(wire.JSON), Data: text})
+	if err := j.cfg.Store.Commit(ctx, batch); err != nil {
+		return fmt.Errorf("write journal entry %s: %w", key, err)
+	}
+	return nil
+}
+
+func (j *Journal) remove(ctx context.Context, bucket string, keys ...string) error {
+	batch := store.NewBatch()
+	for _, key := range keys {
+		batch.Delete(bucket, key)
+	}
+	if err := j.cfg.Store.Commit(ctx, batch); err != nil {
+		return fmt.Errorf("remove journal entries: %w", err)
+	}
+	return nil
+}
+
+// Run shows what was kept before the restart and delivers whenever the link
+// is up, until ctx ends.
+func (j *Journal) Run(ctx context.Context) error {
+	j.mu.Lock()
+	var shown []target
+	for t := range j.status {
+		shown = append(shown, t)
+	}
+	j.mu.Unlock()
+	for _, t := range shown {
+		if err := j.cfg.Refresh(t.resource, t.namespace, t.name); err != nil {
+			j.cfg.Log.Warn("overlay not shown", "object", t.String(), "err", err)
+		}
+	}
+	for j.cfg.WaitUp(ctx) == nil {
+		var pause <-chan time.Time
+		if err := j.deliver(ctx); err != nil {
+			if ctx.Err() != nil {
+				break
+			}
+			j.cfg.Log.Info("journal waits", "err", err)
+			pause = time.After(retryEvery)
+		}
+		if pause != nil {
+			select {
+			case <-ctx.Done():
+			case <-pause:
+			}
+			continue
+		}
+		select {
+		case <-ctx.Done():
+		case <-j.wake:
+		}
+	}
+	return nil
+}
+
+// deliver sends everything, status first, each kind in the order in which it
+// was acknowledged.
+func (j *Journal) deliver(ctx context.Context) error {
+	defer j.measure()
+	j.mu.Lock()
+	var status []*statusEntry
+	for _, e := range j.status {
+		if !e.delivered() {
+			status = append(status, e)
+		}
+	}
+	var events []*eventEntry
+	for _, e := range j.events {
+		events = append(events, e)
+	}
+	j.mu.Unlock()
+	slices.SortFunc(status, func(a, b *statusEntry) int { return a.At.Compare(b.At) })
+	slices.SortFunc(events, func(a, b *eventEntry) int { return int(a.Sequence) - int(b.Sequence) })
+	for _, e := range status {
+		if err := j.deliverStatus(ctx, e); err != nil {
+			return err
+		}
+	}
+	for _, e := range events {
+		if err := j.deliverEvent(ctx, e); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// send makes one request and returns the answer's code and body.
+func (j *Journal) send(ctx context.Context, method, path, contentType string, body []byte) (int, []byte, error) {
+	ctx, cancel := context.WithTimeout(ctx, deliverBudget)
+	defer cancel()
+	target := url.URL{Scheme: "https", Host: "upstream", Path: path}
+	req, err := http.NewRequestWithContext(ctx, method, target.String(), bytes.NewReader(body))
+	if err != nil {
+		return 0, nil, fmt.Errorf("deliver %s %s: %w", method, path, err)
+	}
+	req.Header.Set("Content-Type", contentType)
+	req.Header.Set("Accept", "application/json")
+	req.Header.Set("User-Agent", "yurthub")
+	resp, err := j.cfg.Cloud.RoundTrip(req)
+	if err != nil {
+		return 0, nil, fmt.Errorf("deliver %s %s: %w", method, path, err)
+	}
+	defer resp.Body.Close() //nolint:errcheck // read as far as it matters
+	text, err := io.ReadAll(io.LimitReader(resp.Body, 4<<20))
+	if err != nil {
+		return 0, nil, fmt.Errorf("deliver %s %s: %w", method, path, err)
+	}
+	return resp.StatusCode, text, nil
+}
+
+// final reports whether the cloud's refusal will not change by asking again.
+func final(code int) bool {
+	switch code {
+	case http.StatusUnauthorized, http.StatusTooManyRequests, http.StatusRequestTimeout:
+		return false
+	}
+	return code >= 400 && code < 500
+}

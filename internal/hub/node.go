@@ -1,0 +1,534 @@
+package hub
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/go-jose/go-jose/v4/jwt"
+	authenticationv1 "k8s.io/api/authentication/v1"
+	authorizationv1 "k8s.io/api/authorization/v1"
+	coordinationv1 "k8s.io/api/coordination/v1"
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/runtime/schema"
+	"k8s.io/apimachinery/pkg/runtime/serializer"
+	"k8s.io/apimachinery/pkg/types"
+
+	authenticationv1api "k8s.io/api/authentication/v1"
+
+	"github.com/yurt-edge/yurt/internal/httpx"
+	"github.com/yurt-edge/yurt/internal/hub/identity"
+	"github.com/yurt-edge/yurt/internal/hub/journal"
+	"github.com/yurt-edge/yurt/internal/hub/link"
+	"github.com/yurt-edge/yurt/internal/hub/replica"
+	"github.com/yurt-edge/yurt/internal/hub/request"
+	"github.com/yurt-edge/yurt/internal/hub/wire"
+)
+
+// maxWrite bounds the body of a write that the hub itself reads; the API
+// server's own bound is 3 MiB.
+const maxWrite = 3 << 20
+
+// typed are the few types that the hub itself reads and writes.
+var typed = func() serializer.CodecFactory {
+	scheme := runtime.NewScheme()
+	for _, add := range []func(*runtime.Scheme) error{
+		authenticationv1api.AddToScheme, authorizationv1.AddToScheme,
+		coordinationv1.AddToScheme, corev1.AddToScheme,
+	} {
+		if err := add(scheme); err != nil {
+			panic(err) // two types of one name: a programming error
+		}
+	}
+	return serializer.NewCodecFactory(scheme)
+}()
+
+// readBody reads a bounded body and puts it back for forwarding.
+func readBody(r *http.Request) ([]byte, error) {
+	body, err := io.ReadAll(io.LimitReader(r.Body, maxWrite+1))
+	if err != nil {
+		return nil, apierrors.NewBadRequest(fmt.Sprintf("read body: %v", err))
+	}
+	if len(body) > maxWrite {
+		return nil, apierrors.NewRequestEntityTooLargeError(fmt.Sprintf("limit is %d bytes", maxWrite))
+	}
+	r.Body = io.NopCloser(bytes.NewReader(body))
+	r.ContentLength = int64(len(body))
+	return body, nil
+}
+
+func decode(body []byte, into runtime.Object) error {
+	if _, _, err := typed.UniversalDeserializer().Decode(body, nil, into); err != nil {
+		return apierrors.NewBadRequest(fmt.Sprintf("read body: %v", err))
+	}
+	return nil
+}
+
+// respond sends an object in the first form that the client accepts.
+func respond(w http.ResponseWriter, r *http.Request, code int, gv schema.GroupVersion, obj runtime.Object) {
+	media := runtime.ContentTypeJSON
+	if formats := request.Formats(r.Header); len(formats) > 0 && formats[0].Encoding == wire.Protobuf {
+		media = runtime.ContentTypeProtobuf
+	}
+	info, _ := runtime.SerializerInfoForMediaType(typed.SupportedMediaTypes(), media)
+	text, err := runtime.Encode(typed.EncoderForVersion(info.Serializer, gv), obj)
+	if err != nil {
+		httpx.WriteStatus(w, r, apierrors.NewInternalError(fmt.Errorf("encode answer: %w", err)))
+		return
+	}
+	w.Header().Set("Content-Type", media)
+	w.WriteHeader(code)
+	_, _ = w.Write(text) // a client that went away needs no answer
+}
+
+// lease answers the node's own heartbeat. It is relayed while the cloud
+// answers in time; else the kubelet gets its renewal back at once, so that it
+// does not take a cut link for its own trouble.
+func (h *Hub) lease(w http.ResponseWriter, r *http.Request, as link.Credential) {
+	body, err := readBody(r)
+	if err != nil {
+		httpx.WriteStatus(w, r, err)
+		return
+	}
+	keep := func(resp *http.Response) func([]byte) {
+		if resp.StatusCode/100 != 2 {
+			return nil
+		}
+		return func(answer []byte) {
+			l := &coordinationv1.Lease{}
+			if decode(answer, l) == nil {
+				h.heartbeat.set(l)
+			}
+		}
+	}
+	err = h.link.Try(w, r, as, keep, leaseBudget)
+	if err == nil {
+		return
+	}
+	known := h.heartbeat.get()
+	switch {
+	case r.Method == http.MethodGet && known != nil:
+		respond(w, r, http.StatusOK, coordinationv1.SchemeGroupVersion, known)
+	case r.Method == http.MethodPost && known != nil:
+		httpx.WriteStatus(w, r, apierrors.NewAlreadyExists(coordinationv1.Resource("leases"), known.Name))
+	case r.Method == http.MethodPut || r.Method == http.MethodPost:
+		renewed := &coordinationv1.Lease{}
+		if err := decode(body, renewed); err != nil {
+			httpx.WriteStatus(w, r, err)
+			return
+		}
+		h.heartbeat.set(renewed)
+		code := http.StatusOK
+		if r.Method == http.MethodPost {
+			code = http.StatusCreated
+		}
+		respond(w, r, code, coordinationv1.SchemeGroupVersion, renewed)
+	case r.Method == http.MethodGet:
+		// Never seen since this hub started: the kubelet then makes one.
+		httpx.WriteStatus(w, r, apierrors.NewNotFound(coordinationv1.Resource("leases"), h.cfg.NodeName))
+	default:
+		link.Refuse(w, r, err)
+	}
+}
+
+// heartbeat is the node's lease as last seen. It is not kept on disk: it
+// would be one write every ten seconds for a value that a restart renews.
+type heartbeat struct {
+	mu    sync.Mutex // guards lease
+	lease *coordinationv1.Lease
+}
+
+func (b *heartbeat) get() *coordinationv1.Lease {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.lease
+}
+
+func (b *heartbeat) set(l *coordinationv1.Lease) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.lease = l
+}
+
+// register answers the kubelet's registration while the cloud is away: the
+// node that the replica holds is there already, as far as anybody knows.
+func (h *Hub) register(w http.ResponseWriter, r *http.Request, as link.Credential) {
+	if _, err := readBody(r); err != nil {
+		httpx.WriteStatus(w, r, err)
+		return
+	}
+	err := h.link.Try(w, r, as, nil, writeBudget)
+	if err == nil {
+		return
+	}
+	info := request.From(r.Context())
+	info.Name = h.cfg.NodeName
+	if _, held := h.replica.Get(info, 0); held == nil && !h.link.Online() {
+		httpx.WriteStatus(w, r, apierrors.NewAlreadyExists(corev1.Resource("nodes"), h.cfg.NodeName))
+		return
+	}
+	link.Refuse(w, r, err)
+}
+
+// patchStatus journals a status write while the cloud is away, or while an
+// older one still waits.
+func (h *Hub) patchStatus(w http.ResponseWriter, r *http.Request, as link.Credential) {
+	info := request.From(r.Context())
+	if h.link.Online() && !h.journal.Pending(info.Resource, info.Namespace, info.Name) {
+		h.link.Forward(w, r, as, nil)
+		return
+	}
+	body, err := readBody(r)
+	if err != nil {
+		httpx.WriteStatus(w, r, err)
+		return
+	}
+	object := info
+	object.Subresource = ""
+	current, err := h.replica.Get(object, 0)
+	if err != nil {
+		if !apierrors.IsNotFound(err) {
+			err = h.away(info)
+		}
+		httpx.WriteStatus(w, r, err)
+		return
+	}
+	patchType := types.PatchType(strings.TrimSpace(strings.Split(r.Header.Get("Content-Type"), ";")[0]))
+	data, err := h.journal.PatchStatus(r.Context(), info.Resource, patchType, body, current)
+	if err != nil {
+		httpx.WriteStatus(w, r, statusOf(err))
+		return
+	}
+	current.Data = data
+	if err := current.Write(w, r, request.Formats(r.Header)); err != nil && !replica.Aborted(err) {
+		httpx.WriteStatus(w, r, statusOf(err))
+	}
+}
+
+// event journals an event while the cloud is away.
+func (h *Hub) event(w http.ResponseWriter, r *http.Request, as link.Credential) {
+	info := request.From(r.Context())
+	if h.link.Online() {
+		h.link.Forward(w, r, as, nil)
+		return
+	}
+	body, err := readBody(r)
+	if err != nil {
+		httpx.WriteStatus(w, r, err)
+		return
+	}
+	kind := schema.GroupVersionKind{Group: info.Resource.Group, Version: info.Resource.Version, Kind: "Event"}
+	apiVersion := kind.GroupVersion().String()
+	var (
+		out  []byte
+		code = http.StatusOK
+	)
+	if info.Verb == "create" {
+		code = http.StatusCreated
+		object := body
+		if strings.HasPrefix(r.Header.Get("Content-Type"), runtime.ContentTypeProtobuf) {
+			var raw []byte
+			if _, _, raw, err = wire.ReadObject(wire.Protobuf, body); err == nil {
+				object, err = wire.ToJSON(nil, apiVersion, kind.Kind, raw, true)
+			}
+			if err != nil {
+				httpx.WriteStatus(w, r, apierrors.NewBadRequest(fmt.Sprintf("read event: %v", err)))
+				return
+			}
+		}
+		out, err = h.journal.AddEvent(r.Context(), info.Path, info.Namespace, object)
+	} else {
+		collection, _, _ := strings.Cut(info.Path, "/events/")
+		patchType := types.PatchType(strings.TrimSpace(strings.Split(r.Header.Get("Content-Type"), ";")[0]))
+		out, err = h.journal.PatchEvent(r.Context(), collection+"/events", info.Name, patchType, body)
+	}
+	if err != nil {
+		httpx.WriteStatus(w, r, statusOf(err))
+		return
+	}
+	enc := wire.JSON
+	if formats := request.Formats(r.Header); len(formats) > 0 && formats[0].Encoding == wire.Protobuf {
+		if enc = wire.Protobuf; err == nil {
+			out, err = wire.FromJSON(apiVersion, kind.Kind, out)
+		}
+		if err != nil {
+			httpx.WriteStatus(w, r, apierrors.NewInternalError(err))
+			return
+		}
+	}
+	w.Header().Set("Content-Type", map[wire.Encoding]string{
+		wire.JSON: runtime.ContentTypeJSON, wire.Protobuf: runtime.ContentTypeProtobuf,
+	}[enc])
+	w.WriteHeader(code)
+	_, _ = w.Write(wire.AppendObject(nil, enc, apiVersion, kind.Kind, out))
+}
+
+// storedToken is a token that the cloud issued for a pod of this node.
+type storedToken struct {
+	Status            authenticationv1.TokenRequestStatus `json:"status"`
+	ServiceAccountUID string                              `json:"serviceAccountUID"`
+}
+
+// token relays a TokenRequest and keeps the answer; while the cloud is away
+// it gives the kept token as long as that is good, and then one that only
+// this hub accepts.
+func (h *Hub) token(w http.ResponseWriter, r *http.Request, as link.Credential) {
+	info := request.From(r.Context())
+	body, err := readBody(r)
+	if err != nil {
+		httpx.WriteStatus(w, r, err)
+		return
+	}
+	wanted := &authenticationv1.TokenRequest{}
+	if err := decode(body, wanted); err != nil {
+		httpx.WriteStatus(w, r, err)
+		return
+	}
+	key := tokenKey(info, wanted)
+	keep := func(resp *http.Response) func([]byte) {
+		if resp.StatusCode != http.StatusCreated {
+			return nil
+		}
+		return func(answer []byte) { h.keepToken(key, answer) }
+	}
+	err = h.link.Try(w, r, as, keep, writeBudget)
+	if err == nil {
+		return
+	}
+	if h.link.Online() {
+		link.Refuse(w, r, err) // slow, not away: the kubelet asks again
+		return
+	}
+	if err := h.mayHaveToken(info, wanted); err != nil {
+		httpx.WriteStatus(w, r, err)
+		return
+	}
+	var kept storedToken
+	text, err := h.tokens.Load(key)
+	if err == nil && text != nil {
+		err = json.Unmarshal(text, &kept)
+	}
+	if err != nil {
+		h.log.Warn("stored token unusable", "err", err)
+	}
+	wanted.Status = kept.Status
+	if time.Until(kept.Status.ExpirationTimestamp.Time) < minTokenLife {
+		spec := identity.TokenSpec{
+			Namespace: info.Namespace, ServiceAccount: info.Name, ServiceAccountUID: kept.ServiceAccountUID,
+			NodeName: h.cfg.NodeName, Audiences: wanted.Spec.Audiences,
+		}
+		if ref := wanted.Spec.BoundObjectRef; ref != nil {
+			spec.PodName, spec.PodUID = ref.Name, string(ref.UID)
+		}
+		if s := wanted.Spec.ExpirationSeconds; s != nil {
+			spec.Life = time.Duration(*s) * time.Second
+		}
+		token, expiry, err := h.signer.Sign(spec)
+		if err != nil {
+			httpx.WriteStatus(w, r, apierrors.NewInternalError(err))
+			return
+		}
+		wanted.Status = authenticationv1.TokenRequestStatus{Token: token, ExpirationTimestamp: metav1.NewTime(expiry)}
+	}
+	wanted.Name, wanted.Namespace = info.Name, info.Namespace
+	respond(w, r, http.StatusCreated, authenticationv1.SchemeGroupVersion, wanted)
+}
+
+func tokenKey(info request.Info, req *authenticationv1.TokenRequest) string {
+	bound := ""
+	if ref := req.Spec.BoundObjectRef; ref != nil {
+		bound = ref.Kind + "/" + ref.Name + "/" + string(ref.UID)
+	}
+	sum := sha256.Sum256([]byte(strings.Join(append([]string{info.Namespace, info.Name, bound}, req.Spec.Audiences...), "\x00")))
+	return hex.EncodeToString(sum[:16])
+}
+
+func (h *Hub) keepToken(key string, answer []byte) {
+	got := &authenticationv1.TokenRequest{}
+	if err := decode(answer, got); err != nil || got.Status.Token == "" {
+		return
+	}
+	kept := storedToken{Status: got.Status, ServiceAccountUID: serviceAccountUID(got.Status.Token)}
+	text, err := json.Marshal(kept)
+	if err == nil {
+		err = h.tokens.Save(key, text)
+	}
+	if err != nil {
+		h.log.Warn("token not stored", "err", err)
+	}
+}
+
+// serviceAccountUID reads the claim that an offline token must repeat. The
+// token came from the cloud just now, so its signature is not in question.
+func serviceAccountUID(token string) string {
+	parsed, err := jwt.ParseSigned(token, signatureAlgorithms)
+	if err != nil {
+		return ""
+	}
+	var claims struct {
+		Kubernetes struct {
+			ServiceAccount struct {
+				UID string `json:"uid"`
+			} `json:"serviceaccount"`
+		} `json:"kubernetes.io"`
+	}
+	if parsed.UnsafeClaimsWithoutVerification(&claims) != nil {
+		return ""
+	}
+	return claims.Kubernetes.ServiceAccount.UID
+}
+
+// mayHaveToken is the API server's rule for nodes: only for a pod that runs
+// here, and only for that pod's account.
+func (h *Hub) mayHaveToken(info request.Info, req *authenticationv1.TokenRequest) error {
+	refused := func(why string) error {
+		return apierrors.NewForbidden(corev1.Resource("serviceaccounts/token"), info.Name, errors.New(why))
+	}
+	ref := req.Spec.BoundObjectRef
+	if ref == nil || ref.Kind != "Pod" {
+		return refused("a node gets tokens for its pods only")
+	}
+	pod := request.Info{
+		Verb: "get", IsResource: true, Resource: podsResource, Namespace: info.Namespace, Name: ref.Name,
+	}
+	held, err := h.replica.Get(pod, 0)
+	if err != nil {
+		return refused("the pod is not known to run on this node")
+	}
+	got := &corev1.Pod{}
+	if err := got.Unmarshal(held.Data); err != nil {
+		return apierrors.NewInternalError(err)
+	}
+	if got.UID != ref.UID || got.Spec.NodeName != h.cfg.NodeName || got.Spec.ServiceAccountName != info.Name {
+		return refused("the pod does not run on this node with this service account")
+	}
+	return nil
+}
+
+// review relays the kubelet's own questions about who may talk to it, and
+// repeats the last answers while the cloud is away. What was never asked is
+// denied.
+func (h *Hub) review(w http.ResponseWriter, r *http.Request, as link.Credential) {
+	info := request.From(r.Context())
+	body, err := readBody(r)
+	if err != nil {
+		httpx.WriteStatus(w, r, err)
+		return
+	}
+	tokens := info.Resource.Resource == "tokenreviews"
+	access := &authorizationv1.SubjectAccessReview{}
+	token := &authenticationv1.TokenReview{}
+	var asked any
+	if tokens {
+		err, asked = decode(body, token), &token.Spec
+	} else {
+		err, asked = decode(body, access), &access.Spec
+	}
+	if err != nil {
+		httpx.WriteStatus(w, r, err)
+		return
+	}
+	key, err := reviewKey(info, asked)
+	if err != nil {
+		httpx.WriteStatus(w, r, apierrors.NewInternalError(err))
+		return
+	}
+	keep := func(resp *http.Response) func([]byte) {
+		if resp.StatusCode != http.StatusCreated {
+			return nil
+		}
+		return func(answer []byte) { h.keepReview(key, tokens, answer) }
+	}
+	if h.link.Try(w, r, as, keep, writeBudget) == nil {
+		return
+	}
+	text, err := h.reviews.Load(key)
+	if err != nil {
+		h.log.Warn("stored review unusable", "err", err)
+	}
+	if tokens {
+		if text == nil || json.Unmarshal(text, &token.Status) != nil {
+			token.Status = authenticationv1.TokenReviewStatus{Error: "the cloud is away and this token was not seen before"}
+		}
+		respond(w, r, http.StatusCreated, authenticationv1.SchemeGroupVersion, token)
+		return
+	}
+	if text == nil || json.Unmarshal(text, &access.Status) != nil {
+		access.Status = authorizationv1.SubjectAccessReviewStatus{Reason: "the cloud is away and this was not asked before"}
+	}
+	respond(w, r, http.StatusCreated, authorizationv1.SchemeGroupVersion, access)
+}
+
+func reviewKey(info request.Info, spec any) (string, error) {
+	text, err := json.Marshal(spec)
+	if err != nil {
+		return "", fmt.Errorf("name review: %w", err)
+	}
+	sum := sha256.Sum256(append([]byte(info.Resource.Resource+"\x00"), text...))
+	return hex.EncodeToString(sum[:]), nil
+}
+
+func (h *Hub) keepReview(key string, tokens bool, answer []byte) {
+	var (
+		text []byte
+		err  error
+	)
+	if tokens {
+		got := &authenticationv1.TokenReview{}
+		if decode(answer, got) != nil {
+			return
+		}
+		text, err = json.Marshal(got.Status)
+	} else {
+		got := &authorizationv1.SubjectAccessReview{}
+		if decode(answer, got) != nil {
+			return
+		}
+		text, err = json.Marshal(got.Status)
+	}
+	if err != nil {
+		return
+	}
+	if old, err := h.reviews.Load(key); err == nil && bytes.Equal(old, text) {
+		return
+	}
+	if err := h.reviews.Save(key, text); err != nil {
+		h.log.Warn("review not stored", "err", err)
+	}
+}
+
+// away is the answer to what only the cloud can do while it is away.
+func (h *Hub) away(info request.Info) error {
+	state := h.link.State()
+	err := apierrors.NewServiceUnavailable(fmt.Sprintf(
+		"yurthub: %s needs the cloud, which cannot be reached since %s (%s)",
+		info, time.Since(state.Since).Round(time.Second), state.Reason))
+	err.ErrStatus.Details = &metav1.StatusDetails{RetryAfterSeconds: 5}
+	return err
+}
+
+// statusOf makes any error one that can be sent.
+func statusOf(err error) error {
+	var status apierrors.APIStatus
+	if errors.As(err, &status) {
+		return err
+	}
+	if errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
+		return apierrors.NewTimeoutError(err.Error(), 1)
+	}
+	return apierrors.NewInternalError(err)
+}
+
+var _ = journal.HasStatus

@@ -1,0 +1,253 @@
+package hub
+
+import (
+	"errors"
+	"fmt"
+	"net/http"
+	"runtime/debug"
+	"strings"
+	"sync"
+
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/apiserver/pkg/authentication/user"
+
+	"github.com/yurt-edge/yurt/internal/httpx"
+	"github.com/yurt-edge/yurt/internal/hub/identity"
+	"github.com/yurt-edge/yurt/internal/hub/journal"
+	"github.com/yurt-edge/yurt/internal/hub/link"
+	"github.com/yurt-edge/yurt/internal/hub/request"
+)
+
+// handler is the way of a request through the hub.
+func (h *Hub) handler() http.Handler {
+	var handler http.Handler = http.HandlerFunc(h.route)
+	for _, stage := range []func(http.Handler) http.Handler{ // innermost first
+		h.limit,    // one caller cannot starve the others
+		h.resolve,  // everything below reads request.From(ctx)
+		h.identify, // nobody unknown gets any further
+		h.observe,  // counts what the client got, refusals too
+		h.survive,  // outermost: a bug costs one request, not the node's API
+	} {
+		handler = stage(handler)
+	}
+	return handler
+}
+
+func (h *Hub) survive(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		defer func() {
+			cause := recover()
+			if cause == nil {
+				return
+			}
+			if err, ok := cause.(error); ok && errors.Is(err, http.ErrAbortHandler) {
+				panic(cause) // the way to break off an answer
+			}
+			h.metrics.panics.Inc()
+			h.log.Error("request panicked", "path", r.URL.Path, "cause", fmt.Sprint(cause), "stack", string(debug.Stack()))
+			httpx.WriteStatus(w, r, apierrors.NewInternalError(errors.New("the hub failed on this request")))
+		}()
+		next.ServeHTTP(w, r)
+	})
+}
+
+func (h *Hub) observe(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		h.metrics.inFlight.Inc()
+		defer h.metrics.inFlight.Dec()
+		next.ServeHTTP(w, r)
+	})
+}
+
+func (h *Hub) identify(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		caller, err := h.authn.Authenticate(r)
+		if err != nil {
+			h.metrics.refused.WithLabelValues("unauthenticated").Inc()
+			httpx.WriteStatus(w, r, err)
+			return
+		}
+		if caller.Certificate && impersonates(r) {
+			h.metrics.refused.WithLabelValues("impersonation").Inc()
+			httpx.WriteStatus(w, r, apierrors.NewForbidden(podsResource.GroupResource(), "",
+				errors.New("the hub does not impersonate for callers with a client certificate; use a token")))
+			return
+		}
+		next.ServeHTTP(w, r.WithContext(withCaller(r.Context(), caller)))
+	})
+}
+
+func impersonates(r *http.Request) bool {
+	for name := range r.Header {
+		if strings.HasPrefix(name, "Impersonate-") {
+			return true
+		}
+	}
+	return false
+}
+
+func (h *Hub) resolve(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		info, err := request.Resolve(r)
+		if err != nil {
+			httpx.WriteStatus(w, r, apierrors.NewBadRequest(err.Error()))
+			return
+		}
+		next.ServeHTTP(w, r.WithContext(request.With(r.Context(), info)))
+	})
+}
+
+// lanes bound the requests in flight per caller. The node's own lane cannot
+// be filled by anybody else.
+type lanes struct {
+	mu    sync.Mutex // guards busy
+	busy  map[string]*lane
+	total int
+}
+
+type lane struct{ requests, watches int }
+
+const (
+	maxRequests = 200  // in flight per caller, other than watches
+	maxWatches  = 1000 // per caller
+	maxTotal    = 5000 // for all callers but the node
+)
+
+func newLanes() *lanes { return &lanes{busy: map[string]*lane{}} }
+
+func (l *lanes) enter(who string, watch, node bool) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	b := l.busy[who]
+	if b == nil {
+		b = &lane{}
+		l.busy[who] = b
+	}
+	n, limit := &b.requests, maxRequests
+	if watch {
+		n, limit = &b.watches, maxWatches
+	}
+	if *n >= limit || (!node && l.total >= maxTotal) {
+		return false
+	}
+	*n++
+	l.total++
+	return true
+}
+
+func (l *lanes) leave(who string, watch bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	b := l.busy[who]
+	if watch {
+		b.watches--
+	} else {
+		b.requests--
+	}
+	l.total--
+	if b.requests == 0 && b.watches == 0 {
+		delete(l.busy, who)
+	}
+}
+
+func (h *Hub) limit(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		caller, info := callerFrom(r.Context()), request.From(r.Context())
+		long := info.Verb == "watch" || info.Upgrade || info.Subresource == "log"
+		if !h.lanes.enter(caller.Name, long, h.isNode(caller)) {
+			h.metrics.refused.WithLabelValues("limit").Inc()
+			httpx.WriteStatus(w, r, apierrors.NewTooManyRequests("too many requests of this caller are in flight", 1))
+			return
+		}
+		defer h.lanes.leave(caller.Name, long)
+		next.ServeHTTP(w, r)
+	})
+}
+
+// isNode reports whether the caller is this node's own user: the kubelet.
+func (h *Hub) isNode(c *identity.Caller) bool { return c.Certificate && c.Name == h.self.Name }
+
+// as returns the credential with which the caller's requests are forwarded.
+// The hub's certificate stands for nobody but the node.
+func (h *Hub) as(c *identity.Caller) link.Credential {
+	switch {
+	case h.isNode(c):
+		return link.AsNode()
+	case c.Certificate:
+		return link.AsUser(&user.DefaultInfo{Name: c.Name, UID: c.UID, Groups: c.Groups, Extra: c.Extra})
+	}
+	return link.AsBearer()
+}
+
+// route sends a request to the part that answers it.
+func (h *Hub) route(w http.ResponseWriter, r *http.Request) {
+	caller, info := callerFrom(r.Context()), request.From(r.Context())
+	as := h.as(caller)
+	if impersonates(r) {
+		// Whose rights count is for the API server to say.
+		h.forward(w, r, caller, as)
+		return
+	}
+	if h.isNode(caller) && info.IsResource && !info.Upgrade {
+		if route := h.nodeRoute(info); route != nil {
+			route(w, r, as)
+			return
+		}
+	}
+	switch {
+	case isEvent(info) && (info.Verb == "create" || info.Verb == "patch") && h.isLocal(caller):
+		h.eventOf(w, r, caller, as)
+	case info.Reads():
+		h.read(w, r, caller, as)
+	case !info.IsResource && r.Method == http.MethodGet && isDocument(info.Path):
+		h.document(w, r, caller, as)
+	default:
+		h.forward(w, r, caller, as)
+	}
+}
+
+// nodeRoute returns what answers a request of the node's own user that must
+// have an answer while the cloud is away. Nil: nothing special.
+func (h *Hub) nodeRoute(info request.Info) func(http.ResponseWriter, *http.Request, link.Credential) {
+	group, resource := info.Resource.Group, info.Resource.Resource
+	switch {
+	case group == "coordination.k8s.io" && resource == "leases" &&
+		info.Namespace == "kube-node-lease" && (info.Name == h.cfg.NodeName || info.Verb == "create"):
+		return h.lease
+	case group == "" && resource == "serviceaccounts" && info.Subresource == "token" && info.Verb == "create":
+		return h.token
+	case group == "" && resource == "nodes" && info.Verb == "create":
+		return h.register
+	case info.Subresource == "status" && info.Verb == "patch" && journal.HasStatus(info.Resource):
+		return h.patchStatus
+	case info.Verb == "create" && ((group == "authorization.k8s.io" && resource == "subjectaccessreviews") ||
+		(group == "authentication.k8s.io" && resource == "tokenreviews")):
+		return h.review
+	}
+	return nil
+}
+
+func isEvent(info request.Info) bool {
+	return info.Resource.Resource == "events" && info.Subresource == "" &&
+		(info.Resource.Group == "" || info.Resource.Group == "events.k8s.io")
+}
+
+// isDocument tells the paths that say the same to everybody.
+func isDocument(path string) bool {
+	return path == "/version" || path == "/api" || path == "/apis" ||
+		strings.HasPrefix(path, "/api/") || strings.HasPrefix(path, "/apis/") || strings.HasPrefix(path, "/openapi/")
+}
+
+func (h *Hub) forward(w http.ResponseWriter, r *http.Request, c *identity.Caller, as link.Credential) {
+	if c.Local {
+		httpx.WriteStatus(w, r, apierrors.NewUnauthorized(
+			"yurthub: this token was made while the cloud was away and is good for reads on this node only; its file is renewed soon"))
+		return
+	}
+	info := request.From(r.Context())
+	if !h.link.Online() {
+		httpx.WriteStatus(w, r, h.away(info))
+		return
+	}
+	h.link.Forward(w, r, as, nil)
+}

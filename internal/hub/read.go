@@ -1,0 +1,470 @@
+package hub
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"strconv"
+	"time"
+
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/fields"
+	"k8s.io/apimachinery/pkg/labels"
+
+	"github.com/yurt-edge/yurt/internal/httpx"
+	"github.com/yurt-edge/yurt/internal/hub/identity"
+	"github.com/yurt-edge/yurt/internal/hub/link"
+	"github.com/yurt-edge/yurt/internal/hub/replica"
+	"github.com/yurt-edge/yurt/internal/hub/request"
+	"github.com/yurt-edge/yurt/internal/hub/store"
+	"github.com/yurt-edge/yurt/internal/hub/wire"
+)
+
+type callerKey struct{}
+
+func withCaller(ctx context.Context, c *identity.Caller) context.Context {
+	return context.WithValue(ctx, callerKey{}, c)
+}
+
+func callerFrom(ctx context.Context) *identity.Caller {
+	c, _ := ctx.Value(callerKey{}).(*identity.Caller)
+	return c
+}
+
+// isLocal reports whether the caller lives on this node: its kubelet, or a
+// pod whose token is bound to the node.
+func (h *Hub) isLocal(c *identity.Caller) bool {
+	if h.isNode(c) || c.Local {
+		return true
+	}
+	node := c.Extra["authentication.kubernetes.io/node-name"]
+	return len(node) == 1 && node[0] == h.cfg.NodeName
+}
+
+// read answers a get, list or watch.
+func (h *Hub) read(w http.ResponseWriter, r *http.Request, c *identity.Caller, as link.Credential) {
+	q := &query{
+		hub: h, w: w, r: r, caller: c, as: as,
+		info: request.From(r.Context()), formats: request.Formats(r.Header),
+	}
+	var err error
+	switch {
+	case len(q.formats) == 0:
+		err = replica.ErrFormat
+	case q.info.Verb == "get":
+		err = q.get()
+	case q.info.Verb == "list":
+		err = q.list()
+	default:
+		err = q.watch()
+	}
+	if err == nil {
+		return
+	}
+	if replica.Aborted(err) {
+		// The client must not take what it has for the whole.
+		panic(http.ErrAbortHandler)
+	}
+	q.fallBack(err)
+}
+
+// query is one read under way.
+type query struct {
+	hub     *Hub
+	w       http.ResponseWriter
+	r       *http.Request
+	caller  *identity.Caller
+	as      link.Credential
+	info    request.Info
+	formats []request.Format
+}
+
+// errCloud sends a read to the cloud: the replica is not asked.
+var errCloud = errors.New("only the cloud can answer")
+
+// fallBack asks the cloud for what the replica could not give. While the
+// cloud is away it says what the API server would say.
+func (q *query) fallBack(cause error) {
+	var status apierrors.APIStatus
+	if errors.As(cause, &status) {
+		httpx.WriteStatus(q.w, q.r, cause)
+		return
+	}
+	if q.hub.link.Online() && !q.caller.Local {
+		q.hub.link.Forward(q.w, q.r, q.as, q.keep())
+		return
+	}
+	switch {
+	case errors.Is(cause, replica.ErrExpired):
+		q.expired(cause)
+	case errors.Is(cause, replica.ErrAhead):
+		err := apierrors.NewTimeoutError("Too large resource version: "+cause.Error(), 1)
+		err.ErrStatus.Details.Causes = []metav1.StatusCause{{
+			Type: metav1.CauseTypeResourceVersionTooLarge, Message: "Too large resource version",
+		}}
+		httpx.WriteStatus(q.w, q.r, err)
+	case errors.Is(cause, replica.ErrFormat):
+		httpx.WriteStatus(q.w, q.r, notAcceptable(cause))
+	default:
+		httpx.WriteStatus(q.w, q.r, q.hub.away(q.info))
+	}
+}
+
+func notAcceptable(cause error) error {
+	return &apierrors.StatusError{ErrStatus: metav1.Status{
+		Status: metav1.StatusFailure, Code: http.StatusNotAcceptable, Reason: metav1.StatusReasonNotAcceptable,
+		Message: "while the cloud is away this answer cannot be given in an accepted form: " + cause.Error(),
+	}}
+}
+
+// expired says that a client must list again: as an event to a watch.
+func (q *query) expired(cause error) {
+	err := apierrors.NewResourceExpired(cause.Error())
+	if q.info.Verb != "watch" {
+		httpx.WriteStatus(q.w, q.r, err)
+		return
+	}
+	enc, contentType := wire.JSON, "application/json"
+	if len(q.formats) > 0 && q.formats[0].Encoding == wire.Protobuf {
+		enc, contentType = wire.Protobuf, "application/vnd.kubernetes.protobuf;stream=watch"
+	}
+	q.w.Header().Set("Content-Type", contentType)
+	q.w.WriteHeader(http.StatusOK)
+	_, _ = q.w.Write(wire.AppendStatusEvent(nil, enc, &err.ErrStatus)) // the client may be gone
+}
+
+// keep remembers an object that a caller on this node got from the cloud and
+// no scope holds.
+func (q *query) keep() link.Keep {
+	if q.info.Verb != "get" || !q.hub.isLocal(q.caller) {
+		return nil
+	}
+	return q.hub.answers.keep(objectBucket, objectKey(q.caller, q.info))
+}
+
+// may returns nil if the caller may read this, by what the cloud says or last
+// said. What the hub's own streams carry the node's user may read: it is the
+// same user.
+func (q *query) may(ctx context.Context, own bool) error {
+	if own && q.hub.isNode(q.caller) {
+		return nil
+	}
+	return q.hub.authorize(ctx, q.caller, q.info)
+}
+
+func attributes(info request.Info) identity.Attributes {
+	a := identity.Attributes{
+		Verb: info.Verb, Group: info.Resource.Group, Version: info.Resource.Version,
+		Resource: info.Resource.Resource, Subresource: info.Subresource,
+		Namespace: info.Namespace, Name: info.Name,
+	}
+	if !info.IsResource {
+		a.Path = info.Path
+		return a
+	}
+	if o := info.Options; o != nil && info.Verb != "get" {
+		if o.FieldSelector != nil {
+			a.FieldSelector = o.FieldSelector.Requirements()
+			if name, ok := o.FieldSelector.RequiresExactMatch("metadata.name"); ok && a.Name == "" {
+				a.Name = name // as the API server's own authorisers see it
+			}
+		}
+		if o.LabelSelector != nil {
+			a.LabelSelector, _ = o.LabelSelector.Requirements()
+		}
+	}
+	return a
+}
+
+func (h *Hub) authorize(ctx context.Context, c *identity.Caller, info request.Info) error {
+	d, err := h.authz.Authorize(ctx, c, attributes(info))
+	if err != nil {
+		return statusOf(err)
+	}
+	if d.Allowed {
+		return nil
+	}
+	h.metrics.refused.WithLabelValues("forbidden").Inc()
+	name := info.Name
+	return apierrors.NewForbidden(info.Resource.GroupResource(), name,
+		fmt.Errorf("user %q may not %s: %s", c.Name, info, d.Reason))
+}
+
+func (q *query) version() (uint64, error) {
+	text := q.info.Options.ResourceVersion
+	if text == "" || text == "0" {
+		return 0, nil
+	}
+	v, err := strconv.ParseUint(text, 10, 64)
+	if err != nil {
+		return 0, errCloud // whose refusal is the right one
+	}
+	return v, nil
+}
+
+// tryCloud answers from the cloud when it answers in time.
+func (q *query) tryCloud(keep link.Keep) error {
+	if q.caller.Local {
+		return link.ErrDown
+	}
+	return q.hub.link.Try(q.w, q.r, q.as, keep, readBudget)
+}
+
+// warn tells the client how old the answer is.
+func (q *query) warn(contact time.Time) {
+	httpx.AddWarning(q.w.Header(), fmt.Sprintf(
+		"yurthub: the cloud cannot be reached; this is the state of %s, %s ago",
+		contact.UTC().Format(time.RFC3339), time.Since(contact).Round(time.Second)))
+}
+
+func (q *query) get() error {
+	v, err := q.version()
+	if err != nil {
+		return err
+	}
+	obj, heldErr := q.hub.replica.Get(q.info, v)
+	latest := q.info.Options.ResourceVersion == ""
+	if latest && q.hub.link.Online() {
+		if heldErr != nil && !apierrors.IsNotFound(heldErr) {
+			if _, err := q.remembered(); err != nil {
+				return errCloud // there is nothing to fall back on: no hurry
+			}
+			if q.tryCloud(q.keep()) == nil {
+				return nil
+			}
+		} else if q.tryCloud(nil) == nil {
+			return nil
+		}
+	}
+	switch {
+	case heldErr == nil:
+		if err := q.may(q.r.Context(), !obj.Borrowed()); err != nil {
+			return err
+		}
+		if latest {
+			q.warn(obj.Contact)
+		}
+		return obj.Write(q.w, q.r, q.formats)
+	case apierrors.IsNotFound(heldErr):
+		if err := q.may(q.r.Context(), true); err != nil {
+			return err
+		}
+		return heldErr
+	case !q.hub.link.Online():
+		a, err := q.remembered()
+		if err != nil {
+			return heldErr
+		}
+		q.warn(a.At)
+		return a.writeObject(q.w, q.formats)
+	}
+	return heldErr
+}
+
+// remembered returns what the cloud last said to this very get. Only the
+// identity that got it gets it again.
+func (q *query) remembered() (answer, error) {
+	if !q.hub.isLocal(q.caller) {
+		return answer{}, store.ErrNotFound
+	}
+	return q.hub.answers.object(q.caller, q.info)
+}
+
+func (q *query) list() error {
+	opts := q.info.Options
+	scope := replica.ScopeOf(q.info)
+	held, ok := q.hub.replica.Held(scope)
+	latest := opts.ResourceVersion == "" && opts.Continue == ""
+	switch {
+	case opts.Continue != "":
+		if q.hub.link.Online() {
+			return errCloud
+		}
+		return fmt.Errorf("the continue token is the cloud's: %w", replica.ErrExpired)
+	case latest && opts.ResourceVersionMatch == "":
+		if !ok {
+			return errCloud
+		}
+		if q.hub.link.Online() && q.tryCloud(nil) == nil {
+			return nil
+		}
+	case opts.ResourceVersionMatch == metav1.ResourceVersionMatchExact, latest:
+		return q.exact(held, ok)
+	case opts.Limit > 0 && opts.ResourceVersion != "0" && opts.ResourceVersionMatch == "":
+		return q.exact(held, ok) // a limit makes a version exact, by the API's rules
+	}
+	v, err := q.version()
+	if err != nil {
+		return err
+	}
+	if !ok && opts.ResourceVersion == "0" {
+		held, err = q.open(scope)
+		ok = err == nil
+	}
+	if !ok {
+		return errCloud
+	}
+	if err := q.may(q.r.Context(), !held.Borrowed()); err != nil {
+		return err
+	}
+	if v > 0 {
+		ctx, cancel := context.WithTimeout(q.r.Context(), awaitBudget)
+		defer cancel()
+		if err := held.Await(ctx, v); err != nil {
+			return err
+		}
+	}
+	held.Use(q.credential())
+	if latest {
+		q.warn(held.Contact())
+	}
+	return held.List(q.w, q.r, q.formats)
+}
+
+// exact answers a list at one resource version: the cloud's business, but for
+// a replica that stands at just that version.
+func (q *query) exact(held *replica.Slice, ok bool) error {
+	if q.hub.link.Online() {
+		return errCloud
+	}
+	v, err := q.version()
+	if err != nil {
+		return err
+	}
+	switch {
+	case !ok:
+		return errCloud
+	case held.Version() < v:
+		return replica.ErrAhead
+	case held.Version() > v:
+		return replica.ErrExpired
+	}
+	if err := q.may(q.r.Context(), !held.Borrowed()); err != nil {
+		return err
+	}
+	return held.List(q.w, q.r, q.formats)
+}
+
+func (q *query) watch() error {
+	opts := q.info.Options
+	scope := replica.ScopeOf(q.info)
+	held, ok := q.hub.replica.Held(scope)
+	fresh := opts.ResourceVersion == "" || opts.ResourceVersion == "0" ||
+		(opts.SendInitialEvents != nil && *opts.SendInitialEvents)
+	if !ok {
+		if !fresh || !validWatch(q.info) {
+			return errCloud
+		}
+		var err error
+		if held, err = q.open(scope); err != nil {
+			return err
+		}
+	}
+	if !validWatch(q.info) && q.hub.link.Online() {
+		return errCloud // whose refusal is the right one
+	}
+	if err := q.may(q.r.Context(), !held.Borrowed()); err != nil {
+		return err
+	}
+	held.Use(q.credential())
+	return held.Watch(q.w, q.r, q.info, q.formats)
+}
+
+// validWatch is the API's rule for sendInitialEvents.
+func validWatch(info request.Info) bool {
+	o := info.Options
+	if o.SendInitialEvents == nil {
+		return o.ResourceVersionMatch == ""
+	}
+	return o.ResourceVersionMatch == metav1.ResourceVersionMatchNotOlderThan
+}
+
+// credential is the caller's own, for streams that the hub may not have by
+// itself.
+func (q *query) credential() replica.Credential {
+	if q.hub.isNode(q.caller) || q.caller.Local {
+		return replica.Credential{}
+	}
+	return replica.Credential{Token: q.caller.Token}
+}
+
+// open starts to replicate what a caller on this node asked to be informed
+// of: by the hub's own right where it has it, else by the caller's.
+func (q *query) open(scope replica.Scope) (*replica.Slice, error) {
+	if q.caller.Local || isEvent(q.info) || !q.hub.link.Online() {
+		return nil, errCloud
+	}
+	ctx, cancel := context.WithTimeout(q.r.Context(), syncBudget)
+	defer cancel()
+	if err := q.may(ctx, false); err != nil {
+		return nil, err
+	}
+	credential := q.credential()
+	if credential != (replica.Credential{}) || q.caller.Certificate {
+		if q.hub.mayItself(ctx, q.info) {
+			credential = replica.Credential{}
+		} else if q.caller.Certificate && !q.hub.isNode(q.caller) {
+			return nil, errCloud // a certificate cannot be passed on
+		}
+	}
+	return q.hub.replica.Open(ctx, scope, credential)
+}
+
+// mayItself reports whether the hub's own user may list and watch this.
+func (h *Hub) mayItself(ctx context.Context, info request.Info) bool {
+	for _, verb := range []string{"list", "watch"} {
+		info.Verb = verb
+		d, err := h.authz.Authorize(ctx, h.self, attributes(info))
+		if err != nil || !d.Allowed {
+			return false
+		}
+	}
+	return true
+}
+
+// document answers discovery and the like, which say the same to everybody
+// who is authenticated.
+func (h *Hub) document(w http.ResponseWriter, r *http.Request, c *identity.Caller, as link.Credential) {
+	if !c.Local {
+		keep := h.answers.keep(documentBucket, documentKey(r.URL))
+		err := h.link.Try(w, r, as, keep, writeBudget)
+		if err == nil {
+			return
+		}
+		if h.link.Online() {
+			link.Refuse(w, r, err)
+			return
+		}
+	}
+	a, err := h.answers.document(r.URL, r.Header)
+	if err != nil {
+		httpx.WriteStatus(w, r, h.away(request.From(r.Context())))
+		return
+	}
+	httpx.AddWarning(w.Header(), fmt.Sprintf("yurthub: the cloud cannot be reached; this is what it said %s ago",
+		time.Since(a.At).Round(time.Second)))
+	a.write(w)
+}
+
+// eventOf journals the events of callers on this node. While the cloud is
+// away a caller must have been allowed to write events before.
+func (h *Hub) eventOf(w http.ResponseWriter, r *http.Request, c *identity.Caller, as link.Credential) {
+	if !h.link.Online() && !h.isNode(c) {
+		if err := h.authorize(r.Context(), c, request.From(r.Context())); err != nil {
+			httpx.WriteStatus(w, r, err)
+			return
+		}
+	}
+	if c.Local && h.link.Online() {
+		h.forward(w, r, c, as)
+		return
+	}
+	h.event(w, r, as)
+}
+
+var (
+	_ fields.Requirements
+	_ labels.Requirements
+)

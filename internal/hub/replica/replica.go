@@ -1,0 +1,413 @@
+// Package replica keeps the slice of the cluster that a node is entitled to,
+// and answers lists, watches and gets from it with the API's own semantics.
+//
+// One upstream stream per scope keeps the slice current; when the link is
+// down the streams stand still and nothing else changes. Objects live in the
+// store as the bytes that came; the heap holds keys, versions and bounded
+// watch windows. Resource versions are the cluster's own.
+//
+// The package does not decide who may read: its caller authorises first.
+package replica
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"k8s.io/apimachinery/pkg/runtime/schema"
+
+	"github.com/yurt-edge/yurt/internal/hub/store"
+)
+
+const (
+	// flushEvery groups the changes of all sets into one transaction. A
+	// power cut loses no more than this much of the replica, and the
+	// streams then replay it.
+	flushEvery = time.Second
+	// touchEvery is how long progress without changes may stay unwritten:
+	// an idle node should not wear its flash.
+	touchEvery = 10 * time.Minute
+
+	// A stream that nobody used for pauseAfter stops; its data is dropped
+	// after dropAfter. Both count only while the link is up: an outage
+	// never makes data go away.
+	pauseAfter = 10 * time.Minute
+	dropAfter  = 24 * time.Hour
+	idleEvery  = time.Minute
+
+	defaultMaxScopes = 1024
+)
+
+// Config is what a replica needs.
+type Config struct {
+	Store      *store.Store
+	Upstream   Upstream
+	Log        *slog.Logger
+	Registerer prometheus.Registerer
+	// MaxScopes bounds the scopes held at a time; 0 means 1024. Requests
+	// beyond it are the cloud's to answer.
+	MaxScopes int
+	// Online reports the link's state.
+	Online func() bool
+	// Overlay tells what local readers see in place of the cloud's objects.
+	// It may be nil.
+	Overlay OverlayFunc
+}
+
+// Replica is a set of scopes. Use New, then Run.
+type Replica struct {
+	cfg     Config
+	metrics *metrics
+	start   chan *stream // streams to be run, taken by Run
+
+	mu      sync.Mutex // guards the following
+	streams map[Scope]*stream
+}
+
+// New loads the scopes that the store holds. They can be read at once; Run
+// brings them up to date.
+func New(cfg Config) (*Replica, error) {
+	if cfg.MaxScopes == 0 {
+		cfg.MaxScopes = defaultMaxScopes
+	}
+	r := &Replica{
+		cfg: cfg, metrics: newMetrics(cfg.Registerer),
+		start: make(chan *stream, cfg.MaxScopes), streams: map[Scope]*stream{},
+	}
+	positions, err := r.positions()
+	if err != nil {
+		return nil, err
+	}
+	for _, p := range positions {
+		s := newSet(cfg.Store, p.Scope, cfg.Overlay)
+		if err := s.load(p); err != nil {
+			return nil, err
+		}
+		st := newStream(s, cfg.Upstream, cfg.Log, r.metrics)
+		if !p.Borrowed {
+			st.offer(Credential{})
+		}
+		r.streams[p.Scope] = st
+		if len(r.start) < cap(r.start) {
+			r.start <- st
+		}
+	}
+	r.metrics.scopes.Set(float64(len(r.streams)))
+	return r, nil
+}
+
+func (r *Replica) positions() ([]position, error) {
+	snap, err := r.cfg.Store.Snapshot()
+	if err != nil {
+		return nil, fmt.Errorf("read scopes: %w", err)
+	}
+	defer snap.Close()
+	var ids []string
+	err = snap.Scan(scopesBucket, "", func(key string, _ store.Header) error {
+		ids = append(ids, key)
+		return nil
+	})
+	if err != nil && !errors.Is(err, store.ErrNotFound) {
+		return nil, fmt.Errorf("read scopes: %w", err)
+	}
+	var out []position
+	for _, id := range ids {
+		record, err := snap.Get(scopesBucket, id)
+		if err != nil {
+			// The scope's objects are of no use without its position; a
+			// caller that asks again has it fetched anew.
+			r.cfg.Log.Warn("scope dropped", "scope", id, "err", err)
+			continue
+		}
+		var p position
+		if err := json.Unmarshal(record.Data, &p); err != nil || p.Scope.ID() != id {
+			r.cfg.Log.Warn("scope dropped", "scope", id, "err", err)
+			continue
+		}
+		out = append(out, p)
+	}
+	return out, nil
+}
+
+// Run follows the upstream for every scope until ctx ends, writes what is
+// left to the store and returns nil.
+func (r *Replica) Run(ctx context.Context) error {
+	var running sync.WaitGroup
+	flush := time.NewTicker(flushEvery)
+	defer flush.Stop()
+	idle := time.NewTicker(idleEvery)
+	defer idle.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			running.Wait()
+			last, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
+			defer cancel()
+			r.flush(last, true)
+			return nil
+		case st := <-r.start:
+			running.Go(func() { st.supervise(ctx) })
+		case <-flush.C:
+			r.flush(ctx, false)
+		case <-idle.C:
+			r.retire(ctx)
+		}
+	}
+}
+
+func (r *Replica) all() []*stream {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	out := make([]*stream, 0, len(r.streams))
+	for _, st := range r.streams {
+		out = append(out, st)
+	}
+	return out
+}
+
+// flush writes every set that changed. The store groups them.
+func (r *Replica) flush(ctx context.Context, everything bool) {
+	var pending sync.WaitGroup
+	for _, st := range r.all() {
+		if !st.set.due(everything) {
+			continue
+		}
+		pending.Go(func() {
+			if err := st.set.flush(ctx); err != nil {
+				r.metrics.storeErrors.Inc()
+				r.cfg.Log.Error("store write failed", "scope", st.set.id, "err", err)
+			}
+		})
+	}
+	pending.Wait()
+}
+
+// due reports whether the set has something to write by now.
+func (s *set) due(everything bool) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if len(s.dirty) > 0 || (s.synced && s.persisted == 0) {
+		return true
+	}
+	return (s.touched || s.version != s.persisted) && (everything || time.Since(s.flushed) > touchEvery)
+}
+
+// retire pauses streams that nobody uses and drops what was not used for
+// long.
+func (r *Replica) retire(ctx context.Context) {
+	if !r.cfg.Online() {
+		r.postpone()
+		return
+	}
+	r.mu.Lock()
+	var drop []*stream
+	for scope, st := range r.streams {
+		idle := st.set.idle()
+		if st.pinned || idle < pauseAfter {
+			continue
+		}
+		st.pause()
+		if idle >= dropAfter || !st.set.isSynced() {
+			delete(r.streams, scope)
+			drop = append(drop, st)
+		}
+	}
+	r.metrics.scopes.Set(float64(len(r.streams)))
+	r.mu.Unlock()
+	for _, st := range drop {
+		batch := store.NewBatch()
+		batch.Drop(st.set.id)
+		batch.Delete(scopesBucket, st.set.id)
+		if err := r.cfg.Store.Commit(ctx, batch); err != nil {
+			r.metrics.storeErrors.Inc()
+			r.cfg.Log.Error("store write failed", "scope", st.set.id, "err", err)
+		}
+	}
+}
+
+// postpone keeps an outage from counting as idleness.
+func (r *Replica) postpone() {
+	for _, st := range r.all() {
+		st.set.mu.Lock()
+		st.set.used = st.set.used.Add(idleEvery)
+		st.set.mu.Unlock()
+	}
+}
+
+// idle is the time since a caller last used the set.
+func (s *set) idle() time.Duration {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.watchers > 0 {
+		return 0
+	}
+	return time.Since(s.used)
+}
+
+// Pin holds a scope for good, by the hub's own credential.
+func (r *Replica) Pin(scope Scope) error {
+	st, err := r.stream(scope)
+	if err != nil {
+		return err
+	}
+	st.pinned = true
+	st.offer(Credential{})
+	return nil
+}
+
+// ErrFull means that the replica holds as many scopes as it may.
+var ErrFull = errors.New("the replica holds as many scopes as it may")
+
+func (r *Replica) stream(scope Scope) (*stream, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if st, ok := r.streams[scope]; ok {
+		return st, nil
+	}
+	if len(r.streams) >= r.cfg.MaxScopes || len(r.start) == cap(r.start) {
+		return nil, ErrFull
+	}
+	st := newStream(newSet(r.cfg.Store, scope, r.cfg.Overlay), r.cfg.Upstream, r.cfg.Log, r.metrics)
+	r.streams[scope] = st
+	r.start <- st
+	r.metrics.scopes.Set(float64(len(r.streams)))
+	return st, nil
+}
+
+// Open returns the scope for a caller that may read it, and starts to follow
+// it with the credential if nobody did. It waits until the scope is synced
+// or ctx ends.
+func (r *Replica) Open(ctx context.Context, scope Scope, c Credential) (*Slice, error) {
+	if held, ok := r.Held(scope); ok {
+		held.stream.use(c)
+		return held, nil
+	}
+	st, err := r.stream(scope)
+	if err != nil {
+		return nil, err
+	}
+	st.use(c)
+	select {
+	case <-ctx.Done():
+		return nil, fmt.Errorf("sync %s: %w", scope.ID(), context.Cause(ctx))
+	case err := <-st.failures:
+		return nil, fmt.Errorf("sync %s: %w", scope.ID(), err)
+	case <-st.ready:
+	}
+	return &Slice{stream: st, scope: scope}, nil
+}
+
+// Slice is what a held scope holds for one, possibly narrower, scope.
+type Slice struct {
+	stream *stream
+	scope  Scope
+	match  matcher
+}
+
+// Held returns the slice if a synced scope covers it. The narrowest and
+// freshest of them is taken.
+func (r *Replica) Held(scope Scope) (*Slice, bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if st, ok := r.streams[scope]; ok && st.set.isSynced() {
+		return &Slice{stream: st, scope: scope}, true
+	}
+	var best *Slice
+	for wide, st := range r.streams {
+		if !wide.covers(scope) || !st.set.isSynced() {
+			continue
+		}
+		if best == nil || best.stream.set.at() < st.set.at() {
+			m, _ := newMatcher(wide, scope)
+			best = &Slice{stream: st, scope: scope, match: m}
+		}
+	}
+	return best, best != nil
+}
+
+func (s *set) isSynced() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.synced
+}
+
+func (s *set) at() uint64 {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.version
+}
+
+// Refresh must be called after the answer of Config.Overlay for an object
+// changed. Watchers see the change as an ordinary event.
+func (r *Replica) Refresh(resource schema.GroupVersionResource, namespace, name string) error {
+	var errs []error
+	for _, st := range r.all() {
+		if st.set.scope.Resource == resource {
+			errs = append(errs, st.set.refresh(keyOf(namespace, name)))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// Version is the resource version up to which the slice is current.
+func (sl *Slice) Version() uint64 { return sl.stream.set.at() }
+
+// Contact is when the cloud last proved the slice current.
+func (sl *Slice) Contact() time.Time {
+	s := sl.stream.set
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.contact
+}
+
+// Borrowed reports whether the slice came by a caller's right and not by the
+// node's own.
+func (sl *Slice) Borrowed() bool { return sl.stream.set.isBorrowed() }
+
+func (s *set) isBorrowed() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.borrowed
+}
+
+// Use takes note that a caller with this credential wants the slice: its
+// stream is resumed if it was paused.
+func (sl *Slice) Use(c Credential) { sl.stream.use(c) }
+
+// Status is one scope's state, for people.
+type Status struct {
+	Scope    string    `json:"scope"`
+	Objects  int       `json:"objects"`
+	Version  uint64    `json:"version"`
+	Synced   bool      `json:"synced"`
+	Watchers int       `json:"watchers"`
+	Contact  time.Time `json:"contact"`
+	Damage   string    `json:"damage,omitempty"`
+}
+
+// Status lists the scopes, in the order of their names.
+func (r *Replica) Status() []Status {
+	var out []Status
+	for _, st := range r.all() {
+		s := st.set
+		s.mu.Lock()
+		status := Status{
+			Scope: s.id, Objects: s.index.Len(), Version: s.version, Synced: s.synced,
+			Watchers: s.watchers, Contact: s.contact,
+		}
+		if s.lost != nil {
+			status.Damage = s.lost.Error()
+		}
+		s.mu.Unlock()
+		out = append(out, status)
+	}
+	slices.SortFunc(out, func(a, b Status) int { return strings.Compare(a.Scope, b.Scope) })
+	return out
+}

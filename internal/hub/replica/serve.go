@@ -1,0 +1,732 @@
+package replica
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"net/http"
+	"strconv"
+	"time"
+
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/watch"
+
+	"github.com/yurt-edge/yurt/internal/hub/request"
+	"github.com/yurt-edge/yurt/internal/hub/table"
+	"github.com/yurt-edge/yurt/internal/hub/wire"
+)
+
+var (
+	// ErrNotHeld means that the replica cannot tell: the object or list is
+	// in no scope that it holds.
+	ErrNotHeld = errors.New("not replicated on this node")
+	// ErrExpired means that the replica's history does not reach back to
+	// the resource version asked for.
+	ErrExpired = errors.New("resource version too old")
+	// ErrAhead means that the replica has not seen the resource version
+	// asked for yet.
+	ErrAhead = errors.New("resource version too large")
+	// ErrFormat means that the replica cannot give the object in any form
+	// that the client accepts.
+	ErrFormat = errors.New("not available in an accepted form")
+)
+
+const (
+	metaAPIVersion = "meta.k8s.io/v1"
+	metadataKind   = "PartialObjectMetadata"
+
+	// chunk is how much of an answer is collected before it is written.
+	chunk = 32 << 10
+	// writeBudget is how long a client may take for a chunk before it
+	// counts as stuck.
+	writeBudget = 30 * time.Second
+
+	bookmarkEvery   = time.Minute
+	minWatchTimeout = 30 * time.Minute
+)
+
+// form is how one answer is encoded.
+type form struct {
+	request.Format
+	kind    Kind // of the stored objects
+	include metav1.IncludeObjectPolicy
+	pretty  bool
+}
+
+// chooseForm picks the first accepted format that can be made of the kind.
+func chooseForm(r *http.Request, k Kind, formats []request.Format) (form, error) {
+	for _, f := range formats {
+		switch {
+		case f.View == request.Whole && f.Encoding == wire.Protobuf && k.Encoding == wire.JSON:
+			continue // custom resources have no protobuf form
+		case f.View == request.Table && f.Encoding == wire.Protobuf:
+			continue
+		}
+		return form{Format: f, kind: k, include: includeObject(r), pretty: wantsPretty(r)}, nil
+	}
+	return form{}, fmt.Errorf("%s %s: %w", k.APIVersion, k.Kind, ErrFormat)
+}
+
+func includeObject(r *http.Request) metav1.IncludeObjectPolicy {
+	if p := r.URL.Query().Get("includeObject"); p != "" {
+		return metav1.IncludeObjectPolicy(p)
+	}
+	return metav1.IncludeMetadata
+}
+
+// wantsPretty is the API server's rule: asked for, or a tool that shows its
+// output to a person.
+func wantsPretty(r *http.Request) bool {
+	if v := r.URL.Query().Get("pretty"); v != "" {
+		on, err := strconv.ParseBool(v)
+		return err == nil && on
+	}
+	agent := r.UserAgent()
+	for _, tool := range []string{"curl", "Wget", "Mozilla/5.0"} {
+		if len(agent) >= len(tool) && agent[:len(tool)] == tool {
+			return true
+		}
+	}
+	return false
+}
+
+// object converts object data to the form. The result is object data of the
+// form's encoding: with its type where JSON wants it.
+func (f form) object(dst, data []byte, withType bool) ([]byte, error) {
+	apiVersion, kind := f.kind.APIVersion, f.kind.Kind
+	if f.View == request.Metadata {
+		partial, err := wire.PartialMetadata(f.kind.Encoding, data)
+		if err != nil {
+			return dst, err
+		}
+		data, apiVersion, kind, withType = partial, metaAPIVersion, metadataKind, true
+	}
+	switch {
+	case f.Encoding == f.kind.Encoding:
+		return append(dst, data...), nil
+	case f.Encoding == wire.JSON:
+		return wire.ToJSON(dst, apiVersion, kind, data, withType)
+	}
+	out, err := wire.FromJSON(apiVersion, kind, data)
+	return append(dst, out...), err
+}
+
+// typed returns the type that objects of the form have.
+func (f form) typed() (apiVersion, kind string) {
+	if f.View == request.Metadata {
+		return metaAPIVersion, metadataKind
+	}
+	return f.kind.APIVersion, f.kind.Kind
+}
+
+func (f form) contentType(watching bool) string {
+	if f.Encoding == wire.Protobuf {
+		if watching {
+			return "application/vnd.kubernetes.protobuf;stream=watch"
+		}
+		return "application/vnd.kubernetes.protobuf"
+	}
+	return "application/json"
+}
+
+// writer collects an answer in chunks and gives up on clients that are stuck.
+type writer struct {
+	http.ResponseWriter
+	control *http.ResponseController
+	buf     []byte
+	form    form
+	started bool
+}
+
+func newWriter(w http.ResponseWriter, f form) *writer {
+	return &writer{ResponseWriter: w, control: http.NewResponseController(w), form: f}
+}
+
+func (w *writer) start(watching bool) {
+	w.started = true
+	h := w.Header()
+	h.Set("Content-Type", w.form.contentType(watching))
+	h.Set("Cache-Control", "no-cache, private")
+	w.WriteHeader(http.StatusOK)
+}
+
+// flush writes what was collected. The deadline is renewed per chunk, so a
+// slow client is served and a stuck one is not.
+func (w *writer) flush() error {
+	if len(w.buf) == 0 {
+		return nil
+	}
+	// Not every ResponseWriter has deadlines; tests' recorders do not.
+	_ = w.control.SetWriteDeadline(time.Now().Add(writeBudget))
+	_, err := w.Write(w.buf)
+	if cap(w.buf) > 1<<20 {
+		w.buf = nil
+	}
+	w.buf = w.buf[:0]
+	return err
+}
+
+func (w *writer) done() error {
+	if err := w.flush(); err != nil {
+		return err
+	}
+	_ = w.control.SetWriteDeadline(time.Time{})
+	return nil
+}
+
+// Object is one object that the replica holds.
+type Object struct {
+	Kind    Kind
+	Data    []byte
+	Version uint64    // of the slice it was read from
+	Contact time.Time // when the cloud last proved that slice current
+
+	set *set
+}
+
+// Get returns the object that a get asks for. The error is ErrNotHeld, a
+// NotFound status when the replica knows that there is none, or ErrAhead
+// when what it holds is older than min.
+func (r *Replica) Get(info request.Info, least uint64) (*Object, error) {
+	key := keyOf(info.Namespace, info.Name)
+	scope := Scope{Resource: info.Resource, Namespace: info.Namespace, Fields: "metadata.name=" + info.Name}
+	absent := false
+	ahead := false
+	for _, st := range r.all() {
+		s := st.set
+		if s.scope.Resource != info.Resource {
+			continue
+		}
+		obj, held, err := s.get(key, least)
+		switch {
+		case errors.Is(err, errNotSynced):
+			continue
+		case errors.Is(err, ErrAhead):
+			ahead = true
+			continue
+		case err != nil:
+			return nil, err
+		case held:
+			return obj, nil
+		case s.scope.covers(scope):
+			absent = true
+		}
+	}
+	switch {
+	case ahead:
+		return nil, ErrAhead
+	case absent:
+		return nil, apierrors.NewNotFound(info.Resource.GroupResource(), info.Name)
+	}
+	return nil, fmt.Errorf("%s: %w", info, ErrNotHeld)
+}
+
+func (s *set) get(key string, least uint64) (*Object, bool, error) {
+	s.mu.Lock()
+	if !s.synced {
+		s.mu.Unlock()
+		return nil, false, errNotSynced
+	}
+	e, ok := s.index.Get(key)
+	obj := &Object{Kind: s.kind, Version: s.version, Contact: s.contact, set: s}
+	s.used = time.Now()
+	if s.version < least && (!ok || e.version < least) {
+		s.mu.Unlock()
+		return nil, false, ErrAhead
+	}
+	if ok {
+		// The view's promise for one object: its bytes are kept if it is
+		// overwritten before they are read.
+		s.views++
+	}
+	s.mu.Unlock()
+	if !ok {
+		return nil, false, nil
+	}
+	defer func() {
+		s.mu.Lock()
+		s.views--
+		s.mu.Unlock()
+	}()
+	var err error
+	obj.Data, err = s.read(nil, key, e)
+	return obj, true, err
+}
+
+// Borrowed reports whether the object came by a caller's right and not by the
+// node's own.
+func (o *Object) Borrowed() bool { return o.set.isBorrowed() }
+
+// Write sends the object in the best accepted form. On error nothing was
+// written.
+func (o *Object) Write(w http.ResponseWriter, r *http.Request, formats []request.Format) error {
+	f, err := chooseForm(r, o.Kind, formats)
+	if err != nil {
+		return err
+	}
+	out := newWriter(w, f)
+	if f.View == request.Table {
+		b, err := f.table(wire.ListHeader{}, true)
+		if err != nil {
+			return err
+		}
+		if err := b.Add(o.Kind.Encoding, o.Data, f.include); err != nil {
+			return fmt.Errorf("print %s: %w", o.Kind.Kind, err)
+		}
+		return out.table(b)
+	}
+	data, err := f.object(nil, o.Data, true)
+	if err != nil {
+		return o.set.note(err)
+	}
+	apiVersion, kind := f.typed()
+	out.buf = wire.AppendObject(out.buf, f.Encoding, apiVersion, kind, data)
+	if f.Encoding == wire.JSON {
+		if f.pretty {
+			out.buf = indent(out.buf)
+		}
+	}
+	out.start(false)
+	return abort(out.done())
+}
+
+// note remembers that the set's objects hold fields this build cannot name.
+func (s *set) note(err error) error {
+	if errors.Is(err, wire.ErrUnknownField) || errors.Is(err, wire.ErrUnknownKind) {
+		s.mu.Lock()
+		s.opaque = true
+		s.mu.Unlock()
+		return fmt.Errorf("%w: %w", ErrFormat, err)
+	}
+	return err
+}
+
+// errAborted is an answer that broke off after its first byte.
+type errAborted struct{ error }
+
+func (e errAborted) Unwrap() error { return e.error }
+
+func abort(err error) error {
+	if err == nil {
+		return nil
+	}
+	return errAborted{err}
+}
+
+// Aborted reports whether err came after the answer had begun, so that
+// nothing else can be answered.
+func Aborted(err error) bool {
+	var a errAborted
+	return errors.As(err, &a)
+}
+
+func indent(text []byte) []byte {
+	var out bytes.Buffer
+	if json.Indent(&out, text, "", "  ") != nil {
+		return text
+	}
+	return out.Bytes()
+}
+
+// Await waits until the slice has seen version, or ctx ends: then ErrAhead.
+func (sl *Slice) Await(ctx context.Context, version uint64) error {
+	s := sl.stream.set
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		if s.at() >= version {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("%s is at %d, not %d: %w", s.id, s.at(), version, ErrAhead)
+		case <-tick.C:
+		}
+	}
+}
+
+// List answers a list with all that the slice holds. When it fails before
+// the first byte the error says why and something else can be answered;
+// see Aborted.
+func (sl *Slice) List(w http.ResponseWriter, r *http.Request, formats []request.Format) error {
+	v, err := sl.stream.set.view()
+	if err != nil {
+		return err
+	}
+	defer v.Close()
+	f, err := chooseForm(r, v.kind, formats)
+	if err != nil {
+		return err
+	}
+	if err := v.set.opaqueTo(f); err != nil {
+		return err
+	}
+	out := newWriter(w, f)
+	if f.View == request.Table {
+		return sl.listTable(v, out)
+	}
+	apiVersion, kind := f.typed()
+	header := wire.ListHeader{APIVersion: apiVersion, Kind: kind + "List", Version: v.version}
+	match, size, err := sl.measure(v, f)
+	if err != nil {
+		return err
+	}
+	out.buf = wire.AppendListStart(out.buf, f.Encoding, header, size)
+	var (
+		scratch []byte
+		first   = true
+	)
+	err = v.each(match, func(_ string, _ *entry, data []byte) error {
+		var err error
+		if f.View == request.Whole && f.Encoding == f.kind.Encoding {
+			scratch = data
+		} else if scratch, err = f.object(scratch[:0], data, false); err != nil {
+			return v.set.note(err)
+		}
+		out.buf = wire.AppendItem(out.buf, f.Encoding, first, scratch)
+		first = false
+		if len(out.buf) < chunk || f.pretty {
+			return nil
+		}
+		if !out.started {
+			out.start(false)
+		}
+		return abort(out.flush())
+	})
+	if err != nil {
+		if out.started {
+			return abort(err)
+		}
+		return err
+	}
+	out.buf = wire.AppendListEnd(out.buf, f.Encoding, header)
+	if f.pretty && f.Encoding == wire.JSON {
+		out.buf = indent(out.buf)
+	}
+	if !out.started {
+		out.start(false)
+	}
+	return abort(out.done())
+}
+
+// measure returns the bytes that the items will take, which Protobuf wants
+// in front of them, and a matcher that need not look into objects again.
+func (sl *Slice) measure(v *view, f form) (matcher, int, error) {
+	if f.Encoding != wire.Protobuf {
+		return sl.match, 0, nil
+	}
+	size := 0
+	if f.View == request.Whole && sl.match.byKey() {
+		v.index.Scan(func(key string, e *entry) bool {
+			if sl.match.matchesKey(key) {
+				size += wire.ItemSize(f.Encoding, e.size)
+			}
+			return true
+		})
+		return sl.match, size, nil
+	}
+	var scratch []byte
+	err := v.each(sl.match, func(_ string, _ *entry, data []byte) error {
+		var err error
+		if scratch, err = f.object(scratch[:0], data, false); err != nil {
+			return err
+		}
+		size += wire.ItemSize(f.Encoding, len(scratch))
+		return nil
+	})
+	return sl.match, size, err
+}
+
+func (s *set) opaqueTo(f form) error {
+	if f.kind.Encoding != wire.Protobuf || f.Encoding != wire.JSON {
+		return nil
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.opaque {
+		return fmt.Errorf("%s: %w: %w", s.id, ErrFormat, errOpaque)
+	}
+	return nil
+}
+
+// table starts a table of the form's kind.
+func (f form) table(h wire.ListHeader, single bool) (*table.Builder, error) {
+	return table.New(f.kind.APIVersion, f.kind.Kind, h), nil
+}
+
+func (w *writer) table(b *table.Builder) error {
+	text, err := b.Encode()
+	if err != nil {
+		return fmt.Errorf("encode table: %w", err)
+	}
+	w.buf = append(w.buf, text...)
+	if w.form.pretty {
+		w.buf = indent(w.buf)
+	}
+	w.start(false)
+	return abort(w.done())
+}
+
+func (sl *Slice) listTable(v *view, out *writer) error {
+	b, err := out.form.table(wire.ListHeader{Version: v.version}, false)
+	if err != nil {
+		return err
+	}
+	err = v.each(sl.match, func(_ string, _ *entry, data []byte) error {
+		return b.Add(v.kind.Encoding, data, out.form.include)
+	})
+	if err != nil {
+		return fmt.Errorf("print %s: %w", v.set.id, err)
+	}
+	return out.table(b)
+}
+
+// watchStart is where a watch begins.
+type watchStart struct {
+	view  *view // what is sent as ADDED first; nil when nothing is
+	mark  bool  // a bookmark ends the initial events
+	seq   uint64
+	after uint64   // events at or below this version are not sent
+	shown []*event // overlays, which have no version of their own
+}
+
+// Watch answers a watch until the client goes, its time is over or it falls
+// too far behind. When it fails before the first byte the error says why;
+// see Aborted.
+func (sl *Slice) Watch(w http.ResponseWriter, r *http.Request, info request.Info, formats []request.Format) error {
+	s := sl.stream.set
+	s.mu.Lock()
+	k := s.kind
+	s.mu.Unlock()
+	f, err := chooseForm(r, k, formats)
+	if err != nil {
+		return err
+	}
+	if err := s.opaqueTo(f); err != nil {
+		return err
+	}
+	start, err := sl.startOf(r.Context(), info)
+	if err != nil {
+		return err
+	}
+	sl.count(1)
+	defer sl.count(-1)
+	timer := time.NewTimer(watchTimeout(info))
+	defer timer.Stop()
+	out := newWriter(w, f)
+	out.start(true)
+	watcher := &watcher{slice: sl, out: out, bookmarks: info.Options.AllowWatchBookmarks}
+	err = watcher.initial(start)
+	if start.view != nil {
+		start.view.Close()
+	}
+	if err != nil {
+		return abort(err)
+	}
+	return abort(watcher.follow(r.Context(), start, timer.C))
+}
+
+func (sl *Slice) count(n int) {
+	s := sl.stream.set
+	s.mu.Lock()
+	s.watchers += n
+	s.used = time.Now()
+	s.mu.Unlock()
+	sl.stream.metrics.watchers.Add(float64(n))
+}
+
+func watchTimeout(info request.Info) time.Duration {
+	if t := info.Options.TimeoutSeconds; t != nil && *t > 0 {
+		return time.Duration(*t) * time.Second
+	}
+	return minWatchTimeout + rand.N(minWatchTimeout)
+}
+
+// startOf decides where the watch begins, by the API's rules.
+func (sl *Slice) startOf(ctx context.Context, info request.Info) (watchStart, error) {
+	s, opts := sl.stream.set, info.Options
+	var version uint64
+	if opts.ResourceVersion != "" {
+		var err error
+		if version, err = strconv.ParseUint(opts.ResourceVersion, 10, 64); err != nil {
+			return watchStart{}, apierrors.NewBadRequest(fmt.Sprintf("resourceVersion %q is not a number", opts.ResourceVersion))
+		}
+	}
+	list := opts.SendInitialEvents != nil && *opts.SendInitialEvents
+	if list || (version == 0 && opts.SendInitialEvents == nil) {
+		if version > 0 {
+			if err := sl.Await(ctx, version); err != nil {
+				return watchStart{}, err
+			}
+		}
+		v, err := s.view()
+		if err != nil {
+			return watchStart{}, err
+		}
+		return watchStart{view: v, mark: list, seq: v.seq}, nil
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.synced {
+		return watchStart{}, errNotSynced
+	}
+	if version == 0 {
+		return watchStart{seq: s.window.next}, nil
+	}
+	seq, ok := s.window.since(version)
+	if !ok {
+		return watchStart{}, fmt.Errorf("%s: %w: %d (%d)", s.id, ErrExpired, version, s.window.start)
+	}
+	start := watchStart{seq: seq, after: version}
+	for key := range s.bases {
+		e, ok := s.index.Get(key)
+		if !ok {
+			continue
+		}
+		data := *e.data.Load()
+		meta, err := wire.ReadMeta(s.kind.Encoding, data, isPods(s.scope.Resource))
+		if err != nil {
+			continue
+		}
+		start.shown = append(start.shown, newEvent(watch.Modified, key, &meta, &meta, s.kind, data))
+	}
+	return start, nil
+}
+
+// watcher sends a slice's events to one client.
+type watcher struct {
+	slice     *Slice
+	out       *writer
+	bookmarks bool
+	scratch   []byte
+	tables    int // tables sent: only the first names its columns
+}
+
+func (w *watcher) initial(start watchStart) error {
+	if start.view != nil {
+		err := start.view.each(w.slice.match, func(_ string, _ *entry, data []byte) error {
+			return w.send(watch.Added, data, nil)
+		})
+		if err != nil {
+			return err
+		}
+		if start.mark {
+			w.bookmark(start.view.version, true)
+		}
+	}
+	for _, e := range start.shown {
+		if e.as(w.slice.match) != "" {
+			if err := w.send(watch.Modified, e.object, e); err != nil {
+				return err
+			}
+		}
+	}
+	return w.flush()
+}
+
+// send encodes one event. e carries the JSON form that other watchers may
+// have computed already; it is nil for initial events.
+func (w *watcher) send(typ watch.EventType, data []byte, e *event) error {
+	f := w.out.form
+	var err error
+	switch {
+	case f.View == request.Table:
+		w.scratch, err = w.tableEvent(data)
+	case f.View == request.Whole && f.Encoding == f.kind.Encoding:
+		w.scratch = append(w.scratch[:0], data...)
+	case f.View == request.Whole && e != nil && f.Encoding == wire.JSON:
+		var text []byte
+		text, err = e.json()
+		w.scratch = append(w.scratch[:0], text...)
+	default:
+		w.scratch, err = f.object(w.scratch[:0], data, true)
+	}
+	if err != nil {
+		return w.slice.stream.set.note(err)
+	}
+	apiVersion, kind := f.typed()
+	w.out.buf = wire.AppendEvent(w.out.buf, f.Encoding, string(typ), apiVersion, kind, w.scratch)
+	if len(w.out.buf) >= chunk {
+		return w.out.flush()
+	}
+	return nil
+}
+
+func (w *watcher) tableEvent(data []byte) ([]byte, error) {
+	f := w.out.form
+	b, err := f.table(wire.ListHeader{}, true)
+	if err != nil {
+		return nil, err
+	}
+	if err := b.Add(f.kind.Encoding, data, f.include); err != nil {
+		return nil, fmt.Errorf("print %s: %w", f.kind.Kind, err)
+	}
+	if w.tables++; w.tables > 1 {
+		b.OmitColumns()
+	}
+	return b.Encode()
+}
+
+func (w *watcher) bookmark(version uint64, initialEventsEnd bool) {
+	f := w.out.form
+	apiVersion, kind := f.typed()
+	w.out.buf = wire.AppendBookmark(w.out.buf, f.Encoding, apiVersion, kind, version, initialEventsEnd)
+}
+
+func (w *watcher) flush() error {
+	if err := w.out.flush(); err != nil {
+		return err
+	}
+	return w.out.control.Flush()
+}
+
+func (w *watcher) follow(ctx context.Context, start watchStart, end <-chan time.Time) error {
+	s, seq := w.slice.stream.set, start.seq
+	bookmarks := time.NewTicker(bookmarkEvery - rand.N(bookmarkEvery/4))
+	defer bookmarks.Stop()
+	for {
+		s.mu.Lock()
+		events, ok := s.window.from(seq)
+		events = append([]*event(nil), events...)
+		changed, synced := s.changed, s.synced
+		s.mu.Unlock()
+		if !ok || !synced {
+			return nil // too far behind: the client comes back and lists
+		}
+		for _, e := range events {
+			seq = e.seq + 1
+			if e.position <= start.after && !e.local {
+				continue
+			}
+			if typ := e.as(w.slice.match); typ != "" {
+				if err := w.send(typ, e.object, e); err != nil {
+					return err
+				}
+			}
+		}
+		if err := w.flush(); err != nil {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-end:
+			return nil
+		case <-changed:
+		case <-bookmarks.C:
+			if !w.bookmarks {
+				continue
+			}
+			s.mu.Lock()
+			version, behind := s.version, s.window.next != seq
+			s.mu.Unlock()
+			if !behind {
+				w.bookmark(version, false)
+			}
+		}
+	}
+}
