@@ -233,11 +233,10 @@ func AppendEvent(dst []byte, enc Encoding, typ, apiVersion, kind string, object 
 	return append(dst, "}\n"...)
 }
 
-// AppendBookmark writes a BOOKMARK frame for objects of a kind.
-// initialEventsEnd marks the end of the initial events of a WatchList.
+// AppendBookmark writes a BOOKMARK frame that holds a [Bookmark].
 func AppendBookmark(dst []byte, enc Encoding, apiVersion, kind string, version uint64, initialEventsEnd bool) []byte {
 	return AppendEvent(dst, enc, "BOOKMARK", apiVersion, kind,
-		bookmarkObject(enc, apiVersion, kind, version, initialEventsEnd))
+		Bookmark(enc, apiVersion, kind, version, initialEventsEnd))
 }
 
 // ReadBookmark returns what the object of a BOOKMARK event says.

@@ -233,7 +233,7 @@ func AppendListEnd(dst []byte, enc Encoding, h ListHeader) []byte {
 
 // custom says whether this is a list of custom resources, whose members the
 // API server sorts by name.
-func (h ListHeader) custom() bool { return !known(h.APIVersion, itemKind(h.Kind)) }
+func (h ListHeader) custom() bool { return !Known(h.APIVersion, itemKind(h.Kind)) }
 
 func (h ListHeader) version() string {
 	if h.Version == 0 {

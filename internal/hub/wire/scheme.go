@@ -32,8 +32,9 @@ func gvkOf(apiVersion, kind string) schema.GroupVersionKind {
 	return schema.FromAPIVersionAndKind(apiVersion, kind)
 }
 
-// known says whether a kind has a Go type here. Others are custom resources.
-func known(apiVersion, kind string) bool { return kinds().Recognizes(gvkOf(apiVersion, kind)) }
+// Known says whether a kind has a Go type in this build. Others are custom
+// resources or newer than this build.
+func Known(apiVersion, kind string) bool { return kinds().Recognizes(gvkOf(apiVersion, kind)) }
 
 // protoMessage is what every generated API type offers.
 type protoMessage interface {
@@ -41,9 +42,10 @@ type protoMessage interface {
 	Unmarshal([]byte) error
 }
 
-// bookmarkObject returns the object data of a bookmark: the empty object of
-// its kind with a version.
-func bookmarkObject(enc Encoding, apiVersion, kind string, version uint64, initialEventsEnd bool) []byte {
+// Bookmark returns the object data of a bookmark: the empty object of its kind
+// with a version. initialEventsEnd marks the end of the initial events of a
+// WatchList.
+func Bookmark(enc Encoding, apiVersion, kind string, version uint64, initialEventsEnd bool) []byte {
 	obj, err := kinds().New(gvkOf(apiVersion, kind))
 	meta, ok := obj.(metav1.Object)
 	if err != nil || !ok {
