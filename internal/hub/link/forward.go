@@ -96,7 +96,7 @@ func (l *Link) reply(w http.ResponseWriter, r *http.Request, resp *http.Response
 		// The length is not known, so this may be a stream, and each piece
 		// may be all there is for an hour.
 		flush = http.NewResponseController(w).Flush
-		if isStream(r) && flush() != nil {
+		if mayWait(r) && flush() != nil {
 			panic(http.ErrAbortHandler)
 		}
 	}
@@ -267,6 +267,10 @@ func isStream(r *http.Request) bool {
 	}
 	return strings.Contains(r.URL.Path, "/watch/")
 }
+
+// mayWait tells requests whose answer may consist of a header and a long
+// silence, so that the header must not wait for the body.
+func mayWait(r *http.Request) bool { return isStream(r) || strings.Contains(r.URL.Path, "/proxy") }
 
 func isTrue(s string) bool { return s != "" && s != "0" && !strings.EqualFold(s, "false") }
 
