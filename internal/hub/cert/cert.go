@@ -97,6 +97,8 @@ type Certificates struct {
 	cluster       atomic.Pointer[authority]
 	ready         chan struct{} // closed when there is a client certificate
 
+	files sync.Mutex // guards writing of the authority and the bundle
+
 	mu            sync.Mutex    // guards the following
 	clientChanged chan struct{} // closed and replaced when client changes
 

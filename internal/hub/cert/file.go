@@ -124,6 +124,8 @@ func (c *Certificates) setCluster(data []byte) error {
 	if err != nil {
 		return err
 	}
+	c.files.Lock()
+	defer c.files.Unlock()
 	if old := c.cluster.Load(); old != nil && bytes.Equal(old.pem, next.pem) {
 		return nil
 	}
@@ -136,6 +138,8 @@ func (c *Certificates) setCluster(data []byte) error {
 
 // writeBundle brings the bundle file up to date.
 func (c *Certificates) writeBundle() error {
+	c.files.Lock()
+	defer c.files.Unlock()
 	bundle := c.local.authorityPEM()
 	if a := c.cluster.Load(); a != nil {
 		bundle = append(bytes.Clone(a.pem), bundle...)

@@ -6,7 +6,6 @@ import (
 	"encoding/binary"
 	"encoding/hex"
 	"fmt"
-	"hash"
 	"log/slog"
 	"maps"
 	"slices"
@@ -123,7 +122,7 @@ func (z *Authorizer) Authorize(ctx context.Context, c *Caller, a Attributes) (De
 		return r.Decision, nil
 	}
 	if !z.cfg.Online() {
-		return z.recall(user, q, a), nil
+		return z.fallback(user, q, a), nil
 	}
 	select {
 	case result := <-z.decide(ctx, c, user, q, a):
@@ -160,14 +159,7 @@ func (z *Authorizer) decide(ctx context.Context, c *Caller, user, q digest, a At
 		review, err := z.cfg.API.SubjectAccessReview(reviewCtx, newReview(c, a))
 		if err != nil {
 			z.cfg.Log.Debug("access review failed, using what is known", "err", err)
-			d := z.recall(user, q, a)
-			// Otherwise every request would wait for a link that is bad.
-			r, ttl := ruling{Decision: d}, fallbackTTL
-			if d.Allowed {
-				r.refresh, ttl = time.Now().Add(fallbackTTL), allowedTTL
-			}
-			z.cache.Add(q, r, ttl)
-			return d, nil
+			return z.fallback(user, q, a), nil
 		}
 		d := Decision{Allowed: review.Status.Allowed && !review.Status.Denied, Reason: review.Status.Reason}
 		r, ttl := ruling{Decision: d}, deniedTTL
@@ -178,6 +170,18 @@ func (z *Authorizer) decide(ctx context.Context, c *Caller, user, q digest, a At
 		z.learn(user, q, a, d.Allowed)
 		return d, nil
 	})
+}
+
+// fallback answers in the cloud's place. The answer is cached, or every request
+// would wait for a bad link, or search the memory.
+func (z *Authorizer) fallback(user, q digest, a Attributes) Decision {
+	d := z.recall(user, q, a)
+	r, ttl := ruling{Decision: d}, fallbackTTL
+	if d.Allowed {
+		r.refresh, ttl = time.Now().Add(fallbackTTL), allowedTTL
+	}
+	z.cache.Add(q, r, ttl)
+	return d
 }
 
 // recalled is the remembered answer that fits a question best.
@@ -277,44 +281,40 @@ func wider(a Attributes) []Attributes {
 // userDigest stands for everything about a caller that authorizers may look at,
 // except for what differs between two tokens of one ServiceAccount.
 func userDigest(c *Caller) digest {
-	h := sha256.New()
-	write(h, c.Name)
-	write(h, slices.Sorted(slices.Values(c.Groups))...)
+	b := appendList(make([]byte, 0, 256), c.Name)
+	b = appendList(b, slices.Sorted(slices.Values(c.Groups))...)
 	for _, k := range slices.Sorted(maps.Keys(c.Extra)) {
 		if !strings.HasPrefix(k, extraPrefix) {
-			write(h, k)
-			write(h, c.Extra[k]...)
+			b = appendList(b, k)
+			b = appendList(b, c.Extra[k]...)
 		}
 	}
-	return digest(h.Sum(nil))
+	return sha256.Sum256(b)
 }
 
 func questionDigest(user digest, a Attributes) digest {
-	h := sha256.New()
-	h.Write(user[:])
-	write(h, a.Verb, a.Group, a.Resource, a.Subresource, a.Namespace, a.Name, a.Path)
+	b := append(make([]byte, 0, 256), user[:]...)
+	b = appendList(b, a.Verb, a.Group, a.Resource, a.Subresource, a.Namespace, a.Name, a.Path)
 	for _, s := range fieldRequirements(a.FieldSelector) {
-		write(h, s.Key, string(s.Operator))
-		write(h, s.Values...)
+		b = appendList(b, s.Key, string(s.Operator))
+		b = appendList(b, s.Values...)
 	}
-	write(h)
+	b = appendList(b) // fields end here
 	for _, s := range labelRequirements(a.LabelSelector) {
-		write(h, s.Key, string(s.Operator))
-		write(h, s.Values...)
+		b = appendList(b, s.Key, string(s.Operator))
+		b = appendList(b, s.Values...)
 	}
-	return digest(h.Sum(nil))
+	return sha256.Sum256(b)
 }
 
-// write adds a list of strings in a way that no other list equals.
-func write(h hash.Hash, list ...string) {
-	var n [4]byte
-	binary.BigEndian.PutUint32(n[:], uint32(len(list)))
-	h.Write(n[:])
+// appendList encodes a list of strings in a way that no other list equals.
+func appendList(b []byte, list ...string) []byte {
+	b = binary.BigEndian.AppendUint32(b, uint32(len(list))) //nolint:gosec // small
 	for _, s := range list {
-		binary.BigEndian.PutUint32(n[:], uint32(len(s)))
-		h.Write(n[:])
-		h.Write([]byte(s))
+		b = binary.BigEndian.AppendUint32(b, uint32(len(s))) //nolint:gosec // bounded by the request
+		b = append(b, s...)
 	}
+	return b
 }
 
 func newReview(c *Caller, a Attributes) *authorizationv1.SubjectAccessReview {
