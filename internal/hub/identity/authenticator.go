@@ -151,6 +151,23 @@ func loadTrust(memory Memory) (*trust, error) {
 // Audiences returns the audiences that the API server is known to accept.
 func (a *Authenticator) Audiences() []string { return slices.Clone(a.trust.Load().Audiences) }
 
+// Learn takes over the audiences of a token that the API server made for its own
+// API, which is what it answers to a TokenRequest without audiences. A node
+// whose pods never called before the cloud went away needs this to know them.
+func (a *Authenticator) Learn(token string) error {
+	w := parseToken(token)
+	if w == nil {
+		return errors.New("learn audiences: not a signed token")
+	}
+	t := *a.trust.Load()
+	t.Audiences = w.unverified.Audience
+	if _, err := t.verify(w); err != nil {
+		return fmt.Errorf("learn audiences: %w", err)
+	}
+	a.learnAudiences(t.Audiences)
+	return nil
+}
+
 // Authenticate returns who sent r. The error is an *apierrors.StatusError that
 // can be sent as it is: 401, or 429 for a host that tries too many tokens.
 func (a *Authenticator) Authenticate(r *http.Request) (*Caller, error) {

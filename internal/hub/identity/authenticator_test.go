@@ -255,6 +255,19 @@ func TestOfflineTokenGivesWhatKubernetesGives(t *testing.T) {
 	}
 }
 
+func TestLearn(t *testing.T) {
+	b := newBed(t)
+	must(t, b.refreshKeys(t.Context()))
+	b.offline.Store(true)
+	b.want(t, withToken(b.cloud.token(t, func(c *claims) { c.ID = "early" })), "")
+	if b.Learn("opaque") == nil || b.Learn(sign(t, newKey(t), jose.ES256, b.cloud.id, nil)) == nil || len(b.Audiences()) > 0 {
+		t.Errorf("learned %q from strangers", b.Audiences())
+	}
+	must(t, b.Learn(b.cloud.token(t, nil)))
+	b.restart()
+	b.want(t, withToken(b.cloud.token(t, func(c *claims) { c.ID = "late" })), webUser)
+}
+
 func TestTokenIsReviewedOncePerTTL(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newBed(t)
