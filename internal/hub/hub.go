@@ -129,8 +129,8 @@ func Run(ctx context.Context, cfg Config) error {
 		return err
 	}
 	runs := []func(context.Context) error{
-		h.certs.Run, h.link.Run, h.replica.Run, h.journal.Run, h.authn.Run,
-		h.answers.run, h.follow, h.announce, h.keepAddress,
+		h.certs.Run, h.link.Run, h.answers.run, h.announce, h.keepAddress,
+		h.certified(h.replica.Run), h.certified(h.journal.Run), h.certified(h.authn.Run), h.certified(h.follow),
 		daemon.Watchdog(h.log, h.alive),
 	}
 	for _, s := range servers {
@@ -323,6 +323,19 @@ func (h *Hub) listen(ctx context.Context) ([]*httpx.Server, error) {
 		return fail(err)
 	}
 	return append(servers, &httpx.Server{Listener: l, Handler: h.health(), Grace: stopGrace, Log: h.log}), nil
+}
+
+// certified starts a run once the hub has a certificate: before, the cloud
+// would answer nothing that it asks.
+func (h *Hub) certified(run func(context.Context) error) func(context.Context) error {
+	return func(ctx context.Context) error {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-h.certs.Ready():
+			return run(ctx)
+		}
+	}
 }
 
 // alive is the watchdog's question. It passes through the locks of every part

@@ -26,11 +26,8 @@ import (
 	"k8s.io/apimachinery/pkg/runtime/serializer"
 	"k8s.io/apimachinery/pkg/types"
 
-	authenticationv1api "k8s.io/api/authentication/v1"
-
 	"github.com/yurt-edge/yurt/internal/httpx"
 	"github.com/yurt-edge/yurt/internal/hub/identity"
-	"github.com/yurt-edge/yurt/internal/hub/journal"
 	"github.com/yurt-edge/yurt/internal/hub/link"
 	"github.com/yurt-edge/yurt/internal/hub/replica"
 	"github.com/yurt-edge/yurt/internal/hub/request"
@@ -45,7 +42,7 @@ const maxWrite = 3 << 20
 var typed = func() serializer.CodecFactory {
 	scheme := runtime.NewScheme()
 	for _, add := range []func(*runtime.Scheme) error{
-		authenticationv1api.AddToScheme, authorizationv1.AddToScheme,
+		authenticationv1.AddToScheme, authorizationv1.AddToScheme,
 		coordinationv1.AddToScheme, corev1.AddToScheme,
 	} {
 		if err := add(scheme); err != nil {
@@ -515,7 +512,7 @@ func (h *Hub) away(info request.Info) error {
 	err := apierrors.NewServiceUnavailable(fmt.Sprintf(
 		"yurthub: %s needs the cloud, which cannot be reached since %s (%s)",
 		info, time.Since(state.Since).Round(time.Second), state.Reason))
-	err.ErrStatus.Details = &metav1.StatusDetails{RetryAfterSeconds: 5}
+	err.ErrStatus.Details = &metav1.StatusDetails{RetryAfterSeconds: 1}
 	return err
 }
 
@@ -530,5 +527,3 @@ func statusOf(err error) error {
 	}
 	return apierrors.NewInternalError(err)
 }
-
-var _ = journal.HasStatus

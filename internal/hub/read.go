@@ -10,8 +10,6 @@ import (
 
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/apimachinery/pkg/fields"
-	"k8s.io/apimachinery/pkg/labels"
 
 	"github.com/yurt-edge/yurt/internal/httpx"
 	"github.com/yurt-edge/yurt/internal/hub/identity"
@@ -93,7 +91,7 @@ func (q *query) fallBack(cause error) {
 		return
 	}
 	if q.hub.link.Online() && !q.caller.Local {
-		q.hub.link.Forward(q.w, q.r, q.as, q.keep())
+		q.hub.link.Forward(q.w, q.r, q.as, q.keep(true))
 		return
 	}
 	switch {
@@ -135,13 +133,27 @@ func (q *query) expired(cause error) {
 	_, _ = q.w.Write(wire.AppendStatusEvent(nil, enc, &err.ErrStatus)) // the client may be gone
 }
 
-// keep remembers an object that a caller on this node got from the cloud and
-// no scope holds.
-func (q *query) keep() link.Keep {
-	if q.info.Verb != "get" || !q.hub.isLocal(q.caller) {
-		return nil
+// keep learns from what the cloud answers: whether the caller may read this,
+// and, where no scope holds it, the object that a caller on this node got.
+func (q *query) keep(object bool) link.Keep {
+	var remember link.Keep
+	if object && q.info.Verb == "get" && q.hub.isLocal(q.caller) {
+		remember = q.hub.answers.keep(objectBucket, objectKey(q.caller, q.info))
 	}
-	return q.hub.answers.keep(objectBucket, objectKey(q.caller, q.info))
+	return func(resp *http.Response) func([]byte) {
+		if !q.hub.isNode(q.caller) {
+			switch resp.StatusCode {
+			case http.StatusOK:
+				q.hub.authz.Learn(q.caller, attributes(q.info), true)
+			case http.StatusForbidden:
+				q.hub.authz.Learn(q.caller, attributes(q.info), false)
+			}
+		}
+		if remember == nil {
+			return nil
+		}
+		return remember(resp)
+	}
 }
 
 // may returns nil if the caller may read this, by what the cloud says or last
@@ -205,11 +217,11 @@ func (q *query) version() (uint64, error) {
 }
 
 // tryCloud answers from the cloud when it answers in time.
-func (q *query) tryCloud(keep link.Keep) error {
+func (q *query) tryCloud(object bool) error {
 	if q.caller.Local {
 		return link.ErrDown
 	}
-	return q.hub.link.Try(q.w, q.r, q.as, keep, readBudget)
+	return q.hub.link.Try(q.w, q.r, q.as, q.keep(object), readBudget)
 }
 
 // warn tells the client how old the answer is.
@@ -231,10 +243,10 @@ func (q *query) get() error {
 			if _, err := q.remembered(); err != nil {
 				return errCloud // there is nothing to fall back on: no hurry
 			}
-			if q.tryCloud(q.keep()) == nil {
+			if q.tryCloud(true) == nil {
 				return nil
 			}
-		} else if q.tryCloud(nil) == nil {
+		} else if q.tryCloud(false) == nil {
 			return nil
 		}
 	}
@@ -287,7 +299,7 @@ func (q *query) list() error {
 		if !ok {
 			return errCloud
 		}
-		if q.hub.link.Online() && q.tryCloud(nil) == nil {
+		if q.hub.link.Online() && q.tryCloud(false) == nil {
 			return nil
 		}
 	case opts.ResourceVersionMatch == metav1.ResourceVersionMatchExact, latest:
@@ -401,6 +413,16 @@ func (q *query) open(scope replica.Scope) (*replica.Slice, error) {
 	if err := q.may(ctx, false); err != nil {
 		return nil, err
 	}
+	// Whoever is informed of this will want to read it in other ways while
+	// the cloud is away; what they may is asked while there is somebody to
+	// ask.
+	for _, verb := range []string{"get", "list", "watch"} {
+		other := q.info
+		other.Verb = verb
+		if _, err := q.hub.authz.Authorize(ctx, q.caller, attributes(other)); err != nil {
+			return nil, statusOf(err)
+		}
+	}
 	credential := q.credential()
 	if credential != (replica.Credential{}) || q.caller.Certificate {
 		if q.hub.mayItself(ctx, q.info) {
@@ -463,8 +485,3 @@ func (h *Hub) eventOf(w http.ResponseWriter, r *http.Request, c *identity.Caller
 	}
 	h.event(w, r, as)
 }
-
-var (
-	_ fields.Requirements
-	_ labels.Requirements
-)

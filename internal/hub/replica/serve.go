@@ -140,6 +140,7 @@ type writer struct {
 	buf     []byte
 	form    form
 	started bool
+	streams bool // each chunk is wanted at once
 }
 
 func newWriter(w http.ResponseWriter, f form) *writer {
@@ -147,11 +148,14 @@ func newWriter(w http.ResponseWriter, f form) *writer {
 }
 
 func (w *writer) start(watching bool) {
-	w.started = true
+	w.started, w.streams = true, watching
 	h := w.Header()
 	h.Set("Content-Type", w.form.contentType(watching))
 	h.Set("Cache-Control", "no-cache, private")
 	w.WriteHeader(http.StatusOK)
+	if watching {
+		_ = w.control.Flush() // a client that is gone shows at the next write
+	}
 }
 
 // flush writes what was collected. The deadline is renewed per chunk, so a
@@ -160,22 +164,20 @@ func (w *writer) flush() error {
 	if len(w.buf) == 0 {
 		return nil
 	}
-	// Not every ResponseWriter has deadlines; tests' recorders do not.
+	// Not every ResponseWriter has deadlines; tests' recorders do not. Over
+	// HTTP/2 a deadline that passes ends the stream even when nothing is
+	// being written, so it stands only while something is.
 	_ = w.control.SetWriteDeadline(time.Now().Add(writeBudget))
 	_, err := w.Write(w.buf)
+	if err == nil && w.streams {
+		err = w.control.Flush()
+	}
+	_ = w.control.SetWriteDeadline(time.Time{})
 	if cap(w.buf) > 1<<20 {
 		w.buf = nil
 	}
 	w.buf = w.buf[:0]
 	return err
-}
-
-func (w *writer) done() error {
-	if err := w.flush(); err != nil {
-		return err
-	}
-	_ = w.control.SetWriteDeadline(time.Time{})
-	return nil
 }
 
 // Object is one object that the replica holds.
@@ -270,14 +272,12 @@ func (o *Object) Write(w http.ResponseWriter, r *http.Request, formats []request
 	}
 	out := newWriter(w, f)
 	if f.View == request.Table {
-		b, err := f.table(wire.ListHeader{}, true)
+		text, err := table.Object(o.Kind.APIVersion, o.Kind.Kind, o.Kind.Encoding, o.Data, f.include, true)
 		if err != nil {
-			return err
+			return o.set.note(err)
 		}
-		if err := b.Add(o.Kind.Encoding, o.Data, f.include); err != nil {
-			return fmt.Errorf("print %s: %w", o.Kind.Kind, err)
-		}
-		return out.table(b)
+		out.buf = append(out.buf, text...)
+		return out.whole()
 	}
 	data, err := f.object(nil, o.Data, true)
 	if err != nil {
@@ -285,13 +285,16 @@ func (o *Object) Write(w http.ResponseWriter, r *http.Request, formats []request
 	}
 	apiVersion, kind := f.typed()
 	out.buf = wire.AppendObject(out.buf, f.Encoding, apiVersion, kind, data)
-	if f.Encoding == wire.JSON {
-		if f.pretty {
-			out.buf = indent(out.buf)
-		}
+	return out.whole()
+}
+
+// whole sends what was collected as the whole answer.
+func (w *writer) whole() error {
+	if w.form.pretty && w.form.Encoding == wire.JSON {
+		w.buf = indent(w.buf)
 	}
-	out.start(false)
-	return abort(out.done())
+	w.start(false)
+	return abort(w.flush())
 }
 
 // note remembers that the set's objects hold fields this build cannot name.
@@ -404,13 +407,10 @@ func (sl *Slice) List(w http.ResponseWriter, r *http.Request, formats []request.
 		return err
 	}
 	out.buf = wire.AppendListEnd(out.buf, f.Encoding, header)
-	if f.pretty && f.Encoding == wire.JSON {
-		out.buf = indent(out.buf)
-	}
 	if !out.started {
-		out.start(false)
+		return out.whole()
 	}
-	return abort(out.done())
+	return abort(out.flush())
 }
 
 // measure returns the bytes that the items will take, which Protobuf wants
@@ -453,36 +453,18 @@ func (s *set) opaqueTo(f form) error {
 	return nil
 }
 
-// table starts a table of the form's kind.
-func (f form) table(h wire.ListHeader, single bool) (*table.Builder, error) {
-	return table.New(f.kind.APIVersion, f.kind.Kind, h), nil
-}
-
-func (w *writer) table(b *table.Builder) error {
-	text, err := b.Encode()
-	if err != nil {
-		return fmt.Errorf("encode table: %w", err)
-	}
-	w.buf = append(w.buf, text...)
-	if w.form.pretty {
-		w.buf = indent(w.buf)
-	}
-	w.start(false)
-	return abort(w.done())
-}
-
 func (sl *Slice) listTable(v *view, out *writer) error {
-	b, err := out.form.table(wire.ListHeader{Version: v.version}, false)
-	if err != nil {
-		return err
-	}
-	err = v.each(sl.match, func(_ string, _ *entry, data []byte) error {
+	b := table.New(v.kind.APIVersion, v.kind.Kind, wire.ListHeader{Version: v.version})
+	err := v.each(sl.match, func(_ string, _ *entry, data []byte) error {
 		return b.Add(v.kind.Encoding, data, out.form.include)
 	})
-	if err != nil {
-		return fmt.Errorf("print %s: %w", v.set.id, err)
+	if err == nil {
+		out.buf, err = b.AppendJSON(out.buf)
 	}
-	return out.table(b)
+	if err != nil {
+		return v.set.note(fmt.Errorf("print %s: %w", v.set.id, err))
+	}
+	return out.whole()
 }
 
 // watchStart is where a watch begins.
@@ -625,7 +607,7 @@ func (w *watcher) initial(start watchStart) error {
 			}
 		}
 	}
-	return w.flush()
+	return w.out.flush()
 }
 
 // send encodes one event. e carries the JSON form that other watchers may
@@ -657,31 +639,18 @@ func (w *watcher) send(typ watch.EventType, data []byte, e *event) error {
 }
 
 func (w *watcher) tableEvent(data []byte) ([]byte, error) {
-	f := w.out.form
-	b, err := f.table(wire.ListHeader{}, true)
-	if err != nil {
-		return nil, err
-	}
-	if err := b.Add(f.kind.Encoding, data, f.include); err != nil {
-		return nil, fmt.Errorf("print %s: %w", f.kind.Kind, err)
-	}
-	if w.tables++; w.tables > 1 {
-		b.OmitColumns()
-	}
-	return b.Encode()
+	k := w.out.form.kind
+	w.tables++
+	return table.Object(k.APIVersion, k.Kind, k.Encoding, data, w.out.form.include, w.tables == 1)
 }
 
 func (w *watcher) bookmark(version uint64, initialEventsEnd bool) {
 	f := w.out.form
+	if f.View == request.Table {
+		return // kubectl, which asks for tables, takes no bookmarks
+	}
 	apiVersion, kind := f.typed()
 	w.out.buf = wire.AppendBookmark(w.out.buf, f.Encoding, apiVersion, kind, version, initialEventsEnd)
-}
-
-func (w *watcher) flush() error {
-	if err := w.out.flush(); err != nil {
-		return err
-	}
-	return w.out.control.Flush()
 }
 
 func (w *watcher) follow(ctx context.Context, start watchStart, end <-chan time.Time) error {
@@ -708,7 +677,7 @@ func (w *watcher) follow(ctx context.Context, start watchStart, end <-chan time.
 				}
 			}
 		}
-		if err := w.flush(); err != nil {
+		if err := w.out.flush(); err != nil {
 			return err
 		}
 		select {

@@ -93,6 +93,7 @@ type set struct {
 
 	dirty     map[string]struct{} // keys whose stored form is out of date
 	persisted uint64              // version that the store holds
+	drop      bool                // the stored objects are of no use
 	touched   bool                // contact or used moved since the last flush
 
 	// opaque is set once an object turned out to hold fields that this
@@ -129,6 +130,12 @@ func (s *set) load(p position) error {
 		s.index.Set(key, &entry{version: h.Version, size: h.Size})
 		return nil
 	})
+	if errors.Is(err, store.ErrDamaged) {
+		// Keys may be missing: nothing of it can be trusted as a whole.
+		s.index.Clear()
+		s.drop, s.version, s.persisted, s.kind = true, 0, 0, Kind{}
+		return nil
+	}
 	if err != nil {
 		return fmt.Errorf("load %s: %w", s.id, err)
 	}
@@ -377,6 +384,9 @@ func (s *set) flush(ctx context.Context) error {
 		return nil
 	}
 	batch := store.NewBatch()
+	if s.drop {
+		batch.Drop(s.id)
+	}
 	taken, version := s.dirty, s.version
 	written := make(map[string]*entry, len(taken))
 	s.dirty, s.touched = map[string]struct{}{}, false
@@ -417,7 +427,7 @@ func (s *set) flush(ctx context.Context) error {
 		}
 		return fmt.Errorf("commit %s: %w", s.id, err)
 	}
-	s.persisted, s.flushed = version, time.Now()
+	s.persisted, s.flushed, s.drop = version, time.Now(), false
 	for key, e := range written {
 		cur, ok := s.bases[key]
 		if !ok {
