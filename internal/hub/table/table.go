@@ -140,7 +140,7 @@ func (b *Builder) embedded(enc wire.Encoding, object []byte, include metav1.Incl
 	default:
 		return nil, fmt.Errorf("unknown includeObject %q", include)
 	}
-	partial, err := wire.PartialMetadata(enc, object)
+	partial, err := wire.PartialMetadataOf(enc, b.apiVersion, b.kind, object)
 	if err != nil || enc == wire.JSON {
 		return partial, err
 	}
@@ -182,12 +182,20 @@ func (b *Builder) AppendJSON(dst []byte) ([]byte, error) {
 // a get, or the object of a watch event, bookmarks included. columns is false
 // for all events of a watch but the first.
 func Object(apiVersion, kind string, enc wire.Encoding, object []byte, include metav1.IncludeObjectPolicy, columns bool) ([]byte, error) {
+	return single(New(apiVersion, kind, wire.ListHeader{}), enc, object, include, columns)
+}
+
+// CustomObject is Object for a custom resource with printer columns.
+func CustomObject(apiVersion, kind string, printed []apiextensionsv1.CustomResourceColumnDefinition, object []byte, include metav1.IncludeObjectPolicy, columns bool) ([]byte, error) {
+	return single(NewCRD(apiVersion, kind, printed, wire.ListHeader{}), wire.JSON, object, include, columns)
+}
+
+func single(b *Builder, enc wire.Encoding, object []byte, include metav1.IncludeObjectPolicy, columns bool) ([]byte, error) {
 	meta, err := wire.ReadMeta(enc, object, false)
 	if err != nil {
 		return nil, err
 	}
-	b := New(apiVersion, kind, wire.ListHeader{Version: meta.Version})
-	b.headless = !columns
+	b.header.Version, b.headless = meta.Version, !columns
 	if err := b.Add(enc, object, include); err != nil {
 		return nil, err
 	}

@@ -1,6 +1,7 @@
 package wire
 
 import (
+	"bytes"
 	"fmt"
 	"strconv"
 
@@ -217,6 +218,9 @@ func AppendItem(dst []byte, enc Encoding, first bool, object []byte) []byte {
 
 // AppendListEnd writes what follows a list's items. h is the header given to
 // AppendListStart.
+//
+// The API server writes an empty JSON list of PartialObjectMetadata as null;
+// this does the same if dst still ends with the list's start.
 func AppendListEnd(dst []byte, enc Encoding, h ListHeader) []byte {
 	if enc == Protobuf {
 		return appendEnvelopeEnd(dst)
@@ -227,6 +231,9 @@ func AppendListEnd(dst []byte, enc Encoding, h ListHeader) []byte {
 		dst = append(dst, `,"metadata":{`...)
 		dst = h.appendCustomMeta(dst)
 		return append(dst, "}}\n"...)
+	}
+	if start := []byte(`"items":[`); h.Kind == "PartialObjectMetadataList" && bytes.HasSuffix(dst, start) {
+		return append(dst[:len(dst)-1], "null}\n"...)
 	}
 	return append(dst, "]}\n"...)
 }

@@ -6,6 +6,7 @@ import (
 	"fmt"
 
 	"google.golang.org/protobuf/encoding/protowire"
+	appsv1 "k8s.io/api/apps/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	utiljson "k8s.io/apimachinery/pkg/util/json"
 )
@@ -78,6 +79,34 @@ func PartialMetadata(enc Encoding, object []byte) ([]byte, error) {
 		}
 	}
 	return json.Marshal(&partial)
+}
+
+// PartialMetadataOf is PartialMetadata for an object of a known kind. It also
+// drops the annotations that the API server's internal version holds as
+// fields, and so never shows in a PartialObjectMetadata or a Table.
+func PartialMetadataOf(enc Encoding, apiVersion, kind string, object []byte) ([]byte, error) {
+	partial, err := PartialMetadata(enc, object)
+	if err != nil || apiVersion != "apps/v1" || enc != Protobuf {
+		return partial, err
+	}
+	var hidden string
+	switch kind {
+	case "DaemonSet":
+		hidden = appsv1.DeprecatedTemplateGeneration
+	case "Deployment":
+		hidden = appsv1.DeprecatedRollbackTo
+	default:
+		return partial, nil
+	}
+	var m metav1.PartialObjectMetadata
+	if v, err := annotation(enc, partial, hidden); err != nil || v == "" {
+		return partial, err
+	}
+	if err := m.Unmarshal(partial); err != nil {
+		return nil, fmt.Errorf("read metadata: %w: %w", ErrMalformed, err)
+	}
+	delete(m.Annotations, hidden)
+	return m.Marshal()
 }
 
 func partialProto(object []byte) ([]byte, error) {

@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"sync"
 
+	appsv1 "k8s.io/api/apps/v1"
 	apiextensionsv1 "k8s.io/apiextensions-apiserver/pkg/apis/apiextensions/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	metav1beta1 "k8s.io/apimachinery/pkg/apis/meta/v1beta1"
@@ -52,8 +53,13 @@ func Bookmark(enc Encoding, apiVersion, kind string, version uint64, initialEven
 		return customBookmark(apiVersion, kind, version, initialEventsEnd)
 	}
 	meta.SetResourceVersion(formatVersion(version))
+	annotations := make(map[string]string)
 	if initialEventsEnd {
-		meta.SetAnnotations(map[string]string{metav1.InitialEventsAnnotationKey: "true"})
+		annotations[metav1.InitialEventsAnnotationKey] = "true"
+	}
+	asConverted(obj, annotations)
+	if len(annotations) > 0 {
+		meta.SetAnnotations(annotations)
 	}
 	var data []byte
 	if m, ok := obj.(protoMessage); ok && enc == Protobuf {
@@ -67,6 +73,21 @@ func Bookmark(enc Encoding, apiVersion, kind string, version uint64, initialEven
 		panic("wire: marshal bookmark: " + err.Error())
 	}
 	return data
+}
+
+// asConverted sets what the API server's conversion from its internal version
+// gives to an empty object.
+func asConverted(obj runtime.Object, annotations map[string]string) {
+	switch o := obj.(type) {
+	case *appsv1.Deployment:
+		o.Spec.Replicas = new(int32)
+	case *appsv1.ReplicaSet:
+		o.Spec.Replicas = new(int32)
+	case *appsv1.StatefulSet:
+		o.Spec.Replicas = new(int32)
+	case *appsv1.DaemonSet:
+		annotations[appsv1.DeprecatedTemplateGeneration] = "0"
+	}
 }
 
 func customBookmark(apiVersion, kind string, version uint64, initialEventsEnd bool) []byte {
