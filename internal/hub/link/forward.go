@@ -57,7 +57,8 @@ type Keep func(resp *http.Response) func(body []byte)
 // down, 504 or 502 when the answer failed to come. Retry-After is set when
 // nothing was sent or r only reads; a write whose fate is unknown is for the
 // client to judge. Later errors panic with [http.ErrAbortHandler], so that a
-// client sees a body cut short and never a clean end.
+// client sees a body cut short and never a clean end; so does a client that
+// has gone away. What recovers panics must pass this one on.
 func (l *Link) Forward(w http.ResponseWriter, r *http.Request, as Credential, keep Keep) {
 	if !as.set {
 		httpx.WriteStatus(w, r, apierrors.NewInternalError(errors.New("no credential was chosen to forward with")))
@@ -241,6 +242,9 @@ func copyHeader(dst, src http.Header) {
 		case "Connection", "Keep-Alive", "Proxy-Connection", "Proxy-Authenticate", "Proxy-Authorization",
 			"Te", "Trailer", "Transfer-Encoding", "Upgrade":
 			continue
+		}
+		if have := dst[name]; have != nil { // such as our own Warning
+			values = append(have, values...)
 		}
 		dst[name] = values
 	}

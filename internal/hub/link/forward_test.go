@@ -422,7 +422,7 @@ func TestForwardHoldsLittleOfLargeBodies(t *testing.T) {
 	r := newRig(t, ca, nil, u.addr())
 	r.waitUp(t)
 	h := r.hub(t, AsNode(), nil)
-	stop, most := make(chan struct{}), make(chan uint64)
+	stop, most := make(chan struct{}), make(chan uint64, 1)
 	go func() {
 		var peak uint64
 		tick := time.NewTicker(20 * time.Millisecond)

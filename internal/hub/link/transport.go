@@ -142,9 +142,6 @@ func (l *Link) shortTransport(d *dialer) *http.Transport {
 		DisableCompression:  true,
 		MaxIdleConnsPerHost: 64,
 		IdleConnTimeout:     30 * time.Second,
-		WriteBufferSize:     4 << 10,
-		ReadBufferSize:      16 << 10,
-		ForceAttemptHTTP2:   false,
 	}
 }
 
