@@ -584,3 +584,58 @@ func TestIsStream(t *testing.T) {
 		t.Error("a DELETE is no stream")
 	}
 }
+
+func TestForwardCarriesMoreWatchesThanOneConnectionTakes(t *testing.T) {
+	t.Parallel()
+	ca := newAuthority(t)
+	u := newUpstream(t, ca, func(w http.ResponseWriter, r *http.Request) {
+		_ = http.NewResponseController(w).Flush()
+		<-r.Context().Done()
+	})
+	r := newRig(t, ca, nil, u.addr())
+	r.waitUp(t)
+	// Connections that the server ends must not count for ever: hence rounds.
+	for range 10 {
+		before := u.dials.Load()
+		const watches = 600 // the server takes 250 on a connection
+		responses := make(chan *http.Response, watches)
+		var wg sync.WaitGroup
+		for range watches {
+			wg.Go(func() {
+				// One that was sent on a connection that just ended fails,
+				// as it should; its client asks again.
+				for {
+					resp, err := r.Node().RoundTrip(newRequest(t, "/api/v1/pods?watch=true"))
+					if err == nil {
+						responses <- resp
+						return
+					}
+				}
+			})
+		}
+		wg.Wait()
+		u.CloseClientConnections()
+		close(responses)
+		for resp := range responses {
+			_, _ = io.Copy(io.Discard, resp.Body)
+			_ = resp.Body.Close()
+		}
+		if n := u.dials.Load() - before; n < 3 || n > 40 {
+			t.Errorf("%d connections for %d watches", n, watches)
+		}
+	}
+}
+
+func TestForwardKeepsTheHubsOwnWarning(t *testing.T) {
+	t.Parallel()
+	ca := newAuthority(t)
+	u := newUpstream(t, ca, func(w http.ResponseWriter, _ *http.Request) { w.Header().Set("Warning", "theirs") })
+	r := newRig(t, ca, nil, u.addr())
+	r.waitUp(t)
+	w := httptest.NewRecorder()
+	w.Header().Set("Warning", "ours")
+	r.Forward(w, httptest.NewRequest(http.MethodGet, "/api", nil), AsNode(), nil)
+	if got := w.Header().Values("Warning"); !reflect.DeepEqual(got, []string{"ours", "theirs"}) {
+		t.Errorf("warnings %q", got)
+	}
+}

@@ -156,6 +156,9 @@ func (l *Link) streamTransport(d *dialer) *http.Transport {
 		},
 		DisableCompression: true,
 		IdleConnTimeout:    90 * time.Second,
+		// Many streams that start at once would make a connection each if
+		// they could; four carry a thousand.
+		MaxConnsPerHost: 4,
 		HTTP2: &http.HTTP2Config{
 			// A client that does not read its watch holds at most this
 			// much of our memory; 1 MiB is 10 MB/s at 100 ms.
