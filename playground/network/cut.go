@@ -163,7 +163,10 @@ func drops(ctx context.Context, c cable) (dir Direction, err error) {
 	return dir, err
 }
 
-const natTable = "nat"
+const (
+	natTable = "nat"
+	natChain = "leaving"
+)
 
 // SetNAT switches masquerading of a site on its uplink on or off. While it
 // is on, connections from outside into the site are dropped in silence.
@@ -180,12 +183,12 @@ func (n *Network) SetNAT(ctx context.Context, site string, on bool) error {
 		if on {
 			tx.Add(&knftables.Table{})
 			tx.Add(&knftables.Chain{
-				Name:     "masquerade",
+				Name:     natChain,
 				Type:     knftables.PtrTo(knftables.NATType),
 				Hook:     knftables.PtrTo(knftables.PostroutingHook),
 				Priority: knftables.PtrTo(knftables.SNATPriority),
 			})
-			tx.Add(&knftables.Rule{Chain: "masquerade", Rule: "oifname " + uplinkLink + " masquerade"})
+			tx.Add(&knftables.Rule{Chain: natChain, Rule: "oifname " + uplinkLink + " masquerade"})
 			tx.Add(&knftables.Chain{
 				Name:     "guard",
 				Type:     knftables.PtrTo(knftables.FilterType),
@@ -210,7 +213,7 @@ func (n *Network) SetNAT(ctx context.Context, site string, on bool) error {
 
 func (n *Network) natIsOn(ctx context.Context, site string) (on bool, err error) {
 	err = withTable(n.plan.siteRouter(site), knftables.IPv4Family, natTable, func(t knftables.Interface) error {
-		rules, err := t.ListRules(ctx, "masquerade")
+		rules, err := t.ListRules(ctx, natChain)
 		if knftables.IsNotFound(err) {
 			return nil
 		}

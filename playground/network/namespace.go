@@ -88,14 +88,14 @@ func createNamespace(name string) error {
 // A process still inside, or a copy of the mount in another mount namespace,
 // then holds on to an empty shell only.
 func deleteNamespace(name string) error {
-	links := withHandle(name, func(h *netlink.Handle) error {
-		return deleteLinks(h, "lo")
-	})
 	path := filepath.Join(namespaceDir, name)
 	var errs []error
-	if links != nil && !errors.Is(links, unix.EINVAL) {
-		// EINVAL: the file of a half-made namespace, mounted on nothing.
-		errs = append(errs, links)
+	var st unix.Statfs_t
+	// The file of a half-made namespace is an ordinary one.
+	if err := unix.Statfs(path, &st); err == nil && st.Type == unix.NSFS_MAGIC {
+		errs = append(errs, withHandle(name, func(h *netlink.Handle) error {
+			return deleteLinks(h, "lo")
+		}))
 	}
 	// Each creation that was interrupted and repeated left a mount.
 	for {

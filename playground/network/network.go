@@ -370,6 +370,9 @@ func (n *Network) Reset(ctx context.Context, machine string) error {
 		if err := deleteRules(h); err != nil {
 			return err
 		}
+		if err := deleteRoutes(h); err != nil {
+			return err
+		}
 		return h.ConntrackTableFlush(netlink.ConntrackTable)
 	})
 	if err == nil {
@@ -425,6 +428,23 @@ func deleteRules(h *netlink.Handle) error {
 			if err := h.RuleDel(&r); err != nil {
 				return fmt.Errorf("delete rule %d: %w", r.Priority, err)
 			}
+		}
+	}
+	return nil
+}
+
+// deleteRoutes removes every route that the kernel did not make by itself.
+func deleteRoutes(h *netlink.Handle) error {
+	routes, err := h.RouteList(nil, netlink.FAMILY_V4)
+	if err != nil {
+		return fmt.Errorf("list routes: %w", err)
+	}
+	for _, r := range routes {
+		if r.Protocol == unix.RTPROT_KERNEL {
+			continue
+		}
+		if err := h.RouteDel(&r); err != nil && !errors.Is(err, unix.ESRCH) {
+			return fmt.Errorf("delete route to %s: %w", r.Dst, err)
 		}
 	}
 	return nil
