@@ -74,6 +74,7 @@ func newLayout(p Plan) layout {
 	}
 	host := port{"", p.hostLink()}
 	attach(HostTarget, "h", host, p.Host)
+	l.reach(host, gw, p.WAN)
 
 	for i, s := range p.Sites {
 		r := p.siteRouter(s.Name)
