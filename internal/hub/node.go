@@ -357,6 +357,9 @@ func (h *Hub) keepToken(key string, answer []byte) {
 	if err := decode(answer, got); err != nil || got.Status.Token == "" {
 		return
 	}
+	if len(got.Spec.Audiences) == 0 {
+		h.authn.Learn(got.Status.Token) // it names the API's own audiences
+	}
 	kept := storedToken{Status: got.Status, ServiceAccountUID: serviceAccountUID(got.Status.Token)}
 	text, err := json.Marshal(kept)
 	if err == nil {
