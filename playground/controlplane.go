@@ -19,6 +19,7 @@ import (
 	"sync"
 	"time"
 
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
 	clientcmdapi "k8s.io/client-go/tools/clientcmd/api"
@@ -172,6 +173,9 @@ func (cp *ControlPlane) start(ctx context.Context) error {
 		if err := cp.runClient(ctx, "kube-controller-manager", cp.controllerManagerFlags(ports[2]), ports[2]); err != nil {
 			return err
 		}
+		if err := cp.awaitControllers(ctx); err != nil {
+			return err
+		}
 	}
 	if cp.cfg.Scheduler {
 		if err := cp.runClient(ctx, "kube-scheduler", cp.schedulerFlags(ports[3]), ports[3]); err != nil {
@@ -272,6 +276,23 @@ func (cp *ControlPlane) schedulerFlags(port int) []string {
 		"--bind-address=127.0.0.1", "--secure-port=" + strconv.Itoa(port),
 		"--leader-elect=false",
 	}
+}
+
+// awaitControllers waits for the default ServiceAccount: without it no pod can
+// be made, and once a controller has made it all controllers are built. Before
+// that, the controller manager ends itself when the API server goes away.
+func (cp *ControlPlane) awaitControllers(ctx context.Context) error {
+	client, err := cp.Client()
+	if err != nil {
+		return err
+	}
+	return poll(ctx, 50*time.Millisecond, func() (bool, error) {
+		if err := cp.Err(); err != nil {
+			return false, err
+		}
+		_, err := client.CoreV1().ServiceAccounts(metav1.NamespaceDefault).Get(ctx, "default", metav1.GetOptions{})
+		return err == nil, nil
+	})
 }
 
 // runClient starts a component that is a client of the API server and waits
