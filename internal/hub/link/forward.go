@@ -308,7 +308,7 @@ func refuse(w http.ResponseWriter, r *http.Request, err error) {
 	switch {
 	case errors.Is(err, ErrDown), errors.As(err, &noCred):
 		status.Code = http.StatusServiceUnavailable
-	case errors.Is(err, context.DeadlineExceeded), errors.As(err, &timeout) && timeout.Timeout():
+	case errors.Is(err, ErrSlow), errors.Is(err, context.DeadlineExceeded), errors.As(err, &timeout) && timeout.Timeout():
 		status.Code, status.Reason = http.StatusGatewayTimeout, metav1.StatusReasonTimeout
 	}
 	status.Message = fmt.Sprintf("yurthub: forward to the cloud: %v", err)

@@ -639,3 +639,34 @@ func TestForwardKeepsTheHubsOwnWarning(t *testing.T) {
 		t.Errorf("warnings %q", got)
 	}
 }
+
+func TestTryGivesUpAndAsksForAProbe(t *testing.T) {
+	t.Parallel()
+	ca := newAuthority(t)
+	u := newUpstream(t, ca, func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/slow" {
+			<-r.Context().Done()
+			return
+		}
+		_, _ = io.WriteString(w, "hello")
+	})
+	r := newRig(t, ca, nil, u.addr())
+	r.waitUp(t)
+	try := func(path string, budget time.Duration) (*httptest.ResponseRecorder, error) {
+		w := httptest.NewRecorder()
+		return w, r.Try(w, httptest.NewRequest(http.MethodGet, path, nil), AsNode(), nil, budget)
+	}
+	if w, err := try("/quick", time.Minute); err != nil || w.Body.String() != "hello" {
+		t.Errorf("quick: %q, %v", w.Body, err)
+	}
+	asked := u.asked.Load()
+	w, err := try("/slow", time.Millisecond)
+	if !errors.Is(err, ErrSlow) || w.Body.Len() > 0 {
+		t.Errorf("slow: %q, %v", w.Body, err)
+	}
+	waitFor(t, func() bool { return u.asked.Load() > asked })
+	Refuse(w, httptest.NewRequest(http.MethodGet, "/slow", nil), err)
+	if w.Code != http.StatusGatewayTimeout {
+		t.Errorf("refused with %d", w.Code)
+	}
+}

@@ -34,6 +34,10 @@ func (l *Link) Try(w http.ResponseWriter, r *http.Request, as Credential, keep K
 	}
 	if err != nil {
 		if errors.Is(context.Cause(ctx), ErrSlow) {
+			// Budgets shorter than Stall must not hide a black hole.
+			if server >= 0 {
+				l.suspect(server)
+			}
 			return fmt.Errorf("%w (%s)", ErrSlow, budget)
 		}
 		return err
