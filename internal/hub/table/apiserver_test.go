@@ -213,6 +213,7 @@ func equalTable(t *testing.T, what string, got, want []byte) {
 func TestAnswersEqualTheAPIServers(t *testing.T) {
 	s := newServer(t)
 	columns := fill(t, s)
+	compareStatus(t, s)
 	for _, r := range resources {
 		if r.kind == "Fancy" {
 			r.columns = columns
@@ -505,5 +506,33 @@ func (s *server) watch(t *testing.T, r resource, enc wire.Encoding, accept strin
 		if ev.Type == "BOOKMARK" {
 			return seen.Bytes(), events
 		}
+	}
+}
+
+// compareStatus writes the API server's own refusal.
+func compareStatus(t *testing.T, s *server) {
+	for enc, accept := range map[wire.Encoding]string{wire.Protobuf: inProto, wire.JSON: inJSON} {
+		resp, err := s.open(t.Context(), "/api/v1/namespaces/default/pods/no-such", accept)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer resp.Body.Close()
+		body, err := io.ReadAll(resp.Body)
+		if err != nil {
+			t.Fatal(err)
+		}
+		apiVersion, kind, object, err := wire.ReadObject(enc, body)
+		if err != nil {
+			t.Fatal(err)
+		}
+		status, err := wire.ReadStatus(enc, object)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if kind != "Status" || status.Code != http.StatusNotFound {
+			t.Fatalf("got %s %v, want 404", kind, status)
+		}
+		want := wire.AppendEvent(nil, enc, "ERROR", apiVersion, kind, object)
+		equal(t, "error event", wire.AppendStatusEvent(nil, enc, status), want)
 	}
 }
