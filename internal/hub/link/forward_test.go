@@ -610,6 +610,9 @@ func TestForwardCarriesMoreWatchesThanOneConnectionTakes(t *testing.T) {
 						responses <- resp
 						return
 					}
+					if r.WaitUp(t.Context()) != nil {
+						return
+					}
 				}
 			})
 		}
