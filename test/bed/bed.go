@@ -10,6 +10,8 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
+	"slices"
 	"strconv"
 	"sync"
 	"syscall"
@@ -30,37 +32,49 @@ type Bed struct {
 	Cloud *playground.ControlPlane
 	Link  *Link
 	Hub   *Hub
+
+	dir, binary string
 }
 
-// New starts everything and waits until the hub is ready. Close ends it.
-func New(ctx context.Context, dir string) (*Bed, error) {
+// New starts everything and waits until the hub is ready. Close ends it. The
+// flags are given to the API server.
+func New(ctx context.Context, dir string, flags ...string) (*Bed, error) {
 	cloud, err := playground.StartControlPlane(ctx, playground.ControlPlaneConfig{
-		Dir: filepath.Join(dir, "cloud"), ControllerManager: true,
+		Dir: filepath.Join(dir, "cloud"), ControllerManager: true, APIServerFlags: flags,
 	})
 	if err != nil {
 		return nil, err
 	}
-	b := &Bed{Cloud: cloud}
-	if err := b.start(ctx, dir); err != nil {
+	b := &Bed{Cloud: cloud, dir: dir}
+	if b.binary, err = Build(ctx); err == nil {
+		b.Hub, b.Link, err = b.AddHub(ctx, Node)
+	}
+	if err != nil {
 		b.Close()
 		return nil, err
 	}
 	return b, nil
 }
 
-func (b *Bed) start(ctx context.Context, dir string) error {
-	binary, err := Build(ctx)
+// AddHub starts the hub of a further node, with a link of its own, and waits
+// until it is ready. Its caller ends both.
+func (b *Bed) AddHub(ctx context.Context, node string) (*Hub, *Link, error) {
+	link, err := NewLink(b.Cloud.RESTConfig().Host)
 	if err != nil {
-		return err
+		return nil, nil, err
 	}
-	if b.Link, err = NewLink(b.Cloud.RESTConfig().Host); err != nil {
-		return err
+	hub, err := NewHub(ctx, b.Cloud, b.binary, node, filepath.Join(b.dir, "hub-"+node), link.URL())
+	if err == nil {
+		err = hub.Start(ctx)
 	}
-	b.Hub, err = NewHub(ctx, b.Cloud, binary, Node, filepath.Join(dir, "hub"), b.Link.URL())
 	if err != nil {
-		return err
+		if hub != nil {
+			hub.Kill()
+		}
+		link.Close()
+		return nil, nil, err
 	}
-	return b.Hub.Start(ctx)
+	return hub, link, nil
 }
 
 // Close ends all processes.
@@ -97,8 +111,9 @@ func Build(ctx context.Context) (string, error) {
 type Hub struct {
 	Dir    string
 	Node   string
-	URL    string // of its proxy
-	Health string // of its health server
+	URL    string   // of its proxy
+	Health string   // of its health server
+	Args   []string // more of the command line; the last of a flag wins
 
 	binary string
 	args   []string
@@ -172,17 +187,25 @@ func (h *Hub) Launch() error {
 		return fmt.Errorf("start hub: %w", err)
 	}
 	defer log.Close() //nolint:errcheck // the child has its own descriptor
-	cmd := exec.Command(h.binary, h.args...)
+	cmd := exec.Command(h.binary, slices.Concat(h.args, h.Args)...)
 	cmd.Stdout, cmd.Stderr = log, log
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	if err := cmd.Start(); err != nil {
+	started, end := make(chan error), make(chan struct{})
+	go func() { // ends with the process
+		// The death signal is tied to the thread that forks, which must
+		// therefore live as long as the hub.
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+		defer close(end)
+		err := cmd.Start()
+		started <- err
+		if err == nil {
+			_ = cmd.Wait()
+		}
+	}()
+	if err := <-started; err != nil {
 		return fmt.Errorf("start hub: %w", err)
 	}
-	end := make(chan struct{})
-	go func() { // ends with the process
-		defer close(end)
-		_ = cmd.Wait()
-	}()
 	h.mu.Lock()
 	h.cmd, h.end = cmd, end
 	h.mu.Unlock()

@@ -1,0 +1,188 @@
+package conform
+
+import (
+	"context"
+	"embed"
+	"fmt"
+	"net/http"
+	"os"
+	"testing"
+	"time"
+
+	authenticationv1 "k8s.io/api/authentication/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/rest"
+
+	"github.com/yurt-edge/yurt/test/bed"
+)
+
+//go:embed testdata
+var testdata embed.FS
+
+// patience is how long a test waits for what must happen soon.
+const patience = 30 * time.Second
+
+// world is what all tests of the package share: one control plane with the
+// fixture in it. Each test that cuts or restarts a hub has its own.
+type world struct {
+	*bed.Bed
+	admin  *kubernetes.Clientset
+	tokens map[string]string // by service account
+}
+
+// shared is set by TestMain and read by tests.
+var shared *world
+
+func TestMain(m *testing.M) {
+	code, err := run(m)
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		code = 1
+	}
+	os.Exit(code)
+}
+
+func run(m *testing.M) (int, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), 15*time.Minute)
+	defer cancel()
+	dir, err := os.MkdirTemp("", "yurt-conform-")
+	if err != nil {
+		return 0, err
+	}
+	b, err := bed.New(ctx, dir)
+	if err != nil {
+		return 0, err
+	}
+	defer b.Close()
+	shared, err = newWorld(ctx, b)
+	if err != nil {
+		return 0, err
+	}
+	code := m.Run()
+	if code == 0 {
+		return 0, os.RemoveAll(dir)
+	}
+	fmt.Fprintln(os.Stderr, "logs are in", dir)
+	return code, nil
+}
+
+func newWorld(ctx context.Context, b *bed.Bed) (*world, error) {
+	w := &world{Bed: b, tokens: map[string]string{}}
+	for _, file := range []string{"fixture.yaml", "gadgets.yaml"} {
+		text, err := testdata.ReadFile("testdata/" + file)
+		if err != nil {
+			return nil, err
+		}
+		if err := await(ctx, func(ctx context.Context) error { return b.Cloud.Apply(ctx, string(text)) }); err != nil {
+			return nil, err
+		}
+	}
+	var err error
+	if w.admin, err = b.Cloud.Client(); err != nil {
+		return nil, err
+	}
+	for account, pod := range map[string]string{"reader": "web-1", "narrow": "narrow-1"} {
+		if w.tokens[account], err = w.token(ctx, "conform-a", account, pod); err != nil {
+			return nil, err
+		}
+	}
+	return w, nil
+}
+
+// token makes a ServiceAccount token, bound to the pod unless that is "".
+func (w *world) token(ctx context.Context, namespace, account, pod string) (string, error) {
+	request := &authenticationv1.TokenRequest{}
+	if pod != "" {
+		p, err := w.admin.CoreV1().Pods(namespace).Get(ctx, pod, metav1.GetOptions{})
+		if err != nil {
+			return "", err
+		}
+		request.Spec.BoundObjectRef = &authenticationv1.BoundObjectReference{
+			Kind: "Pod", APIVersion: "v1", Name: pod, UID: p.UID,
+		}
+	}
+	made, err := w.admin.CoreV1().ServiceAccounts(namespace).CreateToken(ctx, account, request, metav1.CreateOptions{})
+	if err != nil {
+		return "", err
+	}
+	return made.Status.Token, nil
+}
+
+// config is that of a client of the cloud with a bearer token.
+func (w *world) config(token string) *rest.Config {
+	admin := w.Cloud.RESTConfig()
+	return &rest.Config{
+		Host: admin.Host, QPS: -1, BearerToken: token,
+		TLSClientConfig: rest.TLSClientConfig{CAData: admin.CAData},
+	}
+}
+
+// addHub starts a hub of its own for a test.
+func (w *world) addHub(t *testing.T, node string) (*bed.Hub, *bed.Link) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	hub, link, err := w.AddHub(ctx, node)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		hub.Kill()
+		link.Close()
+	})
+	return hub, link
+}
+
+// await repeats try until it succeeds or patience is over.
+func await(ctx context.Context, try func(context.Context) error) error {
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		err := try(ctx)
+		if err == nil {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("not within %s: %w", patience, err)
+		case <-tick.C:
+		}
+	}
+}
+
+func mustAwait(t *testing.T, try func(context.Context) error) {
+	t.Helper()
+	if err := await(t.Context(), try); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// side is one of the two that are asked the same.
+type side struct {
+	name, base string
+	http       *http.Client
+}
+
+func newSide(t *testing.T, name string, cfg *rest.Config) *side {
+	t.Helper()
+	client, err := rest.HTTPClientFor(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(client.CloseIdleConnections)
+	return &side{name: name, base: cfg.Host, http: client}
+}
+
+// sides returns the API server and the hub for the same caller.
+func (w *world) sides(t *testing.T, hub *bed.Hub, account string) (server, edge *side) {
+	t.Helper()
+	cfg := w.config(w.tokens[account])
+	through, err := hub.RESTConfig(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return newSide(t, "API server", cfg), newSide(t, "hub", through)
+}
