@@ -255,18 +255,20 @@ func (s *scanner) rawString() ([]byte, error) {
 	s.pos++ // the quote
 	start := s.pos
 	for s.pos < len(s.data) {
-		switch c := s.data[s.pos]; {
-		case c == '"':
+		c := s.data[s.pos]
+		if c >= 0x20 && c != '"' && c != '\\' {
+			s.pos++
+			continue
+		}
+		if c == '"' {
 			s.pos++
 			return s.data[start : s.pos-1], nil
-		case c == '\\':
-			if err := s.escape(); err != nil {
-				return nil, err
-			}
-		case c < 0x20:
+		}
+		if c != '\\' {
 			return nil, s.fail("control character in string")
-		default:
-			s.pos++
+		}
+		if err := s.escape(); err != nil {
+			return nil, err
 		}
 	}
 	return nil, s.fail("string not closed")
@@ -274,11 +276,14 @@ func (s *scanner) rawString() ([]byte, error) {
 
 func (s *scanner) escape() error {
 	s.pos++
-	switch {
-	case s.at(`"\/bfnrt`):
+	if s.pos == len(s.data) {
+		return s.fail("string not closed")
+	}
+	switch s.data[s.pos] {
+	case '"', '\\', '/', 'b', 'f', 'n', 'r', 't':
 		s.pos++
 		return nil
-	case s.at("u"):
+	case 'u':
 		s.pos++
 		for range 4 {
 			if !s.at("0123456789abcdefABCDEF") {

@@ -53,6 +53,7 @@ const (
 // struct, which is the order of its JSON.
 type message struct {
 	fields []member
+	silent []bool  // whether a field that is absent writes nothing
 	byNum  []int16 // index into fields by Protobuf number, -1 if unknown
 }
 
@@ -62,6 +63,11 @@ type member struct {
 	omitEmpty bool
 	omitZero  bool
 	value     value
+}
+
+// nilable says whether the field's Go zero is nil.
+func (f *member) nilable() bool {
+	return f.shape != one && f.shape != inline || f.value.op == opBytes || f.value.op == opItems
 }
 
 type value struct {
@@ -134,6 +140,7 @@ func (p *plans) message(typ reflect.Type) (*message, error) {
 		}
 		m.byNum[num] = int16(len(m.fields))
 		m.fields = append(m.fields, f)
+		m.silent = append(m.silent, f.omitZero || f.omitEmpty && (f.nilable() || f.value.op <= opFloat64))
 	}
 	return m, nil
 }

@@ -135,9 +135,11 @@ type transcoder struct {
 	heads []head
 	occs  []occ
 	pairs []pair
+	used  int // the most of occs that was ever in use
 }
 
-// head is the chain of a field's occurrences in a message, -1 for none.
+// head is the chain of a field's occurrences in a message: places in
+// transcoder.occs counted from 1, 0 for none.
 type head struct{ first, last int32 }
 
 // occ is one occurrence of a field.
@@ -151,15 +153,15 @@ type occ struct {
 type pair struct{ key, value []byte }
 
 func (t *transcoder) reset() {
-	const most = 64 << 10 // entries worth keeping
+	const most = 16 << 10 // entries worth keeping
 	if cap(t.occs) > most || cap(t.heads) > most || cap(t.pairs) > most {
 		*t = transcoder{}
 		return
 	}
 	// The pool must not keep objects alive.
-	clear(t.occs[:cap(t.occs)])
+	clear(t.occs[:max(t.used, len(t.occs))])
 	clear(t.pairs[:cap(t.pairs)])
-	t.heads, t.occs, t.pairs = t.heads[:0], t.occs[:0], t.pairs[:0]
+	t.heads, t.occs, t.pairs, t.used = t.heads[:0], t.occs[:0], t.pairs[:0], 0
 }
 
 // message writes a message as an object that starts with the members of
@@ -183,20 +185,25 @@ func (t *transcoder) members(dst []byte, m *message, data []byte, open, depth in
 		return dst, err
 	}
 	var err error
-	for i := range m.fields {
-		f := &m.fields[i]
+	for i, silent := range m.silent {
 		h := t.heads[base+i]
-		if f.shape == inline {
+		if silent && h.first == 0 {
+			continue
+		}
+		f := &m.fields[i]
+		switch {
+		case f.shape == inline:
 			dst, err = t.members(dst, f.value.msg, t.merged(h), open, depth+1)
-		} else if h.first < 0 {
+		case h.first == 0:
 			dst, err = t.absent(dst, f, open, depth)
-		} else {
+		default:
 			dst, err = t.present(dst, f, h, open, depth)
 		}
 		if err != nil {
 			return dst, err
 		}
 	}
+	t.used = max(t.used, len(t.occs))
 	t.heads, t.occs = t.heads[:base], t.occs[:top]
 	return dst, nil
 }
@@ -204,9 +211,8 @@ func (t *transcoder) members(dst []byte, m *message, data []byte, open, depth in
 // gather pushes a head for each field of m and chains up the occurrences.
 func (t *transcoder) gather(m *message, data []byte) error {
 	base := len(t.heads)
-	for range m.fields {
-		t.heads = append(t.heads, head{-1, -1})
-	}
+	t.heads = slices.Grow(t.heads, len(m.fields))[:base+len(m.fields)]
+	clear(t.heads[base:])
 	for len(data) > 0 {
 		num, typ, b, v, n := field(data)
 		if n < 0 {
@@ -226,7 +232,7 @@ func (t *transcoder) gather(m *message, data []byte) error {
 				if n < 0 {
 					return malformed("packed field: %v", protowire.ParseError(n))
 				}
-				t.push(h, occ{v: v, next: -1})
+				t.push(h, occ{v: v})
 				b = b[n:]
 			}
 			continue
@@ -234,18 +240,18 @@ func (t *transcoder) gather(m *message, data []byte) error {
 		if typ != want {
 			return malformed("field %d has wire type %d", num, typ)
 		}
-		t.push(h, occ{b: b, v: v, next: -1})
+		t.push(h, occ{b: b, v: v})
 	}
 	return nil
 }
 
 func (t *transcoder) push(h *head, o occ) {
-	at := int32(len(t.occs))
 	t.occs = append(t.occs, o)
-	if h.last < 0 {
+	at := int32(len(t.occs))
+	if h.last == 0 {
 		h.first = at
 	} else {
-		t.occs[h.last].next = at
+		t.occs[h.last-1].next = at
 	}
 	h.last = at
 }
@@ -253,15 +259,15 @@ func (t *transcoder) push(h *head, o occ) {
 // merged returns the bytes of a message field; parts of one message merge
 // when concatenated.
 func (t *transcoder) merged(h head) []byte {
-	if h.first < 0 {
+	if h.first == 0 {
 		return nil
 	}
 	if h.first == h.last {
-		return t.occs[h.first].b
+		return t.occs[h.first-1].b
 	}
 	var b []byte
-	for i := h.first; i >= 0; i = t.occs[i].next {
-		b = append(b, t.occs[i].b...)
+	for i := h.first; i > 0; i = t.occs[i-1].next {
+		b = append(b, t.occs[i-1].b...)
 	}
 	return b
 }
@@ -274,15 +280,10 @@ func name(dst []byte, f *member, open int) []byte {
 	return append(dst, f.name...)
 }
 
-// absent writes a field that the message lacks: the zero of its Go type.
+// absent writes a field that the message lacks, and that is not silent then:
+// the zero of its Go type.
 func (t *transcoder) absent(dst []byte, f *member, open, depth int) ([]byte, error) {
-	isNil := f.shape != one || f.value.op == opBytes || f.value.op == opItems
-	switch {
-	case f.omitZero:
-		return dst, nil
-	case f.omitEmpty && (isNil || f.value.op <= opFloat64):
-		return dst, nil
-	case isNil:
+	if f.nilable() {
 		return append(name(dst, f, open), "null"...), nil
 	}
 	return t.value(name(dst, f, open), &f.value, occ{}, depth)
@@ -292,11 +293,11 @@ func (t *transcoder) present(dst []byte, f *member, h head, open, depth int) (_ 
 	switch f.shape {
 	case list:
 		dst = append(name(dst, f, open), '[')
-		for i := h.first; i >= 0; i = t.occs[i].next {
+		for i := h.first; i > 0; i = t.occs[i-1].next {
 			if i != h.first {
 				dst = append(dst, ',')
 			}
-			if dst, err = t.value(dst, &f.value, t.occs[i], depth); err != nil {
+			if dst, err = t.value(dst, &f.value, t.occs[i-1], depth); err != nil {
 				return dst, err
 			}
 		}
@@ -304,8 +305,8 @@ func (t *transcoder) present(dst []byte, f *member, h head, open, depth int) (_ 
 	case mapping:
 		return t.mapping(name(dst, f, open), f, h, depth)
 	}
-	o := t.occs[h.last]
-	if f.value.op > opFloat64 {
+	o := t.occs[h.last-1]
+	if f.value.op > opFloat64 && h.first != h.last {
 		o.b = t.merged(h)
 	}
 	if f.shape == one && f.omitEmpty {
@@ -341,9 +342,9 @@ func (t *transcoder) present(dst []byte, f *member, h head, open, depth int) (_ 
 func (t *transcoder) mapping(dst []byte, f *member, h head, depth int) (_ []byte, err error) {
 	base := len(t.pairs)
 	sorted := true
-	for i := h.first; i >= 0; i = t.occs[i].next {
+	for i := h.first; i > 0; i = t.occs[i-1].next {
 		var p pair
-		for data := t.occs[i].b; len(data) > 0; {
+		for data := t.occs[i-1].b; len(data) > 0; {
 			num, typ, b, _, n := field(data)
 			switch {
 			case n < 0:
@@ -572,7 +573,7 @@ func appendCompact(dst, text []byte) ([]byte, error) {
 	if err := s.end(); err != nil {
 		return dst, err
 	}
-	if !slices.ContainsFunc(text, rewritten) {
+	if !mayChange(text) {
 		return append(dst, text...), nil
 	}
 	out, err := json.Marshal(json.RawMessage(text))
@@ -582,12 +583,13 @@ func appendCompact(dst, text []byte) ([]byte, error) {
 	return append(dst, out...), nil
 }
 
-// rewritten says whether a byte may change in appendCompact. 0xe2 starts
-// U+2028 and U+2029.
-func rewritten(c byte) bool {
-	switch c {
-	case ' ', '\t', '\n', '\r', '<', '>', '&', 0xe2:
-		return true
+// mayChange says whether appendCompact may write text differently: it holds
+// white space, HTML or 0xe2, which starts U+2028 and U+2029.
+func mayChange(text []byte) bool {
+	for _, c := range text {
+		if int(c) < len(plain) && !plain[c] && c != '"' && c != '\\' || c == ' ' || c == 0xe2 {
+			return true
+		}
 	}
 	return false
 }
