@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/http"
 	"runtime/debug"
+	"slices"
 	"strings"
 	"sync"
 
@@ -174,7 +175,10 @@ func (h *Hub) as(c *identity.Caller) link.Credential {
 	case h.isNode(c):
 		return link.AsNode()
 	case c.Certificate:
-		return link.AsUser(&user.DefaultInfo{Name: c.Name, UID: c.UID, Groups: c.Groups, Extra: c.Extra})
+		// The API server adds system:authenticated by itself; to ask for it
+		// would need a right of its own.
+		groups := slices.DeleteFunc(slices.Clone(c.Groups), func(g string) bool { return g == user.AllAuthenticated })
+		return link.AsUser(&user.DefaultInfo{Name: c.Name, UID: c.UID, Groups: groups, Extra: c.Extra})
 	}
 	return link.AsBearer()
 }

@@ -328,7 +328,7 @@ func (q *query) list() error {
 			return err
 		}
 	}
-	held.Use(q.credential())
+	q.use(held)
 	if latest {
 		q.warn(held.Contact())
 	}
@@ -380,7 +380,7 @@ func (q *query) watch() error {
 	if err := q.may(q.r.Context(), !held.Borrowed()); err != nil {
 		return err
 	}
-	held.Use(q.credential())
+	q.use(held)
 	return held.Watch(q.w, q.r, q.info, q.formats)
 }
 
@@ -393,13 +393,13 @@ func validWatch(info request.Info) bool {
 	return o.ResourceVersionMatch == metav1.ResourceVersionMatchNotOlderThan
 }
 
-// credential is the caller's own, for streams that the hub may not have by
-// itself.
-func (q *query) credential() replica.Credential {
-	if q.hub.isNode(q.caller) || q.caller.Local {
-		return replica.Credential{}
+// use takes note of a caller that wants the slice. One whose right it came by
+// lends its newer token to the stream.
+func (q *query) use(held *replica.Slice) {
+	held.Touch()
+	if held.Borrowed() && !q.caller.Certificate && !q.caller.Local {
+		held.Offer(replica.Credential{Token: q.caller.Token})
 	}
-	return replica.Credential{Token: q.caller.Token}
 }
 
 // open starts to replicate what a caller on this node asked to be informed
@@ -410,8 +410,9 @@ func (q *query) open(scope replica.Scope) (*replica.Slice, error) {
 	}
 	ctx, cancel := context.WithTimeout(q.r.Context(), syncBudget)
 	defer cancel()
-	if err := q.may(ctx, false); err != nil {
-		return nil, err
+	if q.hub.isNode(q.caller) {
+		// What this user may read the stream will show.
+		return q.hub.replica.Open(ctx, scope, replica.Credential{})
 	}
 	// Whoever is informed of this will want to read it in other ways while
 	// the cloud is away; what they may is asked while there is somebody to
@@ -419,19 +420,21 @@ func (q *query) open(scope replica.Scope) (*replica.Slice, error) {
 	for _, verb := range []string{"get", "list", "watch"} {
 		other := q.info
 		other.Verb = verb
-		if _, err := q.hub.authz.Authorize(ctx, q.caller, attributes(other)); err != nil {
+		d, err := q.hub.authz.Authorize(ctx, q.caller, attributes(other))
+		if err != nil {
 			return nil, statusOf(err)
 		}
-	}
-	credential := q.credential()
-	if credential != (replica.Credential{}) || q.caller.Certificate {
-		if q.hub.mayItself(ctx, q.info) {
-			credential = replica.Credential{}
-		} else if q.caller.Certificate && !q.hub.isNode(q.caller) {
-			return nil, errCloud // a certificate cannot be passed on
+		if verb != "get" && !d.Allowed {
+			return nil, errCloud // whose refusal is the right one
 		}
 	}
-	return q.hub.replica.Open(ctx, scope, credential)
+	switch {
+	case q.hub.mayItself(ctx, q.info):
+		return q.hub.replica.Open(ctx, scope, replica.Credential{})
+	case q.caller.Certificate:
+		return nil, errCloud // a certificate cannot be passed on
+	}
+	return q.hub.replica.Open(ctx, scope, replica.Credential{Token: q.caller.Token})
 }
 
 // mayItself reports whether the hub's own user may list and watch this.

@@ -286,14 +286,15 @@ func (r *Replica) stream(scope Scope) (*stream, error) {
 // or ctx ends.
 func (r *Replica) Open(ctx context.Context, scope Scope, c Credential) (*Slice, error) {
 	if held, ok := r.Held(scope); ok {
-		held.stream.use(c)
+		held.Touch()
 		return held, nil
 	}
 	st, err := r.stream(scope)
 	if err != nil {
 		return nil, err
 	}
-	st.use(c)
+	st.offer(c)
+	st.touch()
 	select {
 	case <-ctx.Done():
 		return nil, fmt.Errorf("sync %s: %w", scope.ID(), context.Cause(ctx))
@@ -377,9 +378,12 @@ func (s *set) isBorrowed() bool {
 	return s.borrowed
 }
 
-// Use takes note that a caller with this credential wants the slice: its
-// stream is resumed if it was paused.
-func (sl *Slice) Use(c Credential) { sl.stream.use(c) }
+// Touch takes note that somebody wants the slice: its stream is resumed if it
+// was paused.
+func (sl *Slice) Touch() { sl.stream.touch() }
+
+// Offer gives the slice's stream a credential that may read its scope.
+func (sl *Slice) Offer(c Credential) { sl.stream.offer(c) }
 
 // Status is one scope's state, for people.
 type Status struct {

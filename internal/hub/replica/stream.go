@@ -130,9 +130,8 @@ var errForbidden = fmt.Errorf("%w: forbidden", errRefused)
 // errAbsent means that the upstream does not serve this resource (now).
 var errAbsent = errors.New("resource not served")
 
-// use takes note of a caller that wants the set.
-func (st *stream) use(c Credential) {
-	st.offer(c)
+// touch takes note of a caller that wants the set.
+func (st *stream) touch() {
 	st.set.mu.Lock()
 	st.set.used = time.Now()
 	st.set.mu.Unlock()
