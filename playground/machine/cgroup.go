@@ -62,7 +62,7 @@ func hierarchies() ([]string, error) {
 }
 
 // makeCgroups makes the machine's group everywhere and returns their paths.
-func makeCgroups(name string) ([]string, error) {
+func makeCgroups(name string, memoryMax int64) ([]string, error) {
 	mounts, err := hierarchies()
 	if err != nil {
 		return nil, err
@@ -83,6 +83,9 @@ func makeCgroups(name string) ([]string, error) {
 			if err := inheritCPUSet(dir); err != nil {
 				return nil, err
 			}
+		}
+		if err := limitMemory(dir, memoryMax); err != nil {
+			return nil, err
 		}
 		out = append(out, dir)
 	}
@@ -119,6 +122,21 @@ func inheritCPUSet(dir string) error {
 		}
 		if err != nil {
 			return fmt.Errorf("set %s: %w", file, err)
+		}
+	}
+	return nil
+}
+
+// limitMemory bounds the memory of a group in the hierarchy that counts it.
+func limitMemory(dir string, limit int64) error {
+	if limit == 0 {
+		return nil
+	}
+	for _, file := range []string{"memory.limit_in_bytes", "memory.max"} {
+		err := os.WriteFile(filepath.Join(dir, file), strconv.AppendInt(nil, limit, 10), 0)
+		// Nothing can be created there, which the kernel calls EACCES.
+		if err != nil && !errors.Is(err, os.ErrNotExist) && !errors.Is(err, os.ErrPermission) {
+			return fmt.Errorf("limit memory: %w", err)
 		}
 	}
 	return nil
@@ -204,6 +222,15 @@ func freeze(name string, on bool) {
 func killAll(ctx context.Context, name string) error {
 	ticker := time.NewTicker(10 * time.Millisecond)
 	defer ticker.Stop()
+	groups, err := groupsOf(name)
+	if err != nil {
+		return err
+	}
+	for _, group := range groups {
+		// Since Linux 5.14 a v2 group dies whole by one write, with what
+		// it forks meanwhile. The loop does the rest, and older kernels.
+		_ = os.WriteFile(filepath.Join(group, "cgroup.kill"), []byte("1"), 0)
+	}
 	for {
 		freeze(name, true)
 		pids, err := processes(name)

@@ -3,6 +3,8 @@ package machine
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"os"
@@ -33,6 +35,20 @@ type Spec struct {
 	// Disks are paths of the machine that must be real directories: an
 	// overlay cannot lie on an overlay.
 	Disks []string
+	// MemoryMax bounds the memory of all its processes; zero does not.
+	MemoryMax int64
+	// BeforeBoot, when set, is called before each boot, also that of a
+	// reboot, while nothing of the machine runs.
+	BeforeBoot func(context.Context) error
+}
+
+// identity returns the files that tell one machine from another.
+func (s Spec) identity() map[string]File {
+	id := sha256.Sum256([]byte("yurt machine " + s.Name))
+	return map[string]File{
+		"/etc/hostname":   {Data: []byte(s.Name + "\n")},
+		"/etc/machine-id": {Mode: 0o444, Data: []byte(hex.EncodeToString(id[:16]) + "\n")},
+	}
 }
 
 // File is a file of a machine. With Link it is a symbolic link.
@@ -55,8 +71,14 @@ const (
 
 // Run boots the machine, boots it again whenever it reboots, and returns nil
 // once it is powered off: by itself, by PowerOff, or because ctx ended.
-// Nothing of it runs or is mounted then.
+// Nothing of it runs or is mounted then. When the calling process dies, all
+// processes of the machine die with it.
 func Run(ctx context.Context, spec Spec) error {
+	unlock, err := lock(spec)
+	if err != nil {
+		return err
+	}
+	defer unlock()
 	for {
 		code, err := boot(ctx, spec)
 		clean := context.WithoutCancel(ctx)
@@ -84,10 +106,17 @@ func boot(ctx context.Context, spec Spec) (int, error) {
 	if err != nil {
 		return 0, err
 	}
-	if err := writeFiles(root, spec.Files); err != nil {
-		return 0, err
+	for _, files := range []map[string]File{spec.identity(), spec.Files} {
+		if err := writeFiles(root, files); err != nil {
+			return 0, err
+		}
 	}
-	groups, err := makeCgroups(spec.Name)
+	if spec.BeforeBoot != nil {
+		if err := spec.BeforeBoot(ctx); err != nil {
+			return 0, fmt.Errorf("prepare boot of %s: %w", spec.Name, err)
+		}
+	}
+	groups, err := makeCgroups(spec.Name, spec.MemoryMax)
 	if err != nil {
 		return 0, err
 	}
@@ -100,12 +129,47 @@ func boot(ctx context.Context, spec Spec) (int, error) {
 	cmd := exec.Command("/bin/sh", append([]string{"-c", enterScript, "sh", strings.Join(groups, " ")}, nspawn(spec, root)...)...)
 	cmd.Env = append(os.Environ(), "SYSTEMD_NSPAWN_API_VFS_WRITABLE=1")
 	cmd.Stdout, cmd.Stderr = console, console
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Setpgid: true}
+	cmd.SysProcAttr = isolated()
 	return wait(ctx, spec.Name, cmd)
 }
 
+// isolated puts a command and all that it starts into a process and a mount
+// namespace that end with it, and it with this process. Killing nspawn alone
+// would leave its guest running.
+func isolated() *syscall.SysProcAttr {
+	return &syscall.SysProcAttr{
+		Cloneflags: unix.CLONE_NEWPID | unix.CLONE_NEWNS,
+		Pdeathsig:  syscall.SIGKILL,
+		Setsid:     true,
+	}
+}
+
 // enterScript puts itself into the machine's cgroups and becomes nspawn.
-const enterScript = `for g in $1; do echo $$ > $g/cgroup.procs || exit 1; done; shift; exec "$@"`
+const enterScript = `set -e
+for g in $1; do echo 0 > $g/cgroup.procs; done
+shift
+mount --make-rslave /
+mount -t proc proc /proc
+mkdir -p /run/systemd/nspawn
+mount -t tmpfs -o mode=755 tmpfs /run/systemd/nspawn
+exec "$@"`
+
+// lock keeps two machines from sharing a directory, as long as this process
+// lives.
+func lock(spec Spec) (unlock func(), err error) {
+	if err := os.MkdirAll(spec.Dir, 0o755); err != nil {
+		return nil, fmt.Errorf("prepare machine %s: %w", spec.Name, err)
+	}
+	f, err := os.Create(filepath.Join(spec.Dir, "lock"))
+	if err != nil {
+		return nil, fmt.Errorf("lock machine %s: %w", spec.Name, err)
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		_ = f.Close()
+		return nil, fmt.Errorf("machine %s runs already: %w", spec.Name, err)
+	}
+	return func() { _ = f.Close() }, nil
+}
 
 func nspawn(spec Spec, root string) []string {
 	args := []string{
@@ -228,7 +292,9 @@ func Leader(name string) (int, error) {
 		}
 		for line := range bytes.SplitSeq(text, []byte("\n")) {
 			ids := strings.Fields(string(line))
-			if len(ids) == 3 && ids[0] == "NSpid:" && ids[2] == "1" {
+			// Process 1 in nspawn's namespace inside our own; a
+			// container's process 1 is one level below.
+			if len(ids) == 4 && ids[0] == "NSpid:" && ids[3] == "1" {
 				return pid, nil
 			}
 		}

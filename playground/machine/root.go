@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 )
 
@@ -41,10 +42,14 @@ func BaseRoot(ctx context.Context, dir string, progress func(string)) (string, e
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return "", fmt.Errorf("make %s: %w", dir, err)
 	}
-	cmd := exec.CommandContext(ctx, "debootstrap", "--variant=minbase", "--include="+strings.Join(packages, ","), suite, building)
+	// What debootstrap mounts and starts in the new root must not outlive
+	// it: the next build removes everything below.
+	script := `mount --make-rprivate / && mount -t proc proc /proc && exec debootstrap "$@"`
+	cmd := exec.CommandContext(ctx, "sh", "-c", script, "sh", "--variant=minbase", "--include="+strings.Join(packages, ","), suite, building)
 	out := &lastLines{tell: progress}
 	cmd.Stdout, cmd.Stderr = out, out
-	if err := cmd.Run(); err != nil {
+	cmd.SysProcAttr = isolated()
+	if err := run(cmd); err != nil {
 		return "", fmt.Errorf("debootstrap: %w: %s", err, out)
 	}
 	for _, path := range []string{"var/cache/apt/archives", "var/lib/apt/lists", "usr/share/doc", "usr/share/locale"} {
@@ -56,6 +61,18 @@ func BaseRoot(ctx context.Context, dir string, progress func(string)) (string, e
 		return "", fmt.Errorf("finish the machines' root: %w", err)
 	}
 	return root, nil
+}
+
+// run runs cmd on a thread that lives as long as the child, to which the
+// child's death signal is tied.
+func run(cmd *exec.Cmd) error {
+	done := make(chan error, 1)
+	go func() { // ends with the child
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+		done <- cmd.Run()
+	}()
+	return <-done
 }
 
 // lastLines keeps the end of a program's output for its error.
