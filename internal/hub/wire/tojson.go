@@ -135,18 +135,25 @@ type transcoder struct {
 	heads []head
 	occs  []occ
 	pairs []pair
-	used  int // the most of occs that was ever in use
 }
 
 // head is the chain of a field's occurrences in a message: places in
 // transcoder.occs counted from 1, 0 for none.
 type head struct{ first, last int32 }
 
-// occ is one occurrence of a field.
+// occ is one occurrence of a field: the bits of a number, or the place of
+// bytes in the message. It holds no pointer, which spares the collector.
 type occ struct {
-	b    []byte
 	v    uint64
 	next int32
+}
+
+func place(offset, length int) uint64 { return uint64(offset)<<32 | uint64(length) }
+
+// in returns the bytes of an occurrence in its message.
+func (o occ) in(data []byte) []byte {
+	offset := o.v >> 32
+	return data[offset : offset+o.v&math.MaxUint32]
 }
 
 // pair is one entry of a map.
@@ -159,9 +166,8 @@ func (t *transcoder) reset() {
 		return
 	}
 	// The pool must not keep objects alive.
-	clear(t.occs[:max(t.used, len(t.occs))])
 	clear(t.pairs[:cap(t.pairs)])
-	t.heads, t.occs, t.pairs, t.used = t.heads[:0], t.occs[:0], t.pairs[:0], 0
+	t.heads, t.occs, t.pairs = t.heads[:0], t.occs[:0], t.pairs[:0]
 }
 
 // message writes a message as an object that starts with the members of
@@ -193,17 +199,16 @@ func (t *transcoder) members(dst []byte, m *message, data []byte, open, depth in
 		f := &m.fields[i]
 		switch {
 		case f.shape == inline:
-			dst, err = t.members(dst, f.value.msg, t.merged(h), open, depth+1)
+			dst, err = t.members(dst, f.value.msg, t.merged(h, data), open, depth+1)
 		case h.first == 0:
 			dst, err = t.absent(dst, f, open, depth)
 		default:
-			dst, err = t.present(dst, f, h, open, depth)
+			dst, err = t.present(dst, f, h, data, open, depth)
 		}
 		if err != nil {
 			return dst, err
 		}
 	}
-	t.used = max(t.used, len(t.occs))
 	t.heads, t.occs = t.heads[:base], t.occs[:top]
 	return dst, nil
 }
@@ -213,12 +218,15 @@ func (t *transcoder) gather(m *message, data []byte) error {
 	base := len(t.heads)
 	t.heads = slices.Grow(t.heads, len(m.fields))[:base+len(m.fields)]
 	clear(t.heads[base:])
-	for len(data) > 0 {
-		num, typ, b, v, n := field(data)
+	if len(data) > math.MaxInt32 {
+		return malformed("object of %d bytes", len(data))
+	}
+	for at := 0; at < len(data); {
+		num, typ, b, v, n := field(data[at:])
 		if n < 0 {
 			return malformed("protobuf field: %v", protowire.ParseError(n))
 		}
-		data = data[n:]
+		at += n
 		if int(num) >= len(m.byNum) || m.byNum[num] < 0 {
 			return fmt.Errorf("%w: number %d", ErrUnknownField, num)
 		}
@@ -232,7 +240,7 @@ func (t *transcoder) gather(m *message, data []byte) error {
 				if n < 0 {
 					return malformed("packed field: %v", protowire.ParseError(n))
 				}
-				t.push(h, occ{v: v})
+				t.push(h, v)
 				b = b[n:]
 			}
 			continue
@@ -240,13 +248,16 @@ func (t *transcoder) gather(m *message, data []byte) error {
 		if typ != want {
 			return malformed("field %d has wire type %d", num, typ)
 		}
-		t.push(h, occ{b: b, v: v})
+		if want == protowire.BytesType {
+			v = place(at-len(b), len(b))
+		}
+		t.push(h, v)
 	}
 	return nil
 }
 
-func (t *transcoder) push(h *head, o occ) {
-	t.occs = append(t.occs, o)
+func (t *transcoder) push(h *head, v uint64) {
+	t.occs = append(t.occs, occ{v: v})
 	at := int32(len(t.occs))
 	if h.last == 0 {
 		h.first = at
@@ -258,16 +269,16 @@ func (t *transcoder) push(h *head, o occ) {
 
 // merged returns the bytes of a message field; parts of one message merge
 // when concatenated.
-func (t *transcoder) merged(h head) []byte {
+func (t *transcoder) merged(h head, data []byte) []byte {
 	if h.first == 0 {
 		return nil
 	}
 	if h.first == h.last {
-		return t.occs[h.first-1].b
+		return t.occs[h.first-1].in(data)
 	}
 	var b []byte
 	for i := h.first; i > 0; i = t.occs[i-1].next {
-		b = append(b, t.occs[i-1].b...)
+		b = append(b, t.occs[i-1].in(data)...)
 	}
 	return b
 }
@@ -286,10 +297,11 @@ func (t *transcoder) absent(dst []byte, f *member, open, depth int) ([]byte, err
 	if f.nilable() {
 		return append(name(dst, f, open), "null"...), nil
 	}
-	return t.value(name(dst, f, open), &f.value, occ{}, depth)
+	return t.value(name(dst, f, open), &f.value, nil, 0, depth)
 }
 
-func (t *transcoder) present(dst []byte, f *member, h head, open, depth int) (_ []byte, err error) {
+func (t *transcoder) present(dst []byte, f *member, h head, data []byte, open, depth int) (_ []byte, err error) {
+	isBytes := f.value.wire() == protowire.BytesType
 	switch f.shape {
 	case list:
 		dst = append(name(dst, f, open), '[')
@@ -297,55 +309,56 @@ func (t *transcoder) present(dst []byte, f *member, h head, open, depth int) (_ 
 			if i != h.first {
 				dst = append(dst, ',')
 			}
-			if dst, err = t.value(dst, &f.value, t.occs[i-1], depth); err != nil {
+			o := t.occs[i-1]
+			var b []byte
+			if isBytes {
+				b = o.in(data)
+			}
+			if dst, err = t.value(dst, &f.value, b, o.v, depth); err != nil {
 				return dst, err
 			}
 		}
 		return append(dst, ']'), nil
 	case mapping:
-		return t.mapping(name(dst, f, open), f, h, depth)
+		return t.mapping(name(dst, f, open), f, h, data, depth)
 	}
 	o := t.occs[h.last-1]
-	if f.value.op > opFloat64 && h.first != h.last {
-		o.b = t.merged(h)
-	}
-	if f.shape == one && f.omitEmpty {
-		switch f.value.op {
-		case opString, opBytes:
-			if len(o.b) == 0 {
-				return dst, nil
-			}
-		case opBool, opInt64:
-			if o.v == 0 {
-				return dst, nil
-			}
-		case opFloat64:
-			if math.Float64frombits(o.v) == 0 {
-				return dst, nil
-			}
-		case opInt32:
-			if int32(o.v) == 0 {
-				return dst, nil
-			}
-		case opItems:
-			if len(o.b) == 0 {
-				return dst, nil
-			}
+	var b []byte
+	if isBytes {
+		b = o.in(data)
+		if h.first != h.last && f.value.op > opFloat64 {
+			b = t.merged(h, data)
 		}
 	}
-	if f.omitZero && len(o.b) == 0 {
+	if f.shape == one && (f.omitEmpty && f.value.isEmpty(b, o.v) || f.omitZero && len(b) == 0) {
 		return dst, nil
 	}
-	return t.value(name(dst, f, open), &f.value, o, depth)
+	return t.value(name(dst, f, open), &f.value, b, o.v, depth)
 }
 
-func (t *transcoder) mapping(dst []byte, f *member, h head, depth int) (_ []byte, err error) {
+// isEmpty says whether omitempty leaves a value out. It never does so with
+// structs.
+func (v *value) isEmpty(b []byte, n uint64) bool {
+	switch v.op {
+	case opString, opBytes, opItems:
+		return len(b) == 0
+	case opBool, opInt64:
+		return n == 0
+	case opInt32:
+		return int32(n) == 0
+	case opFloat64:
+		return math.Float64frombits(n) == 0
+	}
+	return false
+}
+
+func (t *transcoder) mapping(dst []byte, f *member, h head, data []byte, depth int) (_ []byte, err error) {
 	base := len(t.pairs)
 	sorted := true
 	for i := h.first; i > 0; i = t.occs[i-1].next {
 		var p pair
-		for data := t.occs[i-1].b; len(data) > 0; {
-			num, typ, b, _, n := field(data)
+		for entry := t.occs[i-1].in(data); len(entry) > 0; {
+			num, typ, b, _, n := field(entry)
 			switch {
 			case n < 0:
 				return dst, malformed("map entry: %v", protowire.ParseError(n))
@@ -358,7 +371,7 @@ func (t *transcoder) mapping(dst []byte, f *member, h head, depth int) (_ []byte
 			default:
 				p.value = b
 			}
-			data = data[n:]
+			entry = entry[n:]
 		}
 		if n := len(t.pairs); n > base && bytes.Compare(t.pairs[n-1].key, p.key) >= 0 {
 			sorted = false
@@ -379,7 +392,7 @@ func (t *transcoder) mapping(dst []byte, f *member, h head, depth int) (_ []byte
 			dst = append(dst, ',')
 		}
 		dst = append(appendJSONString(dst, p.key), ':')
-		if dst, err = t.value(dst, &f.value, occ{b: p.value}, depth); err != nil {
+		if dst, err = t.value(dst, &f.value, p.value, 0, depth); err != nil {
 			return dst, err
 		}
 	}
@@ -387,43 +400,44 @@ func (t *transcoder) mapping(dst []byte, f *member, h head, depth int) (_ []byte
 	return append(dst, '}'), nil
 }
 
-// value writes one value. A zero occ is the zero of its type.
-func (t *transcoder) value(dst []byte, v *value, o occ, depth int) ([]byte, error) {
+// value writes one value. b holds bytes and messages, n the
+// bits of numbers; nil and 0 are the zero of each type.
+func (t *transcoder) value(dst []byte, v *value, b []byte, n uint64, depth int) ([]byte, error) {
 	switch v.op {
 	case opString:
-		return appendJSONString(dst, o.b), nil
+		return appendJSONString(dst, b), nil
 	case opBytes:
 		dst = append(dst, '"')
-		dst = base64.StdEncoding.AppendEncode(dst, o.b)
+		dst = base64.StdEncoding.AppendEncode(dst, b)
 		return append(dst, '"'), nil
 	case opBool:
-		return strconv.AppendBool(dst, o.v != 0), nil
+		return strconv.AppendBool(dst, n != 0), nil
 	case opInt32:
-		return strconv.AppendInt(dst, int64(int32(o.v)), 10), nil
+		return strconv.AppendInt(dst, int64(int32(n)), 10), nil
 	case opInt64:
-		return strconv.AppendInt(dst, int64(o.v), 10), nil
+		return strconv.AppendInt(dst, int64(n), 10), nil
 	case opFloat64:
-		text, err := json.Marshal(math.Float64frombits(o.v))
+		text, err := json.Marshal(math.Float64frombits(n))
 		if err != nil {
 			return dst, fmt.Errorf("%w: %w", ErrMalformed, err)
 		}
 		return append(dst, text...), nil
 	case opMessage:
-		return t.message(dst, v.msg, v.prefix, o.b, depth+1)
+		return t.message(dst, v.msg, v.prefix, b, depth+1)
 	case opItems:
-		return appendItems(dst, o.b)
+		return appendItems(dst, b)
 	case opTime:
-		return appendTime(dst, o.b, time.RFC3339)
+		return appendTime(dst, b, time.RFC3339)
 	case opMicroTime:
-		return appendTime(dst, o.b, metav1.RFC3339Micro)
+		return appendTime(dst, b, metav1.RFC3339Micro)
 	case opQuantity:
-		return appendQuantity(dst, o.b)
+		return appendQuantity(dst, b)
 	case opIntOrString:
-		return appendIntOrString(dst, o.b)
+		return appendIntOrString(dst, b)
 	case opFieldsV1:
-		return appendFieldsV1(dst, o.b)
+		return appendFieldsV1(dst, b)
 	default:
-		return appendTyped(dst, reflect.New(v.typ).Interface(), o.b)
+		return appendTyped(dst, reflect.New(v.typ).Interface(), b)
 	}
 }
 
