@@ -1,0 +1,149 @@
+package main
+
+import (
+	"context"
+	"flag"
+	"fmt"
+	"log"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"regexp"
+	"runtime/debug"
+	"strings"
+	"syscall"
+	"time"
+
+	"k8s.io/client-go/kubernetes"
+
+	"github.com/yurt-edge/yurt/playground"
+	"github.com/yurt-edge/yurt/test/bed"
+)
+
+func main() {
+	log.SetFlags(0)
+	var opts options
+	flag.BoolVar(&opts.short, "short", false, "fewer and shorter rounds: under 3 minutes instead of 15")
+	flag.BoolVar(&opts.http1, "http1", false, "ask over HTTP/1.1 instead of HTTP/2, which client-go uses")
+	flag.DurationVar(&opts.cut, "cut", 10*time.Second, "how long the link is cut before a reconnect is timed")
+	flag.StringVar(&opts.only, "only", "", "regular expression of the sections to run (default all)")
+	flag.StringVar(&opts.json, "json", "", "file to write the figures to, as JSON")
+	flag.StringVar(&opts.merge, "merge", "", "JSON file of more figures to show, such as the demo's")
+	flag.StringVar(&opts.profiles, "profiles", "", "directory for the hub's CPU and heap profiles")
+	flag.Parse()
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	err := run(ctx, opts)
+	stop()
+	if err != nil {
+		log.Fatal("bench: ", err)
+	}
+}
+
+type options struct {
+	short, http1                bool
+	cut                         time.Duration
+	only, json, merge, profiles string
+}
+
+// sections are measured in this order: those that want few objects in the
+// cluster come first.
+func sections() []section {
+	return []section{
+		{"binary", (*bench).binarySize},
+		{"forward", (*bench).forward},
+		{"replica", (*bench).replica},
+	}
+}
+
+type section struct {
+	name string
+	run  func(*bench, context.Context) error
+}
+
+// bench is a control plane and what is measured against it.
+type bench struct {
+	options
+	report
+	dir    string
+	binary string
+	cloud  *playground.ControlPlane
+	admin  *kubernetes.Clientset
+	token  string // of a ServiceAccount that may do anything
+	node   int    // of hubs so far
+}
+
+func run(ctx context.Context, opts options) error {
+	only, err := regexp.Compile(opts.only)
+	if err != nil {
+		return fmt.Errorf("-only: %w", err)
+	}
+	debug.SetGCPercent(400) // the client should cost little
+	dir, err := os.MkdirTemp("", "yurt-bench-")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(dir) //nolint:errcheck // it is temporary
+	b := &bench{options: opts, dir: dir, report: report{log: os.Stderr}}
+	if b.binary, err = bed.Build(ctx); err != nil {
+		return err
+	}
+	b.cloud, err = playground.StartControlPlane(ctx, playground.ControlPlaneConfig{
+		Dir: filepath.Join(dir, "cloud"), ControllerManager: true, Progress: playground.NewProgress(os.Stderr),
+	})
+	if err != nil {
+		return err
+	}
+	defer b.cloud.Stop()
+	if err := b.prepare(ctx); err != nil {
+		return err
+	}
+	failed := b.measure(ctx, only)
+	if opts.merge != "" {
+		if err := b.report.merge(opts.merge); err != nil {
+			return err
+		}
+	}
+	if err := b.print(os.Stdout); err != nil {
+		return err
+	}
+	if opts.json != "" {
+		if err := b.writeJSON(opts.json); err != nil {
+			return err
+		}
+	}
+	return failed
+}
+
+// measure runs the sections. One that fails does not keep the others from
+// being measured.
+func (b *bench) measure(ctx context.Context, only *regexp.Regexp) error {
+	var failed []string
+	for _, s := range sections() {
+		if !only.MatchString(s.name) {
+			continue
+		}
+		b.section = s.name
+		start := time.Now()
+		if err := s.run(b, ctx); err != nil {
+			fmt.Fprintf(b.log, "%s: %v\n", s.name, err)
+			b.add(Row{What: "not measured", Note: strings.ReplaceAll(err.Error(), "\n", " ")}, bar{})
+			failed = append(failed, s.name)
+		}
+		fmt.Fprintf(b.log, "%s took %s\n", s.name, time.Since(start).Round(time.Second))
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+	}
+	if failed != nil {
+		return fmt.Errorf("not measured: %s", strings.Join(failed, ", "))
+	}
+	return nil
+}
+
+// pick returns the first value in a full run and the second in a short one.
+func pick[T any](b *bench, full, short T) T {
+	if b.short {
+		return short
+	}
+	return full
+}
