@@ -51,7 +51,15 @@ func sections() []section {
 	return []section{
 		{"binary", (*bench).binarySize},
 		{"forward", (*bench).forward},
+		{"start", (*bench).start},
+		{"informer", (*bench).informers},
+		{"disk", (*bench).disk},
+		{"kill", (*bench).kills},
 		{"replica", (*bench).replica},
+		{"fan-out", (*bench).fanOut},
+		{"uplink", (*bench).uplink},
+		{"reconnect", (*bench).reconnect},
+		{"large", (*bench).large},
 	}
 }
 

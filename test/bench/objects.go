@@ -121,13 +121,14 @@ func newSlice(namespace, name string, n int) *discoveryv1.EndpointSlice {
 		Ports:       []discoveryv1.EndpointPort{{Name: &portName, Port: &port}},
 	}
 	for i := range n {
-		node, zone := fmt.Sprintf("edge-machine-%02d.hangzhou.example.org", i%20), "hangzhou"
+		host := fmt.Sprintf("order-service-backend-%05d", i)
+		node, zone := fmt.Sprintf("edge-machine-%02d.factory-floor-2.hangzhou.example.org", i%20), "cn-hangzhou-b"
 		s.Endpoints = append(s.Endpoints, discoveryv1.Endpoint{
 			Addresses:  []string{fmt.Sprintf("10.244.%d.%d", i/200, i%200+1)},
 			Conditions: discoveryv1.EndpointConditions{Ready: &yes, Serving: &yes},
-			NodeName:   &node, Zone: &zone,
+			Hostname:   &host, NodeName: &node, Zone: &zone,
 			TargetRef: &corev1.ObjectReference{
-				Kind: "Pod", Namespace: namespace, Name: fmt.Sprintf("%s-7d9c5b6f4d-%05d", name, i),
+				Kind: "Pod", Namespace: namespace, Name: fmt.Sprintf("order-service-backend-%s-7d9c5b6f4d-%05d", name, i),
 				UID: "6f0a2c34-9d0b-4c1d-8f39-0d6a3f4b5c6d",
 			},
 		})
@@ -137,13 +138,22 @@ func newSlice(namespace, name string, n int) *discoveryv1.EndpointSlice {
 
 func update(n int) string { return fmt.Sprintf("%s%0*d", mark, marked, n) }
 
-// updateIn returns the number of the update that wrote an object.
-func updateIn(object []byte) int {
-	_, after, found := bytes.Cut(object, []byte(mark))
-	if !found || len(after) < marked {
+// markIn returns where the number of an object's update stands, or -1.
+func markIn(object []byte) int {
+	at := bytes.Index(object, []byte(mark))
+	if at < 0 {
 		return -1
 	}
-	n, err := strconv.Atoi(string(after[:marked]))
+	return at + len(mark)
+}
+
+// updateIn returns the number of the update that wrote an object.
+func updateIn(object []byte) int {
+	at := markIn(object)
+	if at < 0 || len(object) < at+marked {
+		return -1
+	}
+	n, err := strconv.Atoi(string(object[at : at+marked]))
 	if err != nil {
 		return -1
 	}
@@ -203,6 +213,10 @@ func (b *bench) create(ctx context.Context, path, namespace string, n int, build
 
 func sliceIn(namespace string) func(string) runtime.Object {
 	return func(name string) runtime.Object { return newSlice(namespace, name, endpoints) }
+}
+
+func smallSliceIn(namespace string) func(string) runtime.Object {
+	return func(name string) runtime.Object { return newSlice(namespace, name, 2) }
 }
 
 // slices makes n EndpointSlices of 50 endpoints.
