@@ -72,13 +72,14 @@ func (f *member) nilable() bool {
 
 type value struct {
 	op     op
+	wire   protowire.Type
 	msg    *message
 	typ    reflect.Type // of opTyped
 	prefix []byte       // members to start an opMessage with
 }
 
-func (v *value) wire() protowire.Type {
-	switch v.op {
+func (o op) wire() protowire.Type {
+	switch o {
 	case opBool, opInt32, opInt64:
 		return protowire.VarintType
 	case opFloat64:
@@ -191,8 +192,9 @@ func (p *plans) field(parent reflect.Type, sf reflect.StructField) (num int, f m
 	if err != nil {
 		return 0, member{}, err
 	}
+	f.value.wire = f.value.op.wire()
 	switch {
-	case f.shape == mapping && f.value.wire() != protowire.BytesType:
+	case f.shape == mapping && f.value.wire != protowire.BytesType:
 		return 0, member{}, fmt.Errorf("map of %s", typ)
 	case f.shape == list && (f.value.op == opBytes || f.value.op == opItems || f.value.op == opFloat64):
 		return 0, member{}, fmt.Errorf("list of %s", typ)

@@ -233,7 +233,7 @@ func (t *transcoder) gather(m *message, data []byte) error {
 		i := m.byNum[num]
 		h := &t.heads[base+int(i)]
 		f := &m.fields[i]
-		want := f.value.wire()
+		want := f.value.wire
 		if want == protowire.VarintType && typ == protowire.BytesType && f.shape == list {
 			for len(b) > 0 { // packed
 				v, n := protowire.ConsumeVarint(b)
@@ -301,7 +301,7 @@ func (t *transcoder) absent(dst []byte, f *member, open, depth int) ([]byte, err
 }
 
 func (t *transcoder) present(dst []byte, f *member, h head, data []byte, open, depth int) (_ []byte, err error) {
-	isBytes := f.value.wire() == protowire.BytesType
+	isBytes := f.value.wire == protowire.BytesType
 	switch f.shape {
 	case list:
 		dst = append(name(dst, f, open), '[')
@@ -597,13 +597,15 @@ func appendCompact(dst, text []byte) ([]byte, error) {
 	return append(dst, out...), nil
 }
 
-// mayChange says whether appendCompact may write text differently: it holds
-// white space, HTML or 0xe2, which starts U+2028 and U+2029.
+// mayChange says whether appendCompact may write text differently.
 func mayChange(text []byte) bool {
 	for _, c := range text {
-		if int(c) < len(plain) && !plain[c] && c != '"' && c != '\\' || c == ' ' || c == 0xe2 {
+		if changing[c] {
 			return true
 		}
 	}
 	return false
 }
+
+// changing holds white space, HTML and 0xe2, which starts U+2028 and U+2029.
+var changing = [256]bool{' ': true, '\t': true, '\n': true, '\r': true, '<': true, '>': true, '&': true, 0xe2: true}
