@@ -45,11 +45,8 @@ func customPrinter(columns []apiextensionsv1.CustomResourceColumnDefinition) *pr
 		})
 	}
 	p.row = func(enc wire.Encoding, object []byte) ([]any, []metav1.TableRowCondition, error) {
-		if enc != wire.JSON {
-			return nil, nil, fmt.Errorf("custom resource in %s", enc)
-		}
-		var content map[string]any
-		if err := utiljson.Unmarshal(object, &content); err != nil {
+		content, err := contentOf(enc, object)
+		if err != nil {
 			return nil, nil, err
 		}
 		cells := []any{(&unstructured.Unstructured{Object: content}).GetName()}
@@ -59,6 +56,21 @@ func customPrinter(columns []apiextensionsv1.CustomResourceColumnDefinition) *pr
 		return cells, nil, nil
 	}
 	return p
+}
+
+// contentOf decodes an object. Of an object in Protobuf, one of an aggregated
+// API or newer than this build, only the metadata can be known.
+func contentOf(enc wire.Encoding, object []byte) (content map[string]any, err error) {
+	if enc == wire.Protobuf {
+		if object, err = wire.PartialMetadata(enc, object); err != nil {
+			return nil, err
+		}
+		if object, err = wire.ToJSON(nil, "meta.k8s.io/v1", "PartialObjectMetadata", object, true); err != nil {
+			return nil, err
+		}
+	}
+	err = utiljson.Unmarshal(object, &content)
+	return content, err
 }
 
 // cell is nil where the object has no value of the column's type.
