@@ -103,6 +103,9 @@ func New(cfg Config) (*Replica, error) {
 	return r, nil
 }
 
+// positions reads the scopes that the store holds. The objects of one whose
+// position is damaged are of no use; a caller that asks again has it fetched
+// anew.
 func (r *Replica) positions() ([]position, error) {
 	snap, err := r.cfg.Store.Snapshot()
 	if err != nil {
@@ -114,24 +117,34 @@ func (r *Replica) positions() ([]position, error) {
 		ids = append(ids, key)
 		return nil
 	})
-	if err != nil && !errors.Is(err, store.ErrNotFound) {
+	damaged := errors.Is(err, store.ErrDamaged)
+	if err != nil && !damaged {
 		return nil, fmt.Errorf("read scopes: %w", err)
 	}
+	whole := store.NewBatch()
+	whole.Drop(scopesBucket)
 	var out []position
 	for _, id := range ids {
 		record, err := snap.Get(scopesBucket, id)
-		if err != nil {
-			// The scope's objects are of no use without its position; a
-			// caller that asks again has it fetched anew.
-			r.cfg.Log.Warn("scope dropped", "scope", id, "err", err)
-			continue
-		}
 		var p position
-		if err := json.Unmarshal(record.Data, &p); err != nil || p.Scope.ID() != id {
+		if err == nil {
+			err = json.Unmarshal(record.Data, &p)
+		}
+		if err == nil && p.Scope.ID() != id {
+			err = fmt.Errorf("the record is of %s", p.Scope.ID())
+		}
+		if err != nil {
 			r.cfg.Log.Warn("scope dropped", "scope", id, "err", err)
 			continue
 		}
 		out = append(out, p)
+		whole.Put(scopesBucket, id, record)
+	}
+	if damaged {
+		r.cfg.Log.Warn("scopes may be lost", "left", len(out))
+		if err := r.cfg.Store.Submit(context.Background(), whole, nil); err != nil {
+			return nil, fmt.Errorf("write scopes: %w", err)
+		}
 	}
 	return out, nil
 }
@@ -189,16 +202,6 @@ func (r *Replica) flush(ctx context.Context, everything bool) {
 	pending.Wait()
 }
 
-// due reports whether the set has something to write by now.
-func (s *set) due(everything bool) bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if len(s.dirty) > 0 || (s.synced && s.persisted == 0) {
-		return true
-	}
-	return (s.touched || s.version != s.persisted) && (everything || time.Since(s.flushed) > touchEvery)
-}
-
 // retire pauses streams that nobody uses and drops what was not used for
 // long.
 func (r *Replica) retire(ctx context.Context) {
@@ -222,10 +225,8 @@ func (r *Replica) retire(ctx context.Context) {
 	r.metrics.scopes.Set(float64(len(r.streams)))
 	r.mu.Unlock()
 	for _, st := range drop {
-		batch := store.NewBatch()
-		batch.Drop(st.set.id)
-		batch.Delete(scopesBucket, st.set.id)
-		if err := r.cfg.Store.Commit(ctx, batch); err != nil {
+		st.stop()
+		if err := st.set.retire(ctx); err != nil {
 			r.metrics.storeErrors.Inc()
 			r.cfg.Log.Error("store write failed", "scope", st.set.id, "err", err)
 		}
@@ -257,7 +258,9 @@ func (r *Replica) Pin(scope Scope) error {
 	if err != nil {
 		return err
 	}
+	r.mu.Lock()
 	st.pinned = true
+	r.mu.Unlock()
 	st.offer(Credential{})
 	return nil
 }
@@ -295,14 +298,21 @@ func (r *Replica) Open(ctx context.Context, scope Scope, c Credential) (*Slice, 
 	}
 	st.offer(c)
 	st.touch()
-	select {
-	case <-ctx.Done():
-		return nil, fmt.Errorf("sync %s: %w", scope.ID(), context.Cause(ctx))
-	case err := <-st.failures:
-		return nil, fmt.Errorf("sync %s: %w", scope.ID(), err)
-	case <-st.ready:
+	for again := true; again; {
+		// Who joins an attempt on its way to fail may have brought what
+		// the next one needs.
+		var try *attempt
+		try, again = st.hurry()
+		select {
+		case <-ctx.Done():
+			return nil, fmt.Errorf("sync %s: %w", scope.ID(), context.Cause(ctx))
+		case <-try.done:
+		}
+		if err = try.err; err == nil {
+			return &Slice{stream: st, scope: scope}, nil
+		}
 	}
-	return &Slice{stream: st, scope: scope}, nil
+	return nil, fmt.Errorf("sync %s: %w", scope.ID(), err)
 }
 
 // Slice is what a held scope holds for one, possibly narrower, scope.

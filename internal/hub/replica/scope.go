@@ -2,6 +2,7 @@ package replica
 
 import (
 	"net/url"
+	"slices"
 	"strings"
 
 	"k8s.io/apimachinery/pkg/fields"
@@ -209,6 +210,22 @@ func (m matcher) byKey() bool {
 		}
 	}
 	return true
+}
+
+// matchesKey is matches for a matcher that is decided by the key alone.
+func (m matcher) matchesKey(key string) bool {
+	if len(m.fields) == 0 && m.namespace == "" {
+		return true
+	}
+	namespace, name := SplitKey(key)
+	return m.matches(&wire.Meta{Namespace: namespace, Name: name})
+}
+
+// mayMatch reports whether some object of that key could match.
+func (m matcher) mayMatch(key string) bool {
+	m.labels = nil
+	m.fields = slices.DeleteFunc(slices.Clone(m.fields), func(r fields.Requirement) bool { return r.Field == "spec.nodeName" })
+	return m.matchesKey(key)
 }
 
 // matches reports whether an object of the scope belongs to the narrower one.

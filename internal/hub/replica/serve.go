@@ -469,8 +469,9 @@ func (sl *Slice) listTable(v *view, out *writer) error {
 
 // watchStart is where a watch begins.
 type watchStart struct {
-	view  *view // what is sent as ADDED first; nil when nothing is
-	mark  bool  // a bookmark ends the initial events
+	calls uint64 // set.recalls at the start
+	view  *view  // what is sent as ADDED first; nil when nothing is
+	mark  bool   // a bookmark ends the initial events
 	seq   uint64
 	after uint64   // events at or below this version are not sent
 	shown []*event // overlays, which have no version of their own
@@ -549,7 +550,7 @@ func (sl *Slice) startOf(ctx context.Context, info request.Info) (watchStart, er
 		if err != nil {
 			return watchStart{}, err
 		}
-		return watchStart{view: v, mark: list, seq: v.seq}, nil
+		return watchStart{view: v, mark: list, seq: v.seq, calls: v.recalls}, nil
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -557,13 +558,13 @@ func (sl *Slice) startOf(ctx context.Context, info request.Info) (watchStart, er
 		return watchStart{}, errNotSynced
 	}
 	if version == 0 {
-		return watchStart{seq: s.window.next}, nil
+		return watchStart{seq: s.window.next, calls: s.recalls}, nil
 	}
-	seq, ok := s.window.since(version)
+	seq, ok := s.window.since(version, s.version)
 	if !ok {
 		return watchStart{}, fmt.Errorf("%s: %w: %d (%d)", s.id, ErrExpired, version, s.window.start)
 	}
-	start := watchStart{seq: seq, after: version}
+	start := watchStart{seq: seq, after: version, calls: s.recalls}
 	for key := range s.bases {
 		e, ok := s.index.Get(key)
 		if !ok {
@@ -601,7 +602,7 @@ func (w *watcher) initial(start watchStart) error {
 		}
 	}
 	for _, e := range start.shown {
-		if e.as(w.slice.match) != "" {
+		if typ, _ := e.as(w.slice.match); typ != "" {
 			if err := w.send(watch.Modified, e.object, e); err != nil {
 				return err
 			}
@@ -661,18 +662,21 @@ func (w *watcher) follow(ctx context.Context, start watchStart, end <-chan time.
 		s.mu.Lock()
 		events, ok := s.window.from(seq)
 		events = append([]*event(nil), events...)
-		changed, synced := s.changed, s.synced
+		changed := s.changed
+		ok = ok && s.synced && s.recalls == start.calls && s.window.tells(start.after, start.seq)
 		s.mu.Unlock()
-		if !ok || !synced {
-			return nil // too far behind: the client comes back and lists
+		if !ok {
+			// Too far behind, or wanted with a new credential: the client
+			// comes back.
+			return nil
 		}
 		for _, e := range events {
 			seq = e.seq + 1
 			if e.position <= start.after && !e.local {
 				continue
 			}
-			if typ := e.as(w.slice.match); typ != "" {
-				if err := w.send(typ, e.object, e); err != nil {
+			if typ, shown := e.as(w.slice.match); typ != "" {
+				if err := w.send(typ, shown.object, shown); err != nil {
 					return err
 				}
 			}

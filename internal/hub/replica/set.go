@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -35,7 +36,9 @@ type position struct {
 	Kind    Kind      `json:"kind"`
 	Version uint64    `json:"version"`
 	Contact time.Time `json:"contact"` // when the cloud last proved the set current
-	Used    time.Time `json:"used"`    // when a caller last asked for the set
+	// Objects is how many objects the store holds for the scope. Fewer mean
+	// that one was damaged and set aside.
+	Objects int `json:"objects"`
 	// Borrowed is set when the stream ran on a caller's token, which is not
 	// stored: it resumes once that caller, or another that may read the
 	// scope, asks again.
@@ -71,12 +74,15 @@ type set struct {
 	id    string
 	store *store.Store
 
+	flushing sync.Mutex // held over a flush; taken before mu
+
 	mu      sync.Mutex // guards all below
 	kind    Kind
 	index   btree.Map[string, *entry]
 	views   int    // open views; while there are any, overwritten bytes are kept
 	version uint64 // resource version up to which the set is current
 	synced  bool   // the set holds all of its scope
+	retired bool   // the set was dropped: nothing is written any more
 	window  window
 	changed chan struct{} // closed and replaced whenever an event is added
 
@@ -84,6 +90,7 @@ type set struct {
 	used     time.Time // when a caller last asked
 	flushed  time.Time // when the position was last written
 	watchers int
+	recalls  uint64 // grows when watchers shall come back with new credentials
 
 	// bases holds the cloud's entry of every key whose index entry is an
 	// overlay.
@@ -92,7 +99,7 @@ type set struct {
 	borrowed bool // see position
 
 	dirty     map[string]struct{} // keys whose stored form is out of date
-	persisted uint64              // version that the store holds
+	persisted uint64              // version that the store holds; 0: it holds no whole set
 	drop      bool                // the stored objects are of no use
 	touched   bool                // contact or used moved since the last flush
 
@@ -110,22 +117,24 @@ func newSet(s *store.Store, scope Scope, overlay OverlayFunc) *set {
 		scope: scope, id: scope.ID(), store: s, overlay: overlay,
 		changed: make(chan struct{}), dirty: map[string]struct{}{}, bases: map[string]*entry{},
 		used: time.Now(),
+		drop: true, // the store may hold what an earlier life left behind
 	}
 }
 
 // load fills the index from the store. The set is synced when the store held
 // a position for it.
 func (s *set) load(p position) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.borrowed = p.Borrowed
+	if p.Version == 0 {
+		return nil // its first list never ended
+	}
 	snap, err := s.store.Snapshot()
 	if err != nil {
 		return fmt.Errorf("load %s: %w", s.id, err)
 	}
 	defer snap.Close()
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.kind, s.version, s.persisted = p.Kind, p.Version, p.Version
-	s.contact, s.used, s.borrowed = p.Contact, p.Used, p.Borrowed
-	s.window.start = p.Version
 	err = snap.Scan(s.id, "", func(key string, h store.Header) error {
 		s.index.Set(key, &entry{version: h.Version, size: h.Size})
 		return nil
@@ -133,13 +142,18 @@ func (s *set) load(p position) error {
 	if errors.Is(err, store.ErrDamaged) {
 		// Keys may be missing: nothing of it can be trusted as a whole.
 		s.index.Clear()
-		s.drop, s.version, s.persisted, s.kind = true, 0, 0, Kind{}
 		return nil
 	}
 	if err != nil {
 		return fmt.Errorf("load %s: %w", s.id, err)
 	}
-	s.synced = p.Version != 0
+	s.kind, s.contact, s.flushed = p.Kind, p.Contact, time.Now()
+	s.synced, s.drop, s.persisted = true, false, p.Version
+	s.moveLocked(p.Version)
+	s.window.start = p.Version
+	if missing := p.Objects - s.index.Len(); missing != 0 {
+		s.lost = fmt.Errorf("%d objects of %s were damaged: %w", missing, s.id, store.ErrDamaged)
+	}
 	return nil
 }
 
@@ -175,18 +189,27 @@ func (s *set) read(dst []byte, key string, e *entry) ([]byte, error) {
 // missing would be believed.
 func (s *set) lose(key string, e *entry, err error) {
 	s.mu.Lock()
-	if cur, ok := s.index.Get(key); ok && cur == e {
-		// Version zero makes the relist take the object again.
-		s.index.Set(key, &entry{})
-	}
-	first := s.lost == nil
-	if first {
-		s.lost = fmt.Errorf("object %s of %s is damaged: %w", key, s.id, err)
-	}
+	first := s.loseLocked(key, e, err)
 	s.mu.Unlock()
 	if first && s.onLost != nil {
 		s.onLost()
 	}
+}
+
+// loseLocked is lose, but for the call of onLost, which is due when it
+// returns true.
+func (s *set) loseLocked(key string, e *entry, err error) (first bool) {
+	// Version zero makes the relist take the object again.
+	if s.bases[key] == e {
+		s.bases[key] = &entry{}
+	} else if cur, ok := s.index.Get(key); ok && cur == e {
+		s.index.Set(key, &entry{})
+	}
+	if s.lost != nil {
+		return false
+	}
+	s.lost = fmt.Errorf("object %s of %s is damaged: %w", key, s.id, err)
+	return true
 }
 
 // revoke empties the set: the node may not read it any more. Watchers are cut
@@ -198,6 +221,32 @@ func (s *set) revoke() {
 		s.clearLocked()
 	}
 }
+
+// clearLocked empties the set, which is not synced then.
+func (s *set) clearLocked() {
+	s.index.Scan(func(key string, _ *entry) bool {
+		s.dirty[key] = struct{}{}
+		return true
+	})
+	// Open views share the nodes of the old tree.
+	s.index = btree.Map[string, *entry]{}
+	clear(s.bases)
+	s.synced, s.lost, s.opaque, s.version = false, nil, false, 0
+	s.window.reset()
+	s.broadcast()
+}
+
+// recall ends all watches without loss: their clients come back with the
+// credentials that they have by then.
+func (s *set) recall() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.recalls++
+	s.broadcast()
+}
+
+// moveLocked makes version the set's own, unless it is there already.
+func (s *set) moveLocked(version uint64) { s.version = max(s.version, version) }
 
 func (s *set) broadcast() {
 	close(s.changed)
@@ -228,34 +277,41 @@ func (s *set) encoding() wire.Encoding {
 // version is the set's resource version after the change.
 func (s *set) applyLocked(typ watch.EventType, meta *wire.Meta, object []byte, version uint64) {
 	key := keyOf(meta.Namespace, meta.Name)
-	base, held := s.bases[key]
-	overlaid := held
-	if !held {
-		base, held = s.index.Get(key)
+	base, held := s.baseLocked(key)
+	if !held && typ == watch.Deleted {
+		s.moveLocked(version)
+		return
 	}
 	if held && meta.Version <= base.version {
-		s.version = max(s.version, version)
+		s.moveLocked(version)
 		return
-	}
-	if !held && typ == watch.Deleted {
-		s.version = max(s.version, version)
-		s.dirty[key] = struct{}{}
-		return
-	}
-	var prev *wire.Meta
-	if held {
-		prev = s.keepLocked(key, base)
-	}
-	s.dirty[key] = struct{}{}
-	s.version = max(s.version, version)
-	if overlaid {
-		delete(s.bases, key)
 	}
 	if typ == watch.Deleted {
-		s.index.Delete(key)
-		s.publishLocked(newEvent(typ, key, meta, prev, s.kind, object))
+		prev, _, blind := s.keepLocked(key, base)
+		s.forgetLocked(key)
+		s.moveLocked(version)
+		e := newEvent(typ, key, meta, prev, s.kind, object)
+		e.blind = blind
+		s.publishLocked(e)
 		return
 	}
+	var (
+		prev  *wire.Meta
+		old   []byte
+		blind bool
+	)
+	if held {
+		prev, old, blind = s.keepLocked(key, base)
+		if prev != nil && prev.UID != meta.UID {
+			// Deleted and made anew while nobody looked.
+			s.moveLocked(version)
+			s.publishGoneLocked(key, prev, old, meta.Version-1)
+			held, prev, old = false, nil, nil
+		}
+	}
+	s.dirty[key] = struct{}{}
+	s.moveLocked(version)
+	delete(s.bases, key)
 	typ = watch.Modified
 	if !held {
 		typ = watch.Added
@@ -265,7 +321,60 @@ func (s *set) applyLocked(typ watch.EventType, meta *wire.Meta, object []byte, v
 	if shown, ok := s.overlayLocked(key, e, object); ok {
 		object = shown
 	}
-	s.publishLocked(newEvent(typ, key, meta, prev, s.kind, object))
+	ev := newEvent(typ, key, meta, prev, s.kind, object)
+	ev.blind = blind
+	if prev != nil && (!maps.Equal(prev.Labels, meta.Labels) || prev.NodeName != meta.NodeName) {
+		ev.left = s.goneLocked(key, prev, old, meta.Version)
+	}
+	s.publishLocked(ev)
+}
+
+// baseLocked returns the cloud's entry of a key.
+func (s *set) baseLocked(key string) (*entry, bool) {
+	if e, ok := s.bases[key]; ok {
+		return e, true
+	}
+	return s.index.Get(key)
+}
+
+// forgetLocked takes a key out of the set.
+func (s *set) forgetLocked(key string) {
+	delete(s.bases, key)
+	s.index.Delete(key)
+	s.dirty[key] = struct{}{}
+}
+
+// removeLocked deletes an object of which only the absence is known, at the
+// set's version. The event carries the object's last state under another
+// version, shown.
+func (s *set) removeLocked(key string, version, shown uint64) {
+	base, ok := s.baseLocked(key)
+	if !ok {
+		return
+	}
+	prev, old, _ := s.keepLocked(key, base)
+	s.forgetLocked(key)
+	s.moveLocked(version)
+	s.publishGoneLocked(key, prev, old, shown)
+}
+
+func (s *set) publishGoneLocked(key string, prev *wire.Meta, old []byte, shown uint64) {
+	if e := s.goneLocked(key, prev, old, shown); e != nil {
+		s.publishLocked(e)
+	}
+}
+
+// goneLocked returns the DELETED event of what stood at key. Nil: it was
+// damaged, and no list has shown it since.
+func (s *set) goneLocked(key string, prev *wire.Meta, old []byte, shown uint64) *event {
+	if prev == nil {
+		return nil
+	}
+	object, err := wire.SetVersion(s.kind.Encoding, old, shown)
+	if err != nil {
+		object = old
+	}
+	return newEvent(watch.Deleted, key, prev, prev, s.kind, object)
 }
 
 // overlayLocked puts what the journal has for the key over its base entry.
@@ -286,17 +395,23 @@ func (s *set) overlayLocked(key string, base *entry, object []byte) ([]byte, boo
 // when the journal has nothing any more.
 func (s *set) refresh(key string) error {
 	s.mu.Lock()
-	defer s.mu.Unlock()
-	base, overlaid := s.bases[key]
-	if !overlaid {
-		var ok bool
-		if base, ok = s.index.Get(key); !ok {
-			return nil
-		}
+	lost, err := s.refreshLocked(key)
+	s.mu.Unlock()
+	if lost && s.onLost != nil {
+		s.onLost()
 	}
+	return err
+}
+
+func (s *set) refreshLocked(key string) (lost bool, err error) {
+	base, held := s.baseLocked(key)
+	if !held {
+		return false, nil
+	}
+	_, overlaid := s.bases[key]
 	object, err := s.readLocked(key, base)
 	if err != nil {
-		return err
+		return s.loseLocked(key, base, err), err
 	}
 	shown, ok := s.overlayLocked(key, base, object)
 	switch {
@@ -306,16 +421,16 @@ func (s *set) refresh(key string) error {
 		delete(s.bases, key)
 		s.index.Set(key, base)
 	default:
-		return nil
+		return false, nil
 	}
 	meta, err := wire.ReadMeta(s.kind.Encoding, object, isPods(s.scope.Resource))
 	if err != nil {
-		return fmt.Errorf("read overlay of %s in %s: %w", key, s.id, err)
+		return false, fmt.Errorf("read overlay of %s in %s: %w", key, s.id, err)
 	}
 	e := newEvent(watch.Modified, key, &meta, &meta, s.kind, object)
 	e.local = true
 	s.publishLocked(e)
-	return nil
+	return false, nil
 }
 
 // readLocked returns the bytes of an entry of the index or of bases.
@@ -338,24 +453,22 @@ func (s *set) readLocked(key string, e *entry) ([]byte, error) {
 	return out, nil
 }
 
-// keepLocked is called before the entry is overwritten. It returns the
-// metadata of what stood there and keeps the bytes for open views.
-func (s *set) keepLocked(key string, e *entry) *wire.Meta {
+// keepLocked is called before the entry is overwritten. It keeps the bytes
+// for open views, and returns them and their metadata; or true when they
+// cannot be read.
+func (s *set) keepLocked(key string, e *entry) (prev *wire.Meta, old []byte, blind bool) {
 	old, err := s.readLocked(key, e)
 	if err != nil {
-		// A damaged object that is being replaced: what stood there is
-		// not known, so narrow watchers may miss that it left them. The
-		// relist that follows any damage tells them.
-		return &wire.Meta{}
+		return nil, nil, true
 	}
 	if s.views > 0 {
 		e.data.Store(&old)
 	}
 	meta, err := wire.ReadMeta(s.kind.Encoding, old, isPods(s.scope.Resource))
 	if err != nil {
-		return &wire.Meta{}
+		return nil, nil, true
 	}
-	return &meta
+	return &meta, old, false
 }
 
 func (s *set) publishLocked(e *event) {
@@ -370,16 +483,32 @@ func (s *set) publishLocked(e *event) {
 func (s *set) advance(version uint64) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.version = max(s.version, version)
+	s.moveLocked(version)
 	s.contact = time.Now()
 	s.touched = true
+}
+
+// due reports whether the set has something to write by now.
+func (s *set) due(everything bool) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.retired {
+		return false
+	}
+	if len(s.dirty) > 0 || s.synced != (s.persisted != 0) {
+		return true
+	}
+	return (s.touched || s.version != s.persisted) && (everything || time.Since(s.flushed) > touchEvery)
 }
 
 // flush writes what changed to the store and returns once it is durable.
 // Objects and position go in one transaction.
 func (s *set) flush(ctx context.Context) error {
+	// Two flushes at a time could reach the store in the wrong order.
+	s.flushing.Lock()
+	defer s.flushing.Unlock()
 	s.mu.Lock()
-	if len(s.dirty) == 0 && !s.touched && s.version == s.persisted {
+	if s.retired {
 		s.mu.Unlock()
 		return nil
 	}
@@ -387,14 +516,11 @@ func (s *set) flush(ctx context.Context) error {
 	if s.drop {
 		batch.Drop(s.id)
 	}
-	taken, version := s.dirty, s.version
+	taken := s.dirty
 	written := make(map[string]*entry, len(taken))
-	s.dirty, s.touched = map[string]struct{}{}, false
+	s.dirty = map[string]struct{}{}
 	for key := range taken {
-		e, ok := s.bases[key]
-		if !ok {
-			e, ok = s.index.Get(key)
-		}
+		e, ok := s.baseLocked(key)
 		if !ok {
 			batch.Delete(s.id, key)
 			continue
@@ -406,10 +532,11 @@ func (s *set) flush(ctx context.Context) error {
 		batch.Put(s.id, key, store.Record{Version: e.version, Encoding: uint8(s.kind.Encoding), Data: *data})
 		written[key] = e
 	}
-	record := position{Scope: s.scope, Kind: s.kind, Contact: s.contact, Used: s.used, Borrowed: s.borrowed}
+	record := position{Scope: s.scope, Kind: s.kind, Contact: s.contact, Borrowed: s.borrowed, Objects: s.index.Len()}
 	if s.synced {
-		record.Version = version
+		record.Version = s.version
 	}
+	s.touched = false
 	s.mu.Unlock()
 
 	text, err := json.Marshal(record)
@@ -425,17 +552,31 @@ func (s *set) flush(ctx context.Context) error {
 		for key := range taken {
 			s.dirty[key] = struct{}{}
 		}
+		s.touched = true
 		return fmt.Errorf("commit %s: %w", s.id, err)
 	}
-	s.persisted, s.flushed, s.drop = version, time.Now(), false
+	s.persisted, s.flushed, s.drop = record.Version, time.Now(), false
 	for key, e := range written {
-		cur, ok := s.bases[key]
-		if !ok {
-			cur, ok = s.index.Get(key)
-		}
-		if ok && cur == e {
+		if cur, ok := s.baseLocked(key); ok && cur == e {
 			e.data.Store(nil)
 		}
+	}
+	return nil
+}
+
+// retire empties the set and takes it out of the store. It stays empty.
+func (s *set) retire(ctx context.Context) error {
+	s.flushing.Lock()
+	defer s.flushing.Unlock()
+	s.mu.Lock()
+	s.retired = true
+	s.clearLocked()
+	s.mu.Unlock()
+	batch := store.NewBatch()
+	batch.Drop(s.id)
+	batch.Delete(scopesBucket, s.id)
+	if err := s.store.Commit(ctx, batch); err != nil {
+		return fmt.Errorf("drop %s: %w", s.id, err)
 	}
 	return nil
 }
@@ -448,6 +589,7 @@ type view struct {
 	kind    Kind
 	version uint64
 	seq     uint64 // the first event that is not in the view
+	recalls uint64 // of the set
 	contact time.Time
 }
 
@@ -468,7 +610,7 @@ func (s *set) view() (*view, error) {
 	s.views++
 	return &view{
 		set: s, index: s.index.Copy(), kind: s.kind,
-		version: s.version, seq: s.window.next, contact: s.contact,
+		version: s.version, seq: s.window.next, recalls: s.recalls, contact: s.contact,
 	}, nil
 }
 
@@ -514,15 +656,6 @@ func (v *view) each(m matcher, fn func(key string, e *entry, data []byte) error)
 	}
 	v.index.Ascend(prefix, visit)
 	return err
-}
-
-// matchesKey is matches for a matcher that is decided by the key alone.
-func (m matcher) matchesKey(key string) bool {
-	if len(m.fields) == 0 && m.namespace == "" {
-		return true
-	}
-	namespace, name := SplitKey(key)
-	return m.matches(&wire.Meta{Namespace: namespace, Name: name})
 }
 
 // get returns one object's data, or nil when the set does not hold it.

@@ -1,6 +1,7 @@
 package replica
 
 import (
+	"cmp"
 	"compress/gzip"
 	"context"
 	"errors"
@@ -14,6 +15,7 @@ import (
 	"slices"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"k8s.io/apimachinery/pkg/watch"
@@ -39,6 +41,19 @@ const (
 	maxPage  = 256 << 20 // bytes of one page of a list
 	maxFrame = 16 << 20  // bytes of one watch event; etcd's limit is far below
 
+	// shortFollow is a watch that ended too soon to call it in good order.
+	shortFollow = time.Second
+	// silentAfter is how long a watch may say nothing before the stream
+	// looks whether the upstream still knows of its version. The API server
+	// sends a bookmark every minute.
+	silentAfter = 5 * time.Minute
+	// revokeAfter is how long the node's own credential must be denied
+	// before its data is dropped: an API server that has just started
+	// denies everybody for a moment.
+	revokeAfter = 30 * time.Second
+	// maxRetryAfter bounds what an upstream may ask a stream to wait.
+	maxRetryAfter = time.Minute
+
 	accept = "application/vnd.kubernetes.protobuf, application/json"
 )
 
@@ -54,27 +69,56 @@ type stream struct {
 	usable     bool          // credential was offered and not refused since
 	renewed    chan struct{} // closed when a credential is offered
 	relist     bool          // the upstream cannot resume from the set's version
-	interrupt  func()        // ends the current follow; nil between two
+	interrupt  func()        // ends the current follow; nil before the first
 	paused     bool          // nobody uses the set
 	resumed    chan struct{} // closed when a paused stream is used again
-
-	ready     chan struct{} // closed once the set is synced
-	readyOnce sync.Once
-	failures  chan error // the newest failure, for who waits for ready
+	hurried    chan struct{} // holds a token when somebody waits for the next try
+	attempt    *attempt      // the one under way
+	ended      bool          // the stream was dropped
+	end        func()        // ends supervise; nil before it runs
 
 	pinned bool // guarded by the replica's mu: never paused
+}
+
+// attempt is one try to make the set current.
+type attempt struct {
+	begun bool          // it asks already
+	done  chan struct{} // closed when it has ended
+	err   error         // nil when the set is synced; read after done
 }
 
 func newStream(s *set, up Upstream, log *slog.Logger, m *metrics) *stream {
 	st := &stream{
 		set: s, upstream: up, metrics: m, log: log.With("scope", s.id),
-		renewed: make(chan struct{}), ready: make(chan struct{}), failures: make(chan error, 1),
-	}
-	if s.synced {
-		st.readyOnce.Do(func() { close(st.ready) })
+		renewed: make(chan struct{}), hurried: make(chan struct{}, 1), attempt: &attempt{done: make(chan struct{})},
 	}
 	s.onLost = st.refetch
 	return st
+}
+
+// hurry returns the next attempt to end, which is made soon, and whether it
+// has begun before.
+func (st *stream) hurry() (a *attempt, begun bool) {
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	st.hurryLocked()
+	return st.attempt, st.attempt.begun
+}
+
+func (st *stream) hurryLocked() {
+	select {
+	case st.hurried <- struct{}{}:
+	default:
+	}
+}
+
+// settle tells all who wait for the set how the attempt ended.
+func (st *stream) settle(err error) {
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	st.attempt.err = err
+	close(st.attempt.done)
+	st.attempt = &attempt{done: make(chan struct{})}
 }
 
 // offer gives the stream a credential that may read the scope. The node's
@@ -85,12 +129,27 @@ func (st *stream) offer(c Credential) {
 	if st.usable && (st.credential == Credential{} || st.credential == c) {
 		return
 	}
+	st.offerLocked(c)
+}
+
+// reclaim offers the node's own credential if nobody has lent another. The
+// node's rights may come back without anybody saying so.
+func (st *stream) reclaim() {
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	if !st.usable {
+		st.offerLocked(Credential{})
+	}
+}
+
+func (st *stream) offerLocked(c Credential) {
 	st.credential, st.usable = c, true
 	st.set.mu.Lock()
 	st.set.borrowed = c != Credential{}
 	st.set.mu.Unlock()
 	close(st.renewed)
 	st.renewed = make(chan struct{})
+	st.hurryLocked()
 }
 
 func (st *stream) refuse(c Credential) {
@@ -118,17 +177,25 @@ func (st *stream) waitCredential(ctx context.Context) (Credential, error) {
 	}
 }
 
-// errGone means that the upstream cannot resume from the set's version.
-var errGone = errors.New("resource version too old")
+var (
+	// errGone means that the upstream cannot resume from the set's version.
+	errGone = errors.New("resource version too old")
+	// errRefused means that the upstream does not let this credential read.
+	errRefused = errors.New("refused")
+	// errForbidden means that the upstream knows the credential and denies
+	// it.
+	errForbidden = fmt.Errorf("%w: forbidden", errRefused)
+	// errAbsent means that the upstream does not serve this resource (now).
+	errAbsent = errors.New("resource not served")
+)
 
-// errRefused means that the upstream does not let this credential read.
-var errRefused = errors.New("refused")
+// laterError is an answer that names the time of the next try.
+type laterError struct {
+	error
+	after time.Duration
+}
 
-// errForbidden means that the upstream knows the credential and denies it.
-var errForbidden = fmt.Errorf("%w: forbidden", errRefused)
-
-// errAbsent means that the upstream does not serve this resource (now).
-var errAbsent = errors.New("resource not served")
+func (e laterError) Unwrap() error { return e.error }
 
 // touch takes note of a caller that wants the set.
 func (st *stream) touch() {
@@ -170,9 +237,32 @@ func (st *stream) waitUse(ctx context.Context) {
 	}
 }
 
-// supervise follows the upstream until ctx ends. It returns only then.
+// stop ends the stream for good.
+func (st *stream) stop() {
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	st.ended = true
+	if st.end != nil {
+		st.end()
+	}
+}
+
+// supervise follows the upstream until ctx ends or the stream is stopped. It
+// returns only then.
 func (st *stream) supervise(ctx context.Context) {
-	wait := backoff{}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	defer st.settle(errors.New("the stream has ended"))
+	st.mu.Lock()
+	st.end = cancel
+	if st.ended {
+		cancel()
+	}
+	st.mu.Unlock()
+	var (
+		wait   backoff
+		denied time.Time // since when the node's own credential is forbidden
+	)
 	for ctx.Err() == nil {
 		st.waitUse(ctx)
 		if st.upstream.WaitUp(ctx) != nil {
@@ -187,45 +277,56 @@ func (st *stream) supervise(ctx context.Context) {
 		if ctx.Err() != nil {
 			return
 		}
-		if err != nil {
-			st.fail(err)
+		lasted := time.Since(started)
+		if err == nil && lasted < shortFollow {
+			err = errors.New("the watch ended at once")
 		}
-		switch {
-		case err == nil:
+		if !errors.Is(err, errForbidden) {
+			denied = time.Time{}
+		}
+		if lasted > time.Minute || err == nil {
 			wait.reset()
+		}
+		if err == nil {
 			continue // the server ended the watch in good order
+		}
+		st.settle(err)
+		switch {
 		case errors.Is(err, errRefused):
-			st.refuse(credential)
 			st.log.Warn("stream refused", "err", err)
-			if credential == (Credential{}) {
-				if errors.Is(err, errForbidden) {
+			st.refuse(credential)
+			if credential != (Credential{}) {
+				// Its owner's clients have a newer one by the time they
+				// come back.
+				st.set.recall()
+				continue
+			}
+			if errors.Is(err, errForbidden) {
+				if denied.IsZero() {
+					denied = time.Now()
+				}
+				if time.Since(denied) >= revokeAfter {
 					st.set.revoke()
 				}
-				// The node's own rights may come back without anybody
-				// offering them.
-				wait.sleep(ctx)
-				st.offer(Credential{})
 			}
+			wait.sleep(ctx, 0, st.hurried)
+			st.reclaim()
 			continue
 		case errors.Is(err, errGone):
+			st.log.Debug("stream cannot resume", "err", err)
 			st.forget()
-			continue
+			if wait.first() {
+				continue
+			}
+		default:
+			st.log.Debug("stream ended", "err", err)
 		}
-		if time.Since(started) > time.Minute {
-			wait.reset()
+		if later, ok := errors.AsType[laterError](err); ok {
+			wait.sleep(ctx, later.after, nil)
+		} else {
+			wait.sleep(ctx, 0, st.hurried)
 		}
-		st.log.Debug("stream ended", "err", err)
-		wait.sleep(ctx)
 	}
-}
-
-// fail tells who waits for the set that it will not come yet.
-func (st *stream) fail(err error) {
-	select {
-	case <-st.failures:
-	default:
-	}
-	st.failures <- err // has room: nobody else sends
 }
 
 // backoff is a bounded, jittered, growing wait.
@@ -233,15 +334,23 @@ type backoff struct{ n int }
 
 func (b *backoff) reset() { b.n = 0 }
 
-func (b *backoff) sleep(ctx context.Context) {
+// first counts a failure that needs no wait unless others went before.
+func (b *backoff) first() bool {
+	b.n++
+	return b.n == 1
+}
+
+// sleep waits, at least for least, until ctx ends or early is closed.
+func (b *backoff) sleep(ctx context.Context, least time.Duration, early <-chan struct{}) {
 	const first, last = 100 * time.Millisecond, 15 * time.Second
 	d := min(last, first<<min(b.n, 10))
 	b.n++
-	timer := time.NewTimer(d/2 + rand.N(d))
+	timer := time.NewTimer(max(least, d/2) + rand.N(d))
 	defer timer.Stop()
 	select {
 	case <-ctx.Done():
 	case <-timer.C:
+	case <-early:
 	}
 }
 
@@ -275,16 +384,27 @@ func (st *stream) mustList() bool {
 func (st *stream) follow(ctx context.Context, c Credential) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
+	select {
+	case <-st.hurried: // this is the try
+	default:
+	}
 	st.mu.Lock()
-	st.interrupt = cancel
+	st.interrupt, st.attempt.begun = cancel, true
+	paused := st.paused
 	st.mu.Unlock()
+	if paused {
+		return errPaused
+	}
 	if st.mustList() {
 		if err := st.list(ctx, c); err != nil {
 			return err
 		}
 	}
+	st.settle(nil)
 	return st.watch(ctx, c)
 }
+
+var errPaused = errors.New("paused")
 
 func (st *stream) do(ctx context.Context, c Credential, query url.Values) (*http.Response, error) {
 	target := url.URL{Scheme: "https", Host: "upstream", Path: st.set.scope.path(), RawQuery: query.Encode()}
@@ -310,8 +430,8 @@ func (st *stream) do(ctx context.Context, c Credential, query url.Values) (*http
 	if resp.StatusCode == http.StatusOK {
 		return resp, nil
 	}
-	defer resp.Body.Close() //nolint:errcheck // nothing to lose
-	text, _ := io.ReadAll(io.LimitReader(resp.Body, 4<<10))
+	defer resp.Body.Close()                                  //nolint:errcheck // nothing to lose
+	text, _ := io.ReadAll(io.LimitReader(resp.Body, 64<<10)) // what came of it serves
 	cause := errors.New("unexpected answer")
 	switch resp.StatusCode {
 	case http.StatusGone:
@@ -319,11 +439,28 @@ func (st *stream) do(ctx context.Context, c Credential, query url.Values) (*http
 	case http.StatusUnauthorized:
 		cause = errRefused
 	case http.StatusForbidden:
-		cause = errForbidden
+		cause = errRefused
+		if isStatus(resp.Header, text) {
+			cause = errForbidden
+		}
 	case http.StatusNotFound:
 		cause = errAbsent
 	}
-	return nil, fmt.Errorf("ask for %s: %w: %s: %.200s", st.set.id, cause, resp.Status, text)
+	err = fmt.Errorf("ask for %s: %w: %s: %.200q", st.set.id, cause, resp.Status, text)
+	if seconds, parseErr := strconv.Atoi(resp.Header.Get("Retry-After")); parseErr == nil && seconds > 0 {
+		err = laterError{err, min(time.Duration(seconds)*time.Second, maxRetryAfter)}
+	}
+	return nil, err
+}
+
+// isStatus tells an API server's refusal from that of something on the way.
+func isStatus(h http.Header, body []byte) bool {
+	enc, err := encodingOf(h)
+	if err != nil {
+		return false
+	}
+	_, kind, _, err := wire.ReadObject(enc, body)
+	return err == nil && kind == "Status"
 }
 
 func encodingOf(h http.Header) (wire.Encoding, error) {
@@ -348,22 +485,28 @@ type change struct {
 	object []byte
 }
 
-// list fetches the whole scope page by page. For a set that is not synced
-// yet the objects go straight in; for a synced one the differences are
-// collected first and then given to watchers in the order of their versions.
+// relist is a list on its way into a set.
+type relist struct {
+	// direct is set when nobody reads the set yet: objects go straight in.
+	// Else the differences are collected first, and given to watchers in
+	// the order of their versions.
+	direct bool
+	// replace is set when what the set holds cannot be compared with the
+	// list: its encoding is another, or the cloud's history was taken back.
+	replace bool
+	pages   int
+	kind    Kind
+	version uint64
+	seen    map[string]struct{}
+	changes []change
+}
+
+// list fetches the whole scope page by page.
 func (st *stream) list(ctx context.Context, c Credential) error {
 	s := st.set
-	s.mu.Lock()
-	first := !s.synced
-	s.mu.Unlock()
-	var (
-		seen    = map[string]struct{}{}
-		changes []change
-		token   string
-		version uint64
-	)
+	r := &relist{seen: map[string]struct{}{}}
 	st.metrics.relists.Inc()
-	for {
+	for token := ""; r.pages == 0 || token != ""; {
 		query := s.scope.query()
 		query.Set("limit", strconv.Itoa(pageSize))
 		if token != "" {
@@ -373,140 +516,138 @@ func (st *stream) list(ctx context.Context, c Credential) error {
 		if err != nil {
 			return err
 		}
-		version = page.Version
-		s.mu.Lock()
-		if kindOf := itemKind(page); len(page.Items) > 0 || s.kind.Kind == "" {
-			if s.kind.Encoding != 0 && s.kind.Encoding != enc && s.index.Len() > 0 {
-				s.clearLocked()
-				first = true
-			}
-			s.kind = Kind{APIVersion: page.APIVersion, Kind: kindOf, Encoding: enc}
+		token = page.Continue
+		if err := s.take(r, page, enc); err != nil {
+			return fmt.Errorf("list %s: %w", s.id, err)
 		}
-		for _, item := range page.Items {
-			meta, err := wire.ReadMeta(enc, item, isPods(s.scope.Resource))
-			if err != nil {
-				s.mu.Unlock()
-				return fmt.Errorf("read item of %s: %w", s.id, err)
-			}
-			key := keyOf(meta.Namespace, meta.Name)
-			seen[key] = struct{}{}
-			if s.heldVersionLocked(key) >= meta.Version {
-				continue
-			}
-			object := slices.Clone(item)
-			if first {
-				s.applyLocked(watch.Added, &meta, object, meta.Version)
-			} else {
-				changes = append(changes, change{watch.Modified, meta, object})
-			}
-		}
-		s.mu.Unlock()
-		if first {
+		if r.direct {
 			// Bytes that are safe in the store need not stay on the heap.
 			if err := s.flush(ctx); err != nil {
 				st.metrics.storeErrors.Inc()
 				st.log.Error("store write failed", "err", err)
 			}
 		}
-		if token = page.Continue; token == "" {
-			break
-		}
 	}
-	st.finish(seen, changes, version)
-	return nil
-}
-
-// finish applies a relist's differences and makes the set current.
-func (st *stream) finish(seen map[string]struct{}, changes []change, version uint64) {
-	s := st.set
-	slices.SortFunc(changes, func(a, b change) int {
-		switch {
-		case a.meta.Version < b.meta.Version:
-			return -1
-		case a.meta.Version > b.meta.Version:
-			return 1
-		}
-		return 0
-	})
-	s.mu.Lock()
-	for _, ch := range changes {
-		s.applyLocked(ch.typ, &ch.meta, ch.object, ch.meta.Version)
-	}
-	var gone []string
-	s.index.Scan(func(key string, _ *entry) bool {
-		if _, ok := seen[key]; !ok {
-			gone = append(gone, key)
-		}
-		return true
-	})
-	for _, key := range gone {
-		s.removeLocked(key, version)
-	}
-	s.version = max(s.version, version)
-	s.contact, s.touched, s.lost = time.Now(), true, nil
-	wasSynced := s.synced
-	s.synced = true
-	if !wasSynced {
-		s.window.start = s.version
-	}
-	objects := s.index.Len()
-	s.mu.Unlock()
+	objects, gone := s.finish(r)
 	st.mu.Lock()
 	st.relist = false
 	st.mu.Unlock()
-	if wasSynced {
-		st.log.Info("stream relisted", "objects", objects, "changed", len(changes), "gone", len(gone))
-	} else {
+	if r.direct {
 		st.log.Info("stream synced", "objects", objects)
+	} else {
+		st.log.Info("stream relisted", "objects", objects, "changed", len(r.changes), "gone", gone)
 	}
-	st.readyOnce.Do(func() { close(st.ready) })
+	return nil
 }
 
-func (s *set) heldVersionLocked(key string) uint64 {
-	if e, ok := s.bases[key]; ok {
-		return e.version
+// take takes one page of a list.
+func (s *set) take(r *relist, page wire.List, enc wire.Encoding) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	r.pages++
+	if r.pages == 1 {
+		r.direct = !s.synced
+		rewound := page.Version < s.version
+		reencoded := s.index.Len() > 0 && s.kind.Encoding != enc
+		r.replace = rewound || reencoded
+		r.kind = Kind{APIVersion: page.APIVersion, Kind: itemKind(page), Encoding: enc}
 	}
-	if e, ok := s.index.Get(key); ok {
-		return e.version
+	if enc != r.kind.Encoding {
+		return fmt.Errorf("page %d is %s, the first was %s", r.pages, enc, r.kind.Encoding)
 	}
-	return 0
+	r.version = page.Version
+	if enc == wire.JSON && r.pages == 1 && len(page.Items) > 0 {
+		// The list kind of a custom resource may have any name.
+		if apiVersion, kind, _, err := wire.ReadObject(enc, page.Items[0]); err == nil {
+			r.kind.APIVersion, r.kind.Kind = apiVersion, kind
+		}
+	}
+	if r.direct && r.pages == 1 {
+		if r.replace {
+			s.clearLocked()
+		}
+		s.kind = r.kind
+	}
+	for _, item := range page.Items {
+		meta, err := wire.ReadMeta(enc, item, isPods(s.scope.Resource))
+		if err != nil {
+			return err
+		}
+		key := keyOf(meta.Namespace, meta.Name)
+		r.seen[key] = struct{}{}
+		if base, ok := s.baseLocked(key); ok && base.version >= meta.Version && !(r.replace && !r.direct) {
+			continue
+		}
+		object := slices.Clone(item) // the page is large and goes
+		if r.direct {
+			s.applyLocked(watch.Added, &meta, object, meta.Version)
+		} else {
+			r.changes = append(r.changes, change{watch.Modified, meta, object})
+		}
+	}
+	return nil
 }
 
-// clearLocked empties a set whose encoding changed under it.
-func (s *set) clearLocked() {
+// finish applies what a list found and makes the set current. It returns how
+// many objects there are and how many are gone.
+func (s *set) finish(r *relist) (objects, gone int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !r.direct && r.replace {
+		before := s.version
+		s.clearLocked()
+		if r.version < before {
+			s.window.lost = before
+		}
+		s.kind = r.kind
+		r.direct = true // nobody reads it just now
+	}
+	if len(r.seen) > 0 || s.kind.Kind == "" || s.kind.Encoding != r.kind.Encoding {
+		s.kind = r.kind
+	}
+	from := s.version
+	slices.SortFunc(r.changes, func(a, b change) int { return cmp.Compare(a.meta.Version, b.meta.Version) })
+	newest := r.changes
+	for len(newest) > 0 && newest[0].meta.Version < r.version {
+		s.applyLocked(newest[0].typ, &newest[0].meta, newest[0].object, newest[0].meta.Version)
+		newest = newest[1:]
+	}
+	// What is gone shares one version, since when exactly is not known. A
+	// client that was told of some of it and comes back must be told of the
+	// rest: only the last event carries the version itself.
+	lost := s.missingLocked(r.seen)
+	for i, key := range lost {
+		shown := r.version - 1
+		if i == len(lost)-1 && len(newest) == 0 {
+			shown = r.version
+		}
+		s.removeLocked(key, r.version, shown)
+	}
+	for _, ch := range newest {
+		s.applyLocked(ch.typ, &ch.meta, ch.object, ch.meta.Version)
+	}
+	s.moveLocked(r.version)
+	s.contact, s.touched, s.lost = time.Now(), true, nil
+	if s.synced {
+		s.window.skip(from, s.version)
+		s.broadcast()
+	} else {
+		s.window.start = s.version
+	}
+	s.synced = true
+	return s.index.Len(), len(lost)
+}
+
+// missingLocked returns the keys that a list has not shown.
+func (s *set) missingLocked(seen map[string]struct{}) []string {
+	var out []string
 	s.index.Scan(func(key string, _ *entry) bool {
-		s.dirty[key] = struct{}{}
+		if _, ok := seen[key]; !ok {
+			out = append(out, key)
+		}
 		return true
 	})
-	s.index.Clear()
-	clear(s.bases)
-	s.synced = false
-	s.window = window{next: s.window.next}
-	s.broadcast()
-}
-
-// removeLocked deletes an object of which only the absence is known.
-func (s *set) removeLocked(key string, version uint64) {
-	e, ok := s.bases[key]
-	if !ok {
-		e, ok = s.index.Get(key)
-	}
-	if !ok {
-		return
-	}
-	object, err := s.readLocked(key, e)
-	prev := s.keepLocked(key, e)
-	delete(s.bases, key)
-	s.index.Delete(key)
-	s.dirty[key] = struct{}{}
-	s.version = max(s.version, version)
-	if err != nil {
-		return // it was damaged, and no list has shown it since
-	}
-	if marked, err := wire.SetVersion(s.kind.Encoding, object, version); err == nil {
-		object = marked
-	}
-	s.publishLocked(newEvent(watch.Deleted, key, prev, prev, s.kind, object))
+	return out
 }
 
 func itemKind(l wire.List) string {
@@ -551,6 +692,9 @@ func (st *stream) page(ctx context.Context, c Credential, query url.Values) (wir
 		return wire.List{}, 0, fmt.Errorf("read list of %s: %w", st.set.id, err)
 	}
 	page, err := wire.ReadList(enc, body)
+	if err == nil && page.Version == 0 {
+		err = errors.New("a list without a resource version cannot be followed")
+	}
 	if err != nil {
 		return wire.List{}, 0, fmt.Errorf("read list of %s: %w", st.set.id, err)
 	}
@@ -568,7 +712,9 @@ func (st *stream) watch(ctx context.Context, c Credential) error {
 	query.Set("allowWatchBookmarks", "true")
 	query.Set("resourceVersion", strconv.FormatUint(version, 10))
 	query.Set("timeoutSeconds", strconv.Itoa(1800+rand.IntN(1800)))
-	resp, err := st.do(ctx, c, query)
+	watching, cancel := context.WithCancel(ctx)
+	defer cancel()
+	resp, err := st.do(watching, c, query)
 	if err != nil {
 		return err
 	}
@@ -579,47 +725,78 @@ func (st *stream) watch(ctx context.Context, c Credential) error {
 	}
 	s.mu.Lock()
 	known := s.kind.Encoding
-	if known == 0 {
-		s.kind.Encoding, known = enc, enc
-	}
 	s.contact = time.Now()
 	s.mu.Unlock()
 	if enc != known {
 		return fmt.Errorf("watch %s: encoding changed: %w", s.id, errGone)
 	}
+	var silent atomic.Bool
+	silence := time.AfterFunc(silentAfter, func() {
+		silent.Store(true)
+		cancel()
+	})
+	defer silence.Stop()
 	events := wire.NewEventReader(resp.Body, enc, maxFrame)
 	for {
 		ev, err := events.Read()
-		if errors.Is(err, io.EOF) {
+		switch {
+		case silent.Load():
+			return st.compare(ctx, c)
+		case errors.Is(err, io.EOF):
 			return nil
-		}
-		if err != nil {
+		case err != nil:
 			return fmt.Errorf("watch %s: %w", s.id, err)
 		}
+		silence.Reset(silentAfter)
 		st.metrics.events.Inc()
-		switch watch.EventType(ev.Type) {
-		case watch.Added, watch.Modified, watch.Deleted:
-			st.learnKind(ev)
-			if err := s.apply(watch.EventType(ev.Type), ev.Object); err != nil {
-				return err
-			}
-		case watch.Bookmark:
-			version, _, err := wire.ReadBookmark(enc, ev.Object)
-			if err != nil {
-				return fmt.Errorf("watch %s: %w", s.id, err)
-			}
-			s.advance(version)
-		case watch.Error:
-			status, err := wire.ReadStatus(enc, ev.Object)
-			if err != nil {
-				return fmt.Errorf("watch %s: %w", s.id, err)
-			}
-			if status.Code == http.StatusGone {
-				return fmt.Errorf("watch %s: %s: %w", s.id, status.Message, errGone)
-			}
-			return fmt.Errorf("watch %s: %s", s.id, status.Message)
+		if err := st.event(enc, ev, version); err != nil {
+			return fmt.Errorf("watch %s: %w", s.id, err)
 		}
 	}
+}
+
+// event takes one event of a watch that began after a version.
+func (st *stream) event(enc wire.Encoding, ev wire.Event, began uint64) error {
+	switch typ := watch.EventType(ev.Type); typ {
+	case watch.Added, watch.Modified, watch.Deleted:
+		st.learnKind(ev)
+		return st.set.apply(typ, ev.Object)
+	case watch.Bookmark:
+		version, _, err := wire.ReadBookmark(enc, ev.Object)
+		if err != nil {
+			return err
+		}
+		if version < began {
+			return fmt.Errorf("bookmark at %d after %d: %w", version, began, errGone)
+		}
+		st.set.advance(version)
+	case watch.Error:
+		status, err := wire.ReadStatus(enc, ev.Object)
+		if err != nil {
+			return err
+		}
+		if status.Code == http.StatusGone {
+			return fmt.Errorf("%s: %w", status.Message, errGone)
+		}
+		return errors.New(status.Message)
+	}
+	return nil
+}
+
+// compare looks whether the upstream still is where the set is. A cloud that
+// was restored from a backup is not: it says nothing on a watch that begins
+// in its future.
+func (st *stream) compare(ctx context.Context, c Credential) error {
+	query := st.set.scope.query()
+	query.Set("limit", "1")
+	page, _, err := st.page(ctx, c, query)
+	if err != nil {
+		return err
+	}
+	if at := st.set.at(); page.Version < at {
+		return fmt.Errorf("the cloud is at %d, the replica at %d: %w", page.Version, at, errGone)
+	}
+	return nil
 }
 
 func (st *stream) learnKind(ev wire.Event) {

@@ -9,9 +9,15 @@ import (
 	"github.com/yurt-edge/yurt/internal/hub/wire"
 )
 
-// windowBytes bounds the object bytes that one set's window keeps. A watcher
-// that falls further behind is cut off, as the API server does.
-const windowBytes = 2 << 20
+const (
+	// windowBytes bounds what one set's window keeps. A watcher that falls
+	// further behind is cut off, as the API server does.
+	windowBytes = 2 << 20
+	// eventBytes is what an event takes beside its objects.
+	eventBytes = 1 << 10
+	// maxGaps bounds the relists that a window remembers.
+	maxGaps = 8
+)
 
 // event is one change of a set, as watchers see it.
 type event struct {
@@ -23,8 +29,14 @@ type event struct {
 	key      string
 	meta     *wire.Meta // of object
 	prev     *wire.Meta // of the state before; nil when there was none
+	blind    bool       // the state before could not be read
 	object   []byte     // object data; for DELETED the last state
 	local    bool       // an overlay came or went: no version tells of it
+
+	// left is what a watcher gets whose selection the object left: DELETED
+	// with the state before, under the new version. Nil when no selection
+	// can tell the two states apart.
+	left *event
 
 	json func() ([]byte, error) // object as JSON, computed once
 }
@@ -40,23 +52,48 @@ func newEvent(typ watch.EventType, key string, meta, prev *wire.Meta, kind Kind,
 	return e
 }
 
+// size is about what the event takes on the heap.
+func (e *event) size() int {
+	n := eventBytes + len(e.object)
+	if e.left != nil {
+		n += len(e.left.object)
+	}
+	return n
+}
+
 // as returns the type of the event for a watcher that sees only what m
-// matches. It is empty when the event does not concern that watcher.
-func (e *event) as(m matcher) watch.EventType {
+// matches, and the event whose object it is shown. The type is empty when
+// the event does not concern that watcher.
+func (e *event) as(m matcher) (watch.EventType, *event) {
 	if m.all() {
-		return e.typ
+		return e.typ, e
 	}
 	now := e.typ != watch.Deleted && m.matches(e.meta)
 	before := e.prev != nil && m.matches(e.prev)
+	if e.blind {
+		// A watcher may be told twice of what it has, or lacks, but not
+		// left with what is gone.
+		before = m.mayMatch(e.key)
+	}
 	switch {
 	case now && before:
-		return watch.Modified
+		return watch.Modified, e
 	case now:
-		return watch.Added
+		return watch.Added, e
+	case before && e.left != nil:
+		return watch.Deleted, e.left
 	case before:
-		return watch.Deleted
+		return watch.Deleted, e
 	}
-	return ""
+	return "", nil
+}
+
+// gap is a stretch of history of which only the outcome is known: a relist.
+// A watcher that comes with a version inside it may hold objects that were
+// made and deleted within it, and nothing in the window tells of those.
+type gap struct {
+	from, to uint64
+	seq      uint64 // of the first event after it
 }
 
 // window keeps the newest events of a set, within a bound of bytes.
@@ -66,16 +103,21 @@ type window struct {
 	next   uint64 // sequence number of the next event
 	// start is the resource version after which the window is complete.
 	start uint64
+	gaps  []gap
+	// lost is the newest version of a history that the cloud took back (it
+	// was restored from a backup). What is above the set's own version and
+	// not above lost is of that history.
+	lost uint64
 }
 
 func (w *window) add(e *event, position uint64) {
 	e.seq, e.position = w.next, position
 	w.next++
 	w.events = append(w.events, e)
-	w.bytes += len(e.object)
+	w.bytes += e.size()
 	drop := 0
 	for w.bytes > windowBytes && drop < len(w.events)-1 {
-		w.bytes -= len(w.events[drop].object)
+		w.bytes -= w.events[drop].size()
 		w.start = w.events[drop].position
 		drop++
 	}
@@ -87,14 +129,50 @@ func (w *window) add(e *event, position uint64) {
 	}
 }
 
+// skip takes note of a relist from one version to another.
+func (w *window) skip(from, to uint64) {
+	if to <= from+1 {
+		return // no room for anything unseen
+	}
+	w.gaps = append(w.gaps, gap{from, to, w.next})
+	if len(w.gaps) > maxGaps {
+		w.start = max(w.start, w.gaps[0].to)
+		w.gaps = w.gaps[1:]
+	}
+}
+
+// reset forgets all history, because the set begins anew. Every watcher is
+// too far behind then.
+func (w *window) reset() {
+	*w = window{next: w.next + 1, lost: w.lost}
+}
+
 // since returns the sequence number of the first event after version. It
-// reports false when the window no longer reaches back that far.
-func (w *window) since(version uint64) (uint64, bool) {
-	if version < w.start {
+// reports false when the window cannot tell all that happened since.
+func (w *window) since(version, current uint64) (uint64, bool) {
+	if version < w.start || !w.tells(version, 0) || (version > current && version <= w.lost) {
 		return 0, false
 	}
-	i := sort.Search(len(w.events), func(i int) bool { return w.events[i].position > version })
+	i := w.after(version)
 	return w.next - uint64(len(w.events)-i), true
+}
+
+// after returns the index of the first event beyond version.
+func (w *window) after(version uint64) int {
+	return sort.Search(len(w.events), func(i int) bool { return w.events[i].position > version })
+}
+
+// tells reports whether the window holds all that a watcher at version must
+// learn of the relists that came after the event seq. Who got the version
+// from an event of a relist knows what came before it.
+func (w *window) tells(version, seq uint64) bool {
+	for _, g := range w.gaps {
+		if g.seq >= seq && g.from < version && version < g.to {
+			i := w.after(version)
+			return i > 0 && w.events[i-1].position == version
+		}
+	}
+	return true
 }
 
 // from returns the events from seq on. It reports false when some of them
