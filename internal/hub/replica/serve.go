@@ -99,7 +99,7 @@ func wantsPretty(r *http.Request) bool {
 func (f form) object(dst, data []byte, withType bool) ([]byte, error) {
 	apiVersion, kind := f.kind.APIVersion, f.kind.Kind
 	if f.View == request.Metadata {
-		partial, err := wire.PartialMetadata(f.kind.Encoding, data)
+		partial, err := wire.PartialMetadataOf(f.kind.Encoding, f.kind.APIVersion, f.kind.Kind, data)
 		if err != nil {
 			return dst, err
 		}
