@@ -88,6 +88,9 @@ func acceptsProtobuf(h http.Header) bool {
 			if err != nil {
 				continue
 			}
+			if _, as := params["as"]; as {
+				continue // another view of an object: errors have none
+			}
 			q := 1.0
 			if s, ok := params["q"]; ok {
 				if q, err = strconv.ParseFloat(s, 64); err != nil {

@@ -114,7 +114,7 @@ func nameInPath(ri *apirequest.RequestInfo) bool { return len(ri.Parts) > 1 }
 func listOptions(query url.Values) (*metainternalversion.ListOptions, error) {
 	opts := &metainternalversion.ListOptions{}
 	if err := scheme.ParameterCodec.DecodeParameters(query, metav1.SchemeGroupVersion, opts); err != nil {
-		return nil, fmt.Errorf("read query parameters: %w", err)
+		return nil, err //nolint:wrapcheck // the API server's words, for its clients
 	}
 	return opts, nil
 }
