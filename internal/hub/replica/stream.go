@@ -516,6 +516,11 @@ func (st *stream) list(ctx context.Context, c Credential) error {
 		if err != nil {
 			return err
 		}
+		if page.Version == 0 {
+			// Aggregated APIs and componentstatuses are computed, not
+			// stored: nothing would tell when they change.
+			return fmt.Errorf("list %s: it has no resource version: %w", s.id, errAbsent)
+		}
 		token = page.Continue
 		if err := s.take(r, page, enc); err != nil {
 			return fmt.Errorf("list %s: %w", s.id, err)
