@@ -9,7 +9,9 @@ import (
 	"time"
 
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/apimachinery/pkg/apis/meta/internalversion/validation"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime/schema"
 
 	"github.com/yurt-edge/yurt/internal/httpx"
 	"github.com/yurt-edge/yurt/internal/hub/identity"
@@ -53,10 +55,8 @@ func (h *Hub) read(w http.ResponseWriter, r *http.Request, c *identity.Caller, a
 		err = replica.ErrFormat
 	case q.info.Verb == "get":
 		err = q.get()
-	case q.info.Verb == "list":
-		err = q.list()
 	default:
-		err = q.watch()
+		err = q.many()
 	}
 	if err == nil {
 		return
@@ -204,13 +204,49 @@ func (h *Hub) authorize(ctx context.Context, c *identity.Caller, info request.In
 		fmt.Errorf("user %q may not %s: %s", c.Name, info, d.Reason))
 }
 
+// many answers a list or a watch.
+func (q *query) many() error {
+	if err := q.validate(); err != nil {
+		return err
+	}
+	if q.info.Verb == "list" {
+		return q.list()
+	}
+	return q.watch()
+}
+
+// validate is the API server's check of the options of a list or watch. While
+// there is an API server it has the say, and says no to strangers first.
+func (q *query) validate() error {
+	opts := *q.info.Options
+	opts.Watch = q.info.Verb == "watch"
+	errs := validation.ValidateListOptions(&opts, true)
+	switch {
+	case len(errs) == 0:
+		return nil
+	case q.hub.link.Online():
+		return errCloud
+	}
+	if err := q.may(q.r.Context(), true); err != nil {
+		return err
+	}
+	return apierrors.NewInvalid(schema.GroupKind{Group: metav1.GroupName, Kind: "ListOptions"}, "", errs)
+}
+
+// cloudPrints reports whether the client wants a table that only the cloud
+// can print well: its columns are in the definition of a custom resource.
+// While the cloud is away the replica's table shows names and ages.
+func (q *query) cloudPrints(custom bool) bool {
+	return custom && q.formats[0].View == request.Table && q.hub.link.Online() && !q.caller.Local
+}
+
 func (q *query) version() (uint64, error) {
 	text := q.info.Options.ResourceVersion
 	if text == "" || text == "0" {
 		return 0, nil
 	}
 	v, err := strconv.ParseUint(text, 10, 64)
-	if err != nil {
+	if err != nil || v == 0 {
 		return 0, errCloud // whose refusal is the right one
 	}
 	return v, nil
@@ -254,6 +290,9 @@ func (q *query) get() error {
 	case heldErr == nil:
 		if err := q.may(q.r.Context(), !obj.Borrowed()); err != nil {
 			return err
+		}
+		if q.cloudPrints(obj.Custom()) {
+			return errCloud
 		}
 		if latest {
 			q.warn(obj.Contact)
@@ -304,6 +343,8 @@ func (q *query) list() error {
 		}
 	case opts.ResourceVersionMatch == metav1.ResourceVersionMatchExact, latest:
 		return q.exact(held, ok)
+	case opts.Limit > 0 && opts.ResourceVersion != "0" && q.hub.link.Online():
+		return errCloud // the replica does not page
 	case opts.Limit > 0 && opts.ResourceVersion != "0" && opts.ResourceVersionMatch == "":
 		return q.exact(held, ok) // a limit makes a version exact, by the API's rules
 	}
@@ -315,7 +356,7 @@ func (q *query) list() error {
 		held, err = q.open(scope)
 		ok = err == nil
 	}
-	if !ok {
+	if !ok || q.cloudPrints(held.Custom()) {
 		return errCloud
 	}
 	if err := q.may(q.r.Context(), !held.Borrowed()); err != nil {
@@ -366,7 +407,7 @@ func (q *query) watch() error {
 	fresh := opts.ResourceVersion == "" || opts.ResourceVersion == "0" ||
 		(opts.SendInitialEvents != nil && *opts.SendInitialEvents)
 	if !ok {
-		if !fresh || !validWatch(q.info) {
+		if !fresh {
 			return errCloud
 		}
 		var err error
@@ -374,23 +415,14 @@ func (q *query) watch() error {
 			return err
 		}
 	}
-	if !validWatch(q.info) && q.hub.link.Online() {
-		return errCloud // whose refusal is the right one
+	if q.cloudPrints(held.Custom()) {
+		return errCloud
 	}
 	if err := q.may(q.r.Context(), !held.Borrowed()); err != nil {
 		return err
 	}
 	q.use(held)
 	return held.Watch(q.w, q.r, q.info, q.formats)
-}
-
-// validWatch is the API's rule for sendInitialEvents.
-func validWatch(info request.Info) bool {
-	o := info.Options
-	if o.SendInitialEvents == nil {
-		return o.ResourceVersionMatch == ""
-	}
-	return o.ResourceVersionMatch == metav1.ResourceVersionMatchNotOlderThan
 }
 
 // use takes note of a caller that wants the slice. One whose right it came by

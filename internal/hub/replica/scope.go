@@ -179,7 +179,13 @@ func newMatcher(wide, narrow Scope) (matcher, bool) {
 			continue
 		}
 		switch r.Field {
-		case "metadata.name", "metadata.namespace":
+		case "metadata.name":
+		case "metadata.namespace":
+			// Objects without a namespace do not have the field, and across
+			// namespaces the hub cannot tell which objects these are.
+			if narrow.Namespace == "" {
+				return m, false
+			}
 		case "spec.nodeName":
 			if !isPods(narrow.Resource) {
 				return m, false

@@ -57,14 +57,16 @@ type form struct {
 	pretty  bool
 }
 
-// chooseForm picks the first accepted format that can be made of the kind.
-func chooseForm(r *http.Request, k Kind, formats []request.Format) (form, error) {
+// chooseForm picks the first accepted format that can be made of the kind,
+// and refuses if that view is not one of this answer: other is the metadata
+// view that it does not have.
+func chooseForm(r *http.Request, k Kind, formats []request.Format, other request.View) (form, error) {
 	for _, f := range formats {
-		switch {
-		case f.View == request.Whole && f.Encoding == wire.Protobuf && k.Encoding == wire.JSON:
+		if f.View == request.Whole && f.Encoding == wire.Protobuf && k.Encoding == wire.JSON {
 			continue // custom resources have no protobuf form
-		case f.View == request.Table && f.Encoding == wire.Protobuf:
-			continue
+		}
+		if f.View == other {
+			break
 		}
 		return form{Format: f, kind: k, include: includeObject(r), pretty: wantsPretty(r)}, nil
 	}
@@ -98,7 +100,7 @@ func wantsPretty(r *http.Request) bool {
 // form's encoding: with its type where JSON wants it.
 func (f form) object(dst, data []byte, withType bool) ([]byte, error) {
 	apiVersion, kind := f.kind.APIVersion, f.kind.Kind
-	if f.View == request.Metadata {
+	if f.meta() {
 		partial, err := wire.PartialMetadataOf(f.kind.Encoding, f.kind.APIVersion, f.kind.Kind, data)
 		if err != nil {
 			return dst, err
@@ -115,9 +117,11 @@ func (f form) object(dst, data []byte, withType bool) ([]byte, error) {
 	return append(dst, out...), err
 }
 
+func (f form) meta() bool { return f.View == request.Metadata || f.View == request.MetadataList }
+
 // typed returns the type that objects of the form have.
 func (f form) typed() (apiVersion, kind string) {
-	if f.View == request.Metadata {
+	if f.meta() {
 		return metaAPIVersion, metadataKind
 	}
 	return f.kind.APIVersion, f.kind.Kind
@@ -259,6 +263,13 @@ func (s *set) get(key string, least uint64) (*Object, bool, error) {
 	return obj, true, err
 }
 
+// Custom reports whether the object is a custom resource, whose printer
+// columns only the cloud knows.
+func (o *Object) Custom() bool { return o.Kind.Encoding == wire.JSON }
+
+// Custom is [Object.Custom] for the slice.
+func (sl *Slice) Custom() bool { return sl.stream.set.encoding() == wire.JSON }
+
 // Borrowed reports whether the object came by a caller's right and not by the
 // node's own.
 func (o *Object) Borrowed() bool { return o.set.isBorrowed() }
@@ -266,7 +277,7 @@ func (o *Object) Borrowed() bool { return o.set.isBorrowed() }
 // Write sends the object in the best accepted form. On error nothing was
 // written.
 func (o *Object) Write(w http.ResponseWriter, r *http.Request, formats []request.Format) error {
-	f, err := chooseForm(r, o.Kind, formats)
+	f, err := chooseForm(r, o.Kind, formats, request.MetadataList)
 	if err != nil {
 		return err
 	}
@@ -276,7 +287,7 @@ func (o *Object) Write(w http.ResponseWriter, r *http.Request, formats []request
 		if err != nil {
 			return o.set.note(err)
 		}
-		out.buf = append(out.buf, text...)
+		out.buf = append(append(out.buf, text...), '\n')
 		return out.whole()
 	}
 	data, err := f.object(nil, o.Data, true)
@@ -291,7 +302,7 @@ func (o *Object) Write(w http.ResponseWriter, r *http.Request, formats []request
 // whole sends what was collected as the whole answer.
 func (w *writer) whole() error {
 	if w.form.pretty && w.form.Encoding == wire.JSON {
-		w.buf = indent(w.buf)
+		w.buf = indent(bytes.TrimSuffix(w.buf, []byte("\n"))) // as the API server ends them
 	}
 	w.start(false)
 	return abort(w.flush())
@@ -361,7 +372,7 @@ func (sl *Slice) List(w http.ResponseWriter, r *http.Request, formats []request.
 		return err
 	}
 	defer v.Close()
-	f, err := chooseForm(r, v.kind, formats)
+	f, err := chooseForm(r, v.kind, formats, request.Metadata)
 	if err != nil {
 		return err
 	}
@@ -464,6 +475,7 @@ func (sl *Slice) listTable(v *view, out *writer) error {
 	if err != nil {
 		return v.set.note(fmt.Errorf("print %s: %w", v.set.id, err))
 	}
+	out.buf = append(out.buf, '\n')
 	return out.whole()
 }
 
@@ -485,7 +497,7 @@ func (sl *Slice) Watch(w http.ResponseWriter, r *http.Request, info request.Info
 	s.mu.Lock()
 	k := s.kind
 	s.mu.Unlock()
-	f, err := chooseForm(r, k, formats)
+	f, err := chooseForm(r, k, formats, request.MetadataList)
 	if err != nil {
 		return err
 	}

@@ -14,10 +14,13 @@ import (
 // View is the shape in which a client wants objects.
 type View uint8
 
-// The views of the API: whole objects, their metadata, or a table's rows.
+// The views of the API: whole objects, their metadata, or a table's rows. The
+// metadata of a list is another view than that of an object: the API serves
+// neither in place of the other.
 const (
 	Whole View = iota
 	Metadata
+	MetadataList
 	Table
 )
 
@@ -97,9 +100,14 @@ func parseClause(clause string) (Format, float64, bool) {
 	}
 	switch as {
 	case "Table":
+		if f.Encoding == wire.Protobuf {
+			return Format{}, 0, false // tables have no protobuf form
+		}
 		f.View = Table
-	case "PartialObjectMetadata", "PartialObjectMetadataList":
+	case "PartialObjectMetadata":
 		f.View = Metadata
+	case "PartialObjectMetadataList":
+		f.View = MetadataList
 	default:
 		return Format{}, 0, false
 	}
