@@ -103,8 +103,8 @@ var digits = regexp.MustCompile(`\d+`)
 
 // The metadata of a list, where built-in kinds and where custom ones have it.
 var (
-	listHead = regexp.MustCompile(`^(\{"kind":"\w+","apiVersion":"[^"]+","metadata":\{)("resourceVersion":"(\d+)")?(,?"continue":"[^"]*")?`)
-	listTail = regexp.MustCompile(`("metadata":\{"continue":"[^"]*",)(?:"remainingItemCount":\d+,)?"resourceVersion":"(\d+)"\}\}\n?$`)
+	listHead = regexp.MustCompile(`^(\{\s*"kind":\s*"\w+",\s*"apiVersion":\s*"[^"]+",\s*"metadata":\s*\{\s*)("resourceVersion":\s*"(\d+)")?`)
+	listTail = regexp.MustCompile(`("metadata":\s*\{\s*"continue":\s*"[^"]*",\s*)(?:"remainingItemCount":\d+,)?"resourceVersion":\s*"(\d+)"\s*\}\s*\}\n?$`)
 	token    = regexp.MustCompile(`"continue":"[^"]+"`)
 	bookmark = regexp.MustCompile(`"resourceVersion":"\d+"`)
 )
