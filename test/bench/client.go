@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -131,7 +132,8 @@ func (c *conn) get(ctx context.Context, path, accept string) (int, error) {
 	return c.send(ctx, http.MethodGet, path, accept, nil, "")
 }
 
-// list returns the names in a list and its resource version.
+// list returns the names of the bench's objects in a list, and its resource
+// version. Controllers have objects in any namespace too.
 func (c *conn) list(ctx context.Context, path string) ([]string, string, error) {
 	resp, err := c.open(ctx, http.MethodGet, path, metaList, nil, "")
 	if err != nil {
@@ -151,9 +153,11 @@ func (c *conn) list(ctx context.Context, path string) ([]string, string, error) 
 	if err := json.NewDecoder(resp.Body).Decode(&list); err != nil {
 		return nil, "", fmt.Errorf("read list %s: %w", path, err)
 	}
-	names := make([]string, len(list.Items))
+	var names []string
 	for i := range list.Items {
-		names[i] = list.Items[i].Metadata.Name
+		if name := list.Items[i].Metadata.Name; strings.HasPrefix(name, "object-") {
+			names = append(names, name)
+		}
 	}
 	return names, list.Metadata.ResourceVersion, nil
 }

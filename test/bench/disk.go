@@ -54,7 +54,7 @@ func (b *bench) disk(ctx context.Context) error {
 func (b *bench) diskOfReads(ctx context.Context, h *hub, direct, through target) error {
 	s := connect(direct, through, 8)
 	defer s.close()
-	l := load{path: h.nodePath(), accept: protobuf}
+	l := load{path: "/api/v1/nodes/" + h.Node, accept: protobuf}
 	rounds, _, err := s.compare(ctx, l, pick(b, 5, 3), pick(b, 2*time.Second, time.Second))
 	if err != nil {
 		return err

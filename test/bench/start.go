@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
-	"strings"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -151,7 +150,7 @@ func (b *bench) informers(ctx context.Context) error {
 		if fresh {
 			what = "not held yet"
 		}
-		b.pair("informer of 1 000 objects on a hub just started, "+what, "ms", times, ratioAtMost(1.2), "")
+		b.pair("1 000 objects, hub just started, "+what, "ms", times, ratioAtMost(1.2), "")
 	}
 	return nil
 }
@@ -259,6 +258,3 @@ func (h *hub) listed(ctx context.Context, path string) (names []string, err erro
 	})
 	return names, errors.Join(err, uerr)
 }
-
-// nodeOf is the name of the hub's node, as a URL takes it.
-func (h *hub) nodePath() string { return "/api/v1/nodes/" + strings.ToLower(h.Node) }
