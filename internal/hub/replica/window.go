@@ -153,23 +153,16 @@ func (w *window) since(version, current uint64) (uint64, bool) {
 	if version < w.start || !w.tells(version, 0) || (version > current && version <= w.lost) {
 		return 0, false
 	}
-	i := w.after(version)
+	i := sort.Search(len(w.events), func(i int) bool { return w.events[i].position > version })
 	return w.next - uint64(len(w.events)-i), true
 }
 
-// after returns the index of the first event beyond version.
-func (w *window) after(version uint64) int {
-	return sort.Search(len(w.events), func(i int) bool { return w.events[i].position > version })
-}
-
 // tells reports whether the window holds all that a watcher at version must
-// learn of the relists that came after the event seq. Who got the version
-// from an event of a relist knows what came before it.
+// learn of the relists that came after the event seq.
 func (w *window) tells(version, seq uint64) bool {
 	for _, g := range w.gaps {
 		if g.seq >= seq && g.from < version && version < g.to {
-			i := w.after(version)
-			return i > 0 && w.events[i-1].position == version
+			return false
 		}
 	}
 	return true

@@ -1,0 +1,837 @@
+package replica
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"os"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/yurt-edge/yurt/internal/hub/store"
+)
+
+func TestSyncsAndResumes(t *testing.T) {
+	for _, scope := range []Scope{configMaps, widgets} {
+		t.Run(scope.Resource.Resource, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				b := newBed(t, nil)
+				defer func() { b.stop() }()
+				for i := range 2*pageSize + 7 {
+					b.cloud.put(scope.Resource.Resource, "ns", fmt.Sprintf("o-%d", i), strings.Repeat("x", i%300), nil)
+				}
+				b.current(b.sync(scope))
+				b.cloud.put(scope.Resource.Resource, "ns", "late", "1", nil)
+				b.cloud.remove(scope.Resource.Resource, "ns", "o-1")
+				synctest.Wait()
+				b.current(b.held(scope))
+				lists, _ := b.cloud.counts()
+				if lists != 1 {
+					t.Fatalf("%d lists", lists)
+				}
+
+				b.restart()
+				b.cloud.put(scope.Resource.Resource, "ns", "later", "1", nil)
+				synctest.Wait()
+				b.current(b.held(scope))
+				if again, watches := b.cloud.counts(); again != 1 || watches != 2 {
+					t.Fatalf("after a restart %d lists, %d watches", again, watches)
+				}
+			})
+		})
+	}
+}
+
+// The version of a small list equals that of its newest object.
+func TestPositionIsWrittenSoonAfterSync(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBed(t, nil)
+		defer func() { b.stop() }()
+		b.cloud.put("configmaps", "ns", "a", "1", nil)
+		b.sync(configMaps)
+		time.Sleep(3 * flushEvery)
+		b.cloud.cut()
+		b.crash()
+		b.open()
+		b.current(b.held(configMaps))
+	})
+}
+
+func TestEmptyScope(t *testing.T) {
+	for _, scope := range []Scope{configMaps, widgets} {
+		synctest.Test(t, func(t *testing.T) {
+			b := newBed(t, nil)
+			defer func() { b.stop() }()
+			sl := b.sync(scope)
+			b.current(sl)
+			c := b.watch(sl, 0)
+			b.restart()
+			b.current(b.held(scope))
+			c = b.watch(b.held(scope), 0)
+			defer c.end()
+			v := b.cloud.put(scope.Resource.Resource, "ns", "a", "1", nil)
+			wantLog(t, c.settled(), fmt.Sprintf("ADDED ns/a@%d", v))
+			b.current(b.held(scope))
+		})
+	}
+}
+
+func TestGapBecomesDifferences(t *testing.T) {
+	for _, scope := range []Scope{configMaps, widgets} {
+		t.Run(scope.Resource.Resource, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				b := newBed(t, nil)
+				defer func() { b.stop() }()
+				res := scope.Resource.Resource
+				for _, name := range []string{"a", "b", "c", "d", "e", "f"} {
+					b.cloud.put(res, "ns", name, "1", nil)
+				}
+				sl := b.sync(scope)
+				c := b.inform(sl)
+				synctest.Wait()
+				b.cloud.cut()
+				b.cloud.put(res, "ns", "b", "2", nil)
+				g := b.cloud.put(res, "ns", "g", "1", nil)
+				b.cloud.remove(res, "ns", "c")
+				b.cloud.remove(res, "ns", "a")
+				b.cloud.remove(res, "ns", "d")
+				d := b.cloud.put(res, "ns", "d", "again", nil)
+				bb := b.cloud.put(res, "ns", "b", "3", nil)
+				b.cloud.put(res, "ns", "passing", "1", nil)
+				last := b.cloud.remove(res, "ns", "passing")
+				b.cloud.compact()
+				b.cloud.heal()
+				time.Sleep(time.Minute)
+				wantLog(t, c.settled(),
+					fmt.Sprintf("ADDED ns/g@%d", g),
+					fmt.Sprintf("DELETED ns/d@%d", d-1),
+					fmt.Sprintf("ADDED ns/d@%d", d),
+					fmt.Sprintf("MODIFIED ns/b@%d", bb),
+					fmt.Sprintf("DELETED ns/a@%d", last-1),
+					fmt.Sprintf("DELETED ns/c@%d", last))
+				if lists, _ := b.cloud.counts(); lists != 2 {
+					t.Errorf("%d lists", lists)
+				}
+				if c.isClosed() {
+					t.Error("the watch was ended")
+				}
+				b.current(b.held(scope))
+				b.equals("watcher", c.has(), b.cloud.state(scope, last))
+				c.end()
+
+				// Who comes back with a version from the midst of it must list:
+				// it may be one that the cloud gave, for objects that the
+				// replica has never seen.
+				for version, ok := range map[uint64]bool{bb: false, d: false, last: true, last - 1: false} {
+					again := b.watch(b.held(scope), version)
+					if again.isClosed() == ok {
+						t.Errorf("watch from %d: %v", version, again.err)
+					}
+					if !ok && !errors.Is(again.err, ErrExpired) {
+						t.Errorf("watch from %d: %v", version, again.err)
+					}
+					again.log = nil
+					again.end()
+				}
+			})
+		})
+	}
+}
+
+// A client that listed in the cloud, past what the replica had seen, may hold
+// what a relist cannot tell it of.
+func TestWatcherInsideAGapIsEnded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBed(t, nil)
+		defer func() { b.stop() }()
+		b.cloud.put("configmaps", "ns", "a", "1", nil)
+		sl := b.sync(configMaps)
+		b.cloud.cut()
+		synctest.Wait()
+		passing := b.cloud.put("configmaps", "ns", "passing", "1", nil)
+		ahead := b.watch(sl, passing)
+		b.cloud.remove("configmaps", "ns", "passing")
+		b.cloud.put("configmaps", "ns", "b", "1", nil)
+		b.cloud.compact()
+		if ahead.isClosed() {
+			t.Fatal(ahead.err)
+		}
+		b.cloud.heal()
+		time.Sleep(time.Minute)
+		if !ahead.isClosed() {
+			t.Error("the watcher was left with an object that is gone")
+		}
+	})
+}
+
+func TestTooFarBehind(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBed(t, nil)
+		defer func() { b.stop() }()
+		b.cloud.put("configmaps", "ns", "a", "1", nil)
+		sl := b.sync(configMaps)
+		old := sl.Version()
+		slow := b.watch(sl, old)
+		for i := range 40 {
+			b.cloud.put("configmaps", "ns", "a", strings.Repeat("x", 100_000+i), nil)
+			synctest.Wait()
+		}
+		late := b.watch(sl, old)
+		if !late.isClosed() || !errors.Is(late.err, ErrExpired) {
+			t.Errorf("watch from before the window: %v", late.err)
+		}
+		if w := &sl.stream.set.window; w.bytes > windowBytes {
+			t.Errorf("the window holds %d bytes", w.bytes)
+		}
+		slow.end()
+	})
+}
+
+func TestNarrowIsServedByWide(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBed(t, nil)
+		defer func() { b.stop() }()
+		red, blue := map[string]string{"color": "red"}, map[string]string{"color": "blue"}
+		b.cloud.put("configmaps", "ns", "a", "1", red)
+		b.cloud.put("configmaps", "other", "b", "1", red)
+		b.cloud.put("configmaps", "ns", "c", "1", blue)
+		b.sync(configMaps)
+		narrow := Scope{Resource: configMaps.Resource, Namespace: "ns", Labels: "color=red"}
+		sl := b.sync(narrow)
+		if lists, watches := b.cloud.counts(); lists != 1 || watches != 1 {
+			t.Errorf("%d lists, %d watches", lists, watches)
+		}
+		b.current(sl)
+		c := b.inform(sl)
+		b.cloud.put("configmaps", "other", "b", "2", red)
+		before := b.cloud.state(narrow, 1<<60)["ns/a"]
+		v1 := b.cloud.put("configmaps", "ns", "a", "2", blue) // leaves
+		v2 := b.cloud.put("configmaps", "ns", "c", "2", red)  // comes
+		v3 := b.cloud.put("configmaps", "ns", "c", "3", red)
+		v4 := b.cloud.remove("configmaps", "ns", "c")
+		b.cloud.remove("configmaps", "ns", "a")
+		wantLog(t, c.settled(),
+			fmt.Sprintf("DELETED ns/a@%d", v1), fmt.Sprintf("ADDED ns/c@%d", v2),
+			fmt.Sprintf("MODIFIED ns/c@%d", v3), fmt.Sprintf("DELETED ns/c@%d", v4))
+		c.end()
+
+		// An object that leaves is shown as it was, under the new version.
+		s := sl.stream.set
+		for _, e := range s.window.events {
+			if typ, shown := e.as(sl.match); typ == "DELETED" && e.key == "ns/a" {
+				if want := before.at(v1).data(t); string(shown.object) != string(want) {
+					t.Errorf("it left as %q, not %q", shown.object, want)
+				}
+			}
+		}
+	})
+}
+
+func TestTwoScopesOfOneResource(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBed(t, nil)
+		defer func() { b.stop() }()
+		mine := Scope{Resource: pods.Resource, Fields: "spec.nodeName=edge-1"}
+		ns := Scope{Resource: pods.Resource, Namespace: "ns"}
+		b.cloud.put("pods", "ns", "p", "edge-1", nil)
+		b.cloud.put("pods", "ns", "q", "edge-2", nil)
+		b.cloud.put("pods", "kube-system", "r", "edge-1", nil)
+		b.sync(mine)
+		b.sync(ns)
+		both := Scope{Resource: pods.Resource, Namespace: "ns", Fields: "spec.nodeName=edge-1"}
+		b.current(b.held(mine))
+		b.current(b.held(ns))
+		b.current(b.held(both))
+		if _, ok := b.Held(pods); ok {
+			t.Error("all pods are not held")
+		}
+		b.cloud.put("pods", "ns", "q", "edge-1", nil)
+		b.cloud.remove("pods", "ns", "p")
+		synctest.Wait()
+		b.current(b.held(mine))
+		b.current(b.held(both))
+		b.restart()
+		b.current(b.held(both))
+	})
+}
+
+func TestFaultsOfTheWay(t *testing.T) {
+	portal := http.Header{"Content-Type": {"text/html"}}
+	once := func(kind string, f fault) func(string, int, string) *fault {
+		done := false
+		return func(k string, _ int, _ string) *fault {
+			if k != kind || done {
+				return nil
+			}
+			done = true
+			return &f
+		}
+	}
+	for name, f := range map[string]func(string, int, string) *fault{
+		"list refused":        once("list", fault{err: errors.New("connection refused")}),
+		"list cut":            once("list", fault{cut: 700}),
+		"list 500":            once("list", fault{status: 500, body: "oops"}),
+		"list 429":            once("list", fault{status: 429, header: http.Header{"Retry-After": {"7"}}}),
+		"list 503":            once("list", fault{status: 503}),
+		"list portal":         once("list", fault{status: 200, header: portal, body: "<html>log in</html>"}),
+		"list portal 403":     once("list", fault{status: 403, header: portal, body: "<html>no</html>"}),
+		"list half JSON":      once("list", fault{status: 200, body: `{"kind":"ConfigMapList","items":[{`}),
+		"list of no version":  once("list", fault{status: 200, body: `{"kind":"ConfigMapList","apiVersion":"v1","items":[]}`}),
+		"list hangs":          once("list", fault{hang: true}),
+		"list 410":            once("list", fault{status: 410}),
+		"watch refused":       once("watch", fault{err: errors.New("connection refused")}),
+		"watch cut in header": once("watch", fault{cut: 2}),
+		"watch cut in frame":  once("watch", fault{cut: 50}),
+		"watch 410":           once("watch", fault{status: 410}),
+		"watch 401":           once("watch", fault{status: 401}),
+		"watch portal":        once("watch", fault{status: 200, header: portal, body: "<html>log in</html>"}),
+		"watch JSON":          once("watch", fault{status: 200}),
+		"watch ends at once":  once("watch", fault{status: 200, header: http.Header{"Content-Type": {"application/vnd.kubernetes.protobuf;stream=watch"}}}),
+		"watch garbage": once("watch", fault{
+			status: 200, header: http.Header{"Content-Type": {"application/vnd.kubernetes.protobuf;stream=watch"}}, body: "\xff\xff\xff\xffgarbage",
+		}),
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				b := newBed(t, nil)
+				defer func() { b.stop() }()
+				for i := range 100 {
+					b.cloud.put("configmaps", "ns", fmt.Sprint(i), "1", nil)
+				}
+				b.cloud.setFault(f)
+				for range 2 { // the first may be told of the failure
+					if _, err := b.Open(t.Context(), configMaps, Credential{}); err == nil {
+						break
+					} else if t.Context().Err() != nil {
+						t.Fatal(err)
+					}
+				}
+				b.cloud.put("configmaps", "ns", "late", "1", nil)
+				time.Sleep(2 * time.Minute)
+				synctest.Wait()
+				b.current(b.held(configMaps))
+				if lists, watches := b.cloud.counts(); lists > 3 || watches > 3 {
+					t.Errorf("%d lists, %d watches", lists, watches)
+				}
+			})
+		})
+	}
+}
+
+// A server that always ends or refuses must not be asked without pause.
+func TestNoHotLoops(t *testing.T) {
+	frames := http.Header{"Content-Type": {"application/vnd.kubernetes.protobuf;stream=watch"}}
+	for name, f := range map[string]*fault{
+		"gone": {status: 410}, "ends": {status: 200, header: frames}, "later": {status: 429, header: http.Header{"Retry-After": {"5"}}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				b := newBed(t, nil)
+				defer func() { b.stop() }()
+				b.cloud.setFault(func(kind string, _ int, _ string) *fault {
+					if kind == "watch" {
+						return f
+					}
+					return nil
+				})
+				b.sync(configMaps)
+				time.Sleep(10 * time.Minute)
+				b.cloud.mu.Lock()
+				asked := b.cloud.asked
+				b.cloud.mu.Unlock()
+				if asked > 200 {
+					t.Errorf("asked %d times in ten minutes", asked)
+				}
+			})
+		})
+	}
+}
+
+func TestWatchTimesOutInGoodOrder(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBed(t, nil)
+		defer func() { b.stop() }()
+		sl := b.sync(configMaps)
+		c := b.watch(sl, 0)
+		defer c.end()
+		for i := range 5 {
+			time.Sleep(time.Minute)
+			b.cloud.endWatches()
+			v := b.cloud.put("configmaps", "ns", fmt.Sprint(i), "1", nil)
+			wantLog(t, c.settled(), fmt.Sprintf("ADDED ns/%d@%d", i, v))
+		}
+		if lists, watches := b.cloud.counts(); lists != 1 || watches != 6 {
+			t.Errorf("%d lists, %d watches", lists, watches)
+		}
+	})
+}
+
+func TestRestoredCloudIsFollowed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBed(t, nil)
+		defer func() { b.stop() }()
+		b.cloud.put("configmaps", "ns", "a", "1", nil)
+		backup := b.cloud.at()
+		for range 20 {
+			b.cloud.put("configmaps", "ns", "a", "2", nil)
+		}
+		b.cloud.put("configmaps", "ns", "b", "1", nil)
+		sl := b.sync(configMaps)
+		c := b.watch(sl, sl.Version())
+		newest := sl.Version()
+		b.cloud.rewind(backup)
+		b.cloud.put("configmaps", "ns", "c", "1", nil)
+		time.Sleep(silentAfter + time.Minute)
+		b.current(b.held(configMaps))
+		if !c.isClosed() {
+			t.Error("a watcher of the lost history was kept")
+		}
+		if again := b.watch(b.held(configMaps), newest); !again.isClosed() || !errors.Is(again.err, ErrExpired) {
+			t.Errorf("watch from the lost history: %v", again.err)
+		}
+		b.restart()
+		b.current(b.held(configMaps))
+	})
+}
+
+// pin syncs a scope that is then never paused.
+func pin(b *bed, scope Scope) {
+	b.t.Helper()
+	if err := b.Pin(scope); err != nil {
+		b.t.Fatal(err)
+	}
+	b.sync(scope)
+}
+
+func TestSilentWatchIsLookedAfter(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBed(t, nil)
+		defer func() { b.stop() }()
+		b.cloud.mute = true // as a server without bookmarks
+		b.cloud.put("configmaps", "ns", "a", "1", nil)
+		pin(b, configMaps)
+		time.Sleep(time.Hour)
+		b.cloud.put("configmaps", "ns", "b", "1", nil)
+		synctest.Wait()
+		b.current(b.held(configMaps))
+	})
+}
+
+func TestBookmarksDoNotWearTheFlash(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBed(t, nil)
+		defer func() { b.stop() }()
+		pin(b, configMaps)
+		time.Sleep(3 * flushEvery)
+		before := b.store.Stats().Commits
+		for range 55 {
+			b.cloud.put("pods", "ns", "elsewhere", "edge-1", nil) // moves the version
+			time.Sleep(time.Minute)
+		}
+		if n := b.store.Stats().Commits - before; n > 6 {
+			t.Errorf("%d commits in an idle hour", n)
+		}
+		if at := b.held(configMaps).Version(); at < b.cloud.at()-2 {
+			t.Errorf("at %d, the cloud at %d", at, b.cloud.at())
+		}
+		if since := time.Since(b.held(configMaps).Contact()); since > 2*time.Minute {
+			t.Errorf("last contact %s ago", since)
+		}
+	})
+}
+
+func TestPauseResumeDrop(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBed(t, nil)
+		defer func() { b.stop() }()
+		pinned := Scope{Resource: pods.Resource, Fields: "spec.nodeName=edge-1"}
+		if err := b.Pin(pinned); err != nil {
+			t.Fatal(err)
+		}
+		b.cloud.put("configmaps", "ns", "a", "1", nil)
+		b.sync(configMaps)
+		watched := b.watch(b.sync(widgets), 0)
+		defer func() { watched.end() }()
+		time.Sleep(pauseAfter + 2*idleEvery)
+		v := b.cloud.put("widgets", "ns", "w", "1", nil)
+		wantLog(t, watched.settled(), fmt.Sprintf("ADDED ns/w@%d", v))
+		b.cloud.put("configmaps", "ns", "a", "2", nil)
+		synctest.Wait()
+		_, before := b.cloud.counts()
+		sl := b.held(configMaps)
+		if sl.Version() == b.cloud.at() {
+			t.Error("nobody uses it and it was followed")
+		}
+		sl.Touch()
+		synctest.Wait()
+		b.current(sl)
+		if lists, watches := b.cloud.counts(); lists != 3 || watches != before+1 {
+			t.Errorf("%d lists, %d watches, %d before", lists, watches, before)
+		}
+
+		// An outage does not count.
+		b.cloud.cut()
+		time.Sleep(3 * dropAfter)
+		b.held(configMaps)
+		b.cloud.heal()
+		time.Sleep(dropAfter + 2*idleEvery)
+		if _, ok := b.Held(configMaps); ok {
+			t.Error("a day without use and still held")
+		}
+		b.held(pinned)
+		names, err := b.store.Buckets()
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, name := range names {
+			if name == configMaps.ID() {
+				t.Error("the dropped objects are still stored")
+			}
+		}
+		b.current(b.sync(configMaps)) // it may come back
+	})
+}
+
+func TestFull(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBed(t, func(c *Config) { c.MaxScopes = 2 })
+		defer func() { b.stop() }()
+		b.sync(configMaps)
+		b.sync(widgets)
+		if _, err := b.Open(t.Context(), pods, Credential{}); !errors.Is(err, ErrFull) {
+			t.Errorf("a third scope: %v", err)
+		}
+		b.restart()
+		b.current(b.held(widgets))
+		b.sync(configMaps)
+	})
+}
+
+func TestCredentials(t *testing.T) {
+	allow := func(tokens ...string) func(string, int, string) *fault {
+		return func(_ string, _ int, token string) *fault {
+			for _, ok := range tokens {
+				if token == ok {
+					return nil
+				}
+			}
+			if token == "expired" {
+				return &fault{status: 401, body: status(401, "Unauthorized")}
+			}
+			return &fault{status: 403, body: status(403, "Forbidden")}
+		}
+	}
+	run := func(name string, test func(t *testing.T, b *bed)) {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				b := newBed(t, nil)
+				defer func() { b.stop() }()
+				b.cloud.put("configmaps", "ns", "a", "1", nil)
+				test(t, b)
+			})
+		})
+	}
+	open := func(t *testing.T, b *bed, token string) error {
+		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+		defer cancel()
+		_, err := b.Open(ctx, configMaps, Credential{Token: token})
+		return err
+	}
+	run("a refused one does not keep the next out", func(t *testing.T, b *bed) {
+		b.cloud.setFault(allow("good"))
+		if err := open(t, b, "bad"); !errors.Is(err, errForbidden) {
+			t.Fatalf("with a bad token: %v", err)
+		}
+		time.Sleep(time.Hour) // the failure is old
+		if err := open(t, b, "good"); err != nil {
+			t.Fatal(err)
+		}
+		if !b.held(configMaps).Borrowed() {
+			t.Error("borrowed, and does not say so")
+		}
+	})
+	run("the node's refusal does not take a lent one away", func(t *testing.T, b *bed) {
+		b.cloud.setFault(allow("good"))
+		if err := open(t, b, ""); err == nil {
+			t.Fatal("the node may not read this")
+		}
+		if err := open(t, b, "good"); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(5 * time.Minute)
+		b.cloud.put("configmaps", "ns", "a", "2", nil)
+		synctest.Wait()
+		b.current(b.held(configMaps))
+	})
+	run("an expired one keeps the data and calls its clients back", func(t *testing.T, b *bed) {
+		b.cloud.setFault(allow("good"))
+		if err := open(t, b, "good"); err != nil {
+			t.Fatal(err)
+		}
+		sl := b.held(configMaps)
+		c := b.inform(sl)
+		b.cloud.setFault(allow("renewed"))
+		time.Sleep(time.Minute)
+		b.cloud.endWatches()
+		if !c.isClosed() {
+			t.Fatal("its watcher does not know that nothing comes any more")
+		}
+		b.current(sl)
+		sl.Offer(Credential{Token: "renewed"})
+		v := b.cloud.put("configmaps", "ns", "a", "2", nil)
+		c.follow(sl, c.version)
+		wantLog(t, c.settled(), fmt.Sprintf("MODIFIED ns/a@%d", v))
+		c.end()
+	})
+	run("the node's own is revoked when it lasts", func(t *testing.T, b *bed) {
+		b.current(b.sync(configMaps))
+		c := b.watch(b.held(configMaps), 0)
+		b.cloud.setFault(allow("none"))
+		b.cloud.endWatches()
+		time.Sleep(5 * time.Second)
+		b.current(b.held(configMaps)) // an API server that starts denies all
+		time.Sleep(3 * revokeAfter)
+		if _, ok := b.Held(configMaps); ok {
+			t.Error("forbidden and still held")
+		}
+		if !c.isClosed() {
+			t.Error("a watcher was kept")
+		}
+		b.cloud.setFault(allow(""))
+		time.Sleep(time.Minute)
+		b.current(b.held(configMaps))
+		b.cloud.setFault(allow("none"))
+		b.cloud.endWatches()
+		time.Sleep(4 * revokeAfter)
+		b.cloud.cut()
+		b.restart()
+		if _, ok := b.Held(configMaps); ok {
+			t.Error("forbidden, and held after a restart")
+		}
+	})
+	run("unauthenticated keeps the data", func(t *testing.T, b *bed) {
+		pin(b, configMaps)
+		b.cloud.setFault(func(string, int, string) *fault { return &fault{status: 401, body: status(401, "Unauthorized")} })
+		b.cloud.endWatches()
+		time.Sleep(time.Hour)
+		b.current(b.held(configMaps))
+		b.cloud.setFault(nil)
+		b.cloud.put("configmaps", "ns", "a", "2", nil)
+		time.Sleep(time.Minute)
+		b.current(b.held(configMaps))
+	})
+	run("a lent one is not stored", func(t *testing.T, b *bed) {
+		b.cloud.setFault(allow("good"))
+		if err := open(t, b, "good"); err != nil {
+			t.Fatal(err)
+		}
+		b.restart()
+		time.Sleep(time.Minute)
+		b.cloud.put("configmaps", "ns", "a", "2", nil)
+		synctest.Wait()
+		sl := b.held(configMaps)
+		if sl.Version() == b.cloud.at() {
+			t.Error("followed with whose credential?")
+		}
+		sl.Offer(Credential{Token: "good"})
+		synctest.Wait()
+		b.current(sl)
+		text, err := os.ReadFile(b.path)
+		if err != nil || strings.Contains(string(text), "good") {
+			t.Errorf("the token is in the store, %v", err)
+		}
+	})
+}
+
+func TestOpenGivesUpInTime(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBed(t, nil)
+		defer func() { b.stop() }()
+		b.cloud.setFault(func(string, int, string) *fault { return &fault{hang: true} })
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		if _, err := b.Open(ctx, configMaps, Credential{}); !errors.Is(err, context.DeadlineExceeded) {
+			t.Error(err)
+		}
+		b.cloud.setFault(func(string, int, string) *fault { return &fault{status: 404} })
+		b.cloud.cut()
+		b.cloud.heal()
+		for range 5 { // nobody waits for a pause between two tries
+			began := time.Now()
+			if _, err := b.Open(t.Context(), widgets, Credential{}); !errors.Is(err, errAbsent) {
+				t.Error(err)
+			}
+			if took := time.Since(began); took > time.Second {
+				t.Errorf("took %s", took)
+			}
+			time.Sleep(10 * time.Second)
+		}
+	})
+}
+
+func TestDamagedObject(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBed(t, nil)
+		defer func() { b.stop() }()
+		for i := range 20 {
+			b.cloud.put("configmaps", "ns", fmt.Sprint(i), strings.Repeat("value", 20), nil)
+		}
+		b.sync(configMaps)
+		c := b.watch(b.held(configMaps), 0)
+		defer c.end()
+		c.settled()
+		time.Sleep(3 * flushEvery)
+		b.cloud.cut()
+		b.stop()
+		damage(t, b.path, configMaps.ID(), "ns/7")
+		b.open()
+		if _, _, err := list(t, b.held(configMaps)); !errors.Is(err, store.ErrDamaged) {
+			t.Fatalf("list with a damaged object: %v", err)
+		}
+		if _, info := ask(t, "/api/v1/namespaces/ns/configmaps/8"); true {
+			if _, err := b.Get(info, 0); err != nil {
+				t.Errorf("a sound object: %v", err)
+			}
+		}
+		// It is set aside by now. That must not make the rest look whole.
+		time.Sleep(time.Minute)
+		b.crash()
+		b.open()
+		if _, _, err := list(t, b.held(configMaps)); !errors.Is(err, store.ErrDamaged) {
+			t.Fatalf("list after a crash: %v", err)
+		}
+		b.cloud.heal()
+		time.Sleep(time.Minute)
+		b.current(b.held(configMaps))
+		b.restart()
+		b.current(b.held(configMaps))
+	})
+}
+
+// damage flips a bit in the middle of a stored value.
+func damage(t *testing.T, path, bucket, key string) {
+	t.Helper()
+	text, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, err := store.Open(store.Config{Path: path + ".copy", Key: testKey})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	// The value follows its key in the leaf page; the header is in the
+	// clear and 35 bytes long.
+	hits := 0
+	for i := 0; ; {
+		n := strings.Index(string(text[i:]), key)
+		if n < 0 {
+			break
+		}
+		at := i + n + len(key) + 35 + 20
+		if text[i+n+len(key)] == 1 { // the format's number
+			text[at] ^= 0x40
+			hits++
+		}
+		i += n + len(key)
+	}
+	if hits == 0 {
+		t.Fatalf("%s of %s not found", key, bucket)
+	}
+	if err := os.WriteFile(path, text, 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestDamagedScopes(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBed(t, nil)
+		defer func() { b.stop() }()
+		b.cloud.put("configmaps", "ns", "a", "1", nil)
+		b.cloud.put("configmaps", "ns", "gone", "1", nil)
+		b.sync(configMaps)
+		b.sync(pods)
+		time.Sleep(3 * flushEvery)
+		b.stop()
+		damage(t, b.path, scopesBucket, configMaps.ID())
+		b.open()
+		b.held(pods)
+		if _, ok := b.Held(configMaps); ok {
+			t.Error("held without a position")
+		}
+		b.cloud.remove("configmaps", "ns", "gone")
+		b.current(b.sync(configMaps))
+		// What the lost scope had stored must not come back.
+		b.restart()
+		b.current(b.held(configMaps))
+	})
+}
+
+func TestFlushIsRepeated(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBed(t, nil)
+		defer func() { b.stop() }()
+		b.cloud.put("configmaps", "ns", "a", "1", nil)
+		s := b.sync(configMaps).stream.set
+		time.Sleep(3*flushEvery + flushEvery/2) // between two flushes
+		b.cloud.put("configmaps", "ns", "a", "2", nil)
+		synctest.Wait()
+		ended, cancel := context.WithCancel(t.Context())
+		cancel()
+		if err := s.flush(ended); err == nil {
+			t.Fatal("flushed without time")
+		}
+		if !s.due(false) {
+			t.Error("a failed flush is forgotten")
+		}
+		b.current(b.held(configMaps))
+		time.Sleep(3 * flushEvery)
+		b.cloud.cut()
+		b.crash()
+		b.open()
+		b.current(b.held(configMaps))
+	})
+}
+
+// A view stays what it is while its objects are overwritten and written to
+// the store.
+func TestViewStandsStill(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBed(t, nil)
+		defer func() { b.stop() }()
+		for i := range 50 {
+			b.cloud.put("configmaps", "ns", fmt.Sprint(i), "old", nil)
+		}
+		s := b.sync(configMaps).stream.set
+		synctest.Wait()
+		v, err := s.view()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer v.Close()
+		want := b.cloud.state(configMaps, v.version)
+		for round := range 3 {
+			for i := range 50 {
+				b.cloud.put("configmaps", "ns", fmt.Sprint(i), fmt.Sprint("new", round), nil)
+				if i%3 == 0 {
+					b.cloud.remove("configmaps", "ns", fmt.Sprint(i))
+				}
+			}
+			time.Sleep(2 * flushEvery)
+			got := map[string]string{}
+			err := v.each(matcher{}, func(key string, _ *entry, data []byte) error {
+				got[key] = string(data)
+				return nil
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+			b.equals("view", got, want)
+		}
+	})
+}
