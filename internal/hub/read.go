@@ -415,7 +415,8 @@ func (q *query) watch() error {
 			return err
 		}
 	}
-	if q.cloudPrints(held.Custom()) {
+	_, err := q.version()
+	if (err != nil && q.hub.link.Online()) || q.cloudPrints(held.Custom()) {
 		return errCloud
 	}
 	if err := q.may(q.r.Context(), !held.Borrowed()); err != nil {

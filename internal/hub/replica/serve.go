@@ -45,6 +45,10 @@ const (
 	// counts as stuck.
 	writeBudget = 30 * time.Second
 
+	// awaitBudget is how long a watch that begins with all objects waits for
+	// the replica to reach the resource version it asks for.
+	awaitBudget = time.Second
+
 	bookmarkEvery   = time.Minute
 	minWatchTimeout = 30 * time.Minute
 )
@@ -68,16 +72,25 @@ func chooseForm(r *http.Request, k Kind, formats []request.Format, other request
 		if f.View == other {
 			break
 		}
-		return form{Format: f, kind: k, include: includeObject(r), pretty: wantsPretty(r)}, nil
+		include, ok := includeObject(r)
+		if f.View == request.Table && !ok {
+			break
+		}
+		return form{Format: f, kind: k, include: include, pretty: wantsPretty(r)}, nil
 	}
 	return form{}, fmt.Errorf("%s %s: %w", k.APIVersion, k.Kind, ErrFormat)
 }
 
-func includeObject(r *http.Request) metav1.IncludeObjectPolicy {
-	if p := r.URL.Query().Get("includeObject"); p != "" {
-		return metav1.IncludeObjectPolicy(p)
+// includeObject returns what the rows of a table shall hold of their objects,
+// and whether there is such a thing.
+func includeObject(r *http.Request) (metav1.IncludeObjectPolicy, bool) {
+	switch p := metav1.IncludeObjectPolicy(r.URL.Query().Get("includeObject")); p {
+	case "":
+		return metav1.IncludeMetadata, true
+	case metav1.IncludeNone, metav1.IncludeMetadata, metav1.IncludeObject:
+		return p, true
 	}
-	return metav1.IncludeMetadata
+	return "", false
 }
 
 // wantsPretty is the API server's rule: asked for, or a tool that shows its
@@ -554,7 +567,9 @@ func (sl *Slice) startOf(ctx context.Context, info request.Info) (watchStart, er
 	list := opts.SendInitialEvents != nil && *opts.SendInitialEvents
 	if list || (version == 0 && opts.SendInitialEvents == nil) {
 		if version > 0 {
-			if err := sl.Await(ctx, version); err != nil {
+			wait, cancel := context.WithTimeout(ctx, awaitBudget)
+			defer cancel()
+			if err := sl.Await(wait, version); err != nil {
 				return watchStart{}, err
 			}
 		}
@@ -562,7 +577,7 @@ func (sl *Slice) startOf(ctx context.Context, info request.Info) (watchStart, er
 		if err != nil {
 			return watchStart{}, err
 		}
-		return watchStart{view: v, mark: list, seq: v.seq, calls: v.recalls}, nil
+		return watchStart{view: v, mark: list && opts.AllowWatchBookmarks, seq: v.seq, calls: v.recalls}, nil
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -610,7 +625,9 @@ func (w *watcher) initial(start watchStart) error {
 			return err
 		}
 		if start.mark {
-			w.bookmark(start.view.version, true)
+			if err := w.bookmark(start.view.version, true); err != nil {
+				return err
+			}
 		}
 	}
 	for _, e := range start.shown {
@@ -657,13 +674,16 @@ func (w *watcher) tableEvent(data []byte) ([]byte, error) {
 	return table.Object(k.APIVersion, k.Kind, k.Encoding, data, w.out.form.include, w.tables == 1)
 }
 
-func (w *watcher) bookmark(version uint64, initialEventsEnd bool) {
+func (w *watcher) bookmark(version uint64, initialEventsEnd bool) error {
 	f := w.out.form
 	if f.View == request.Table {
-		return // kubectl, which asks for tables, takes no bookmarks
+		// A row for an object with nothing in it but its version.
+		k := f.kind
+		return w.send(watch.Bookmark, wire.Bookmark(k.Encoding, k.APIVersion, k.Kind, version, initialEventsEnd), nil)
 	}
 	apiVersion, kind := f.typed()
 	w.out.buf = wire.AppendBookmark(w.out.buf, f.Encoding, apiVersion, kind, version, initialEventsEnd)
+	return nil
 }
 
 func (w *watcher) follow(ctx context.Context, start watchStart, end <-chan time.Time) error {
@@ -710,7 +730,9 @@ func (w *watcher) follow(ctx context.Context, start watchStart, end <-chan time.
 			version, behind := s.version, s.window.next != seq
 			s.mu.Unlock()
 			if !behind {
-				w.bookmark(version, false)
+				if err := w.bookmark(version, false); err != nil {
+					return err
+				}
 			}
 		}
 	}
