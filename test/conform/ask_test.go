@@ -37,6 +37,9 @@ type answer struct {
 	code   int
 	header http.Header
 	body   []byte
+	// marks says that the bookmark that ends the initial events counts.
+	// Other bookmarks come when they come.
+	marks bool
 }
 
 func (s *side) open(ctx context.Context, q question) (*http.Response, error) {
@@ -67,7 +70,10 @@ func (s *side) ask(ctx context.Context, q question) (answer, error) {
 	if err != nil {
 		return answer{}, fmt.Errorf("%s: %s: %w", s.name, q, err)
 	}
-	return answer{code: resp.StatusCode, header: resp.Header, body: body}, nil
+	return answer{
+		code: resp.StatusCode, header: resp.Header, body: body,
+		marks: strings.Contains(q.query, "sendInitialEvents=true"),
+	}, nil
 }
 
 func (s *side) mustAsk(t *testing.T, q question) answer {
@@ -106,6 +112,9 @@ var (
 	listHead = regexp.MustCompile(`^(\{\s*"kind":\s*"\w+",\s*"apiVersion":\s*"[^"]+",\s*"metadata":\s*\{\s*)("resourceVersion":\s*"(\d+)")?`)
 	listTail = regexp.MustCompile(`("metadata":\s*\{\s*"continue":\s*"[^"]*",\s*)(?:"remainingItemCount":\d+,)?"resourceVersion":\s*"(\d+)"\s*\}\s*\}\n?$`)
 	token    = regexp.MustCompile(`"continue":"[^"]+"`)
+	// Which event of a watch names the columns of its table is chance with
+	// the API server, whose watchers share what was encoded for the first.
+	columns  = regexp.MustCompile(`"columnDefinitions":(?:null|\[.*?\]),"rows"`)
 	bookmark = regexp.MustCompile(`"resourceVersion":"\d+"`)
 )
 
@@ -124,14 +133,21 @@ func (a answer) plain() (string, error) {
 		text, err := json.Marshal(s)
 		return head + string(text), err
 	case a.watching():
-		text, err := plainFrames(a.body)
+		text, err := plainFrames(a.body, a.marks)
 		return head + text, err
 	case a.inProto():
 		text, err := plainProto(a.body)
 		return head + text, err
 	case bytes.HasPrefix(a.body, []byte(`{"type":"`)):
 		var out strings.Builder
+		marks := a.marks
 		for line := range bytes.Lines(a.body) {
+			if bytes.HasPrefix(line, []byte(`{"type":"BOOKMARK"`)) {
+				if !marks {
+					continue
+				}
+				marks = false
+			}
 			out.Write(plainEvent(line))
 		}
 		return head + out.String(), nil
@@ -148,11 +164,11 @@ func (a answer) plain() (string, error) {
 func plainEvent(line []byte) []byte {
 	switch {
 	case bytes.HasPrefix(line, []byte(`{"type":"BOOKMARK"`)):
-		return bookmark.ReplaceAll(line, []byte(`"resourceVersion":"MARK"`))
+		return columns.ReplaceAll(bookmark.ReplaceAll(line, []byte(`"resourceVersion":"MARK"`)), []byte(`"rows"`))
 	case bytes.HasPrefix(line, []byte(`{"type":"ERROR"`)):
 		return digits.ReplaceAll(line, []byte("N"))
 	}
-	return line
+	return columns.ReplaceAll(line, []byte(`"rows"`))
 }
 
 // listVersion is the resource version of a list, 0 if it has none.
@@ -245,7 +261,7 @@ func plainProto(body []byte) (string, error) {
 }
 
 // plainFrames does the same for the events of a watch.
-func plainFrames(body []byte) (string, error) {
+func plainFrames(body []byte, marks bool) (string, error) {
 	var out strings.Builder
 	for len(body) > 0 {
 		frame, rest, err := cutFrame(body)
@@ -253,6 +269,12 @@ func plainFrames(body []byte) (string, error) {
 			return "", err
 		}
 		body = rest
+		if string(field(frame, 1)) == "BOOKMARK" {
+			if !marks {
+				continue
+			}
+			marks = false
+		}
 		text, err := plainFrame(frame)
 		if err != nil {
 			return "", err
