@@ -4,7 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/rand"
-	_ "embed"
+	"embed"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -36,8 +36,8 @@ const (
 	serverStartBudget  = 2 * time.Minute
 )
 
-//go:embed manifests/rbac.yaml
-var rbacManifest string
+//go:embed manifests
+var manifestFiles embed.FS
 
 // ControlPlaneConfig says how to run a control plane. Only Dir must be set.
 type ControlPlaneConfig struct {
@@ -166,7 +166,11 @@ func (cp *ControlPlane) start(ctx context.Context) error {
 	if err := cp.StartAPIServer(ctx); err != nil {
 		return err
 	}
-	if err := cp.Apply(ctx, rbacManifest); err != nil {
+	rbac, err := manifestFiles.ReadFile("manifests/rbac.yaml")
+	if err != nil {
+		return err
+	}
+	if err := cp.Apply(ctx, string(rbac)); err != nil {
 		return err
 	}
 	if cp.cfg.ControllerManager {

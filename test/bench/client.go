@@ -216,27 +216,58 @@ func (s sides) close() {
 	}
 }
 
+// comparison is what alternating rounds of a request came to.
+type comparison struct {
+	rounds
+	size int     // bytes of an answer, from the hub
+	cost float64 // µs of processor time that the hub takes for one
+}
+
+// note says what a comparison of throughput does not show.
+func (c comparison) note() string {
+	spread := c.spread()
+	size := fmt.Sprintf("%d B", c.size)
+	if c.size > 10000 {
+		size = fmt.Sprintf("%d KB", c.size/1000)
+	}
+	return fmt.Sprintf("%s each, hub takes %.0f µs of processor; %.2f to %.2f in %d rounds", size, c.cost, spread[0], spread[1], len(c.rounds))
+}
+
 // compare measures a request both ways in alternating rounds.
-func (s sides) compare(ctx context.Context, l load, n int, d time.Duration) (rounds, int, error) {
+func (s sides) compare(ctx context.Context, h *hub, l load, n int, d time.Duration) (comparison, error) {
 	var (
-		out  rounds
-		size int
+		out   comparison
+		costs []float64
 	)
 	for _, side := range s { // warm connections and caches
 		if _, _, err := rate(ctx, side, l, d/4); err != nil {
-			return nil, 0, err
+			return out, err
 		}
 	}
 	for i := range n {
 		var round [2]float64
 		for j := range 2 {
 			which := (i + j) % 2 // neither is always first
-			var err error
-			if round[which], size, err = rate(ctx, s[which], l, d); err != nil {
-				return nil, 0, err
+			before, err := readProcess(h.PID())
+			if err != nil {
+				return out, err
 			}
+			start, size := time.Now(), 0
+			if round[which], size, err = rate(ctx, s[which], l, d); err != nil {
+				return out, err
+			}
+			if which == 0 {
+				continue
+			}
+			after, err := readProcess(h.PID())
+			if err != nil {
+				return out, err
+			}
+			out.size = size
+			costs = append(costs, float64((after.busy-before.busy).Microseconds())/(round[1]*time.Since(start).Seconds()))
 		}
-		out = append(out, round)
+		out.rounds = append(out.rounds, round)
 	}
-	return out, size, nil
+	out.cost = median(costs)
+	return out, nil
 }

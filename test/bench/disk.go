@@ -55,11 +55,11 @@ func (b *bench) diskOfReads(ctx context.Context, h *hub, direct, through target)
 	s := connect(direct, through, 8)
 	defer s.close()
 	l := load{path: "/api/v1/nodes/" + h.Node, accept: protobuf}
-	rounds, _, err := s.compare(ctx, l, pick(b, 5, 3), pick(b, 2*time.Second, time.Second))
+	compared, err := s.compare(ctx, h, l, pick(b, 5, 3), pick(b, 2*time.Second, time.Second))
 	if err != nil {
 		return err
 	}
-	b.pair("GET by the kubelet of what the hub keeps, 8 connections", "1/s", rounds, bar{}, "")
+	b.pair("GET by the kubelet of what the hub keeps, 8 connections", "1/s", compared.rounds, bar{}, compared.note())
 	if err := h.quiet(ctx); err != nil {
 		return err
 	}

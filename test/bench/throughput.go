@@ -45,12 +45,11 @@ func (b *bench) forward(ctx context.Context) error {
 	for _, n := range []int{1, 8, 64} {
 		s := connect(b.direct(), h.user, n)
 		for _, l := range loads {
-			rounds, size, err := s.compare(ctx, l.load, pick(b, 7, 3), pick(b, 2*time.Second, time.Second))
+			c, err := s.compare(ctx, h, l.load, pick(b, 7, 3), pick(b, 2*time.Second, time.Second))
 			if err != nil {
 				return err
 			}
-			b.pair(fmt.Sprintf("%s, %d connections", l.what, n), "1/s", rounds, l.bar, "")
-			_ = size
+			b.pair(fmt.Sprintf("%s, %d connections", l.what, n), "1/s", c.rounds, l.bar, c.note())
 		}
 		if n == 64 {
 			err = h.profile(ctx, "forward-get", func() error {
@@ -96,9 +95,9 @@ func (b *bench) replica(ctx context.Context) error {
 	}
 	for _, l := range loads {
 		s := connect(b.direct(), h.user, l.conns)
-		rounds, size, err := s.compare(ctx, l.load, pick(b, 7, 3), pick(b, 2*time.Second, time.Second))
+		c, err := s.compare(ctx, h, l.load, pick(b, 7, 3), pick(b, 2*time.Second, time.Second))
 		if err == nil {
-			b.pair(fmt.Sprintf("%s, %d connections", l.what, l.conns), "1/s", rounds, l.bar, fmt.Sprintf("%d KB each from the hub", size/1000))
+			b.pair(fmt.Sprintf("%s, %d connections", l.what, l.conns), "1/s", c.rounds, l.bar, c.note())
 			err = h.profile(ctx, l.name, func() error {
 				_, _, err := rate(ctx, s[1], l.load, 5*time.Second)
 				return err

@@ -88,14 +88,15 @@ func (b *bench) reconnect(ctx context.Context) error {
 		return err
 	}
 	const watchers, changes = 10, 500
+	times := pick(b, 2, 1)
+	w, err := b.newWriter("slices", endpoints, changes, 2*times*changes)
+	if err != nil {
+		return err
+	}
 	for _, mode := range []bed.Mode{bed.Down, bed.Blackhole} {
 		var took []float64
 		broken, bytes := 0, 0.0
-		for range pick(b, 2, 1) {
-			w, err := b.newWriter("slices", endpoints, changes, changes)
-			if err != nil {
-				return err
-			}
+		for range times {
 			a, err := w.audience(ctx, h.user, watchers, w.next, changes)
 			if err != nil {
 				return err
@@ -168,11 +169,11 @@ func (b *bench) large(ctx context.Context) error {
 	s := connect(b.direct(), h.user, 1)
 	defer s.close()
 	l := load{path: "/apis/discovery.k8s.io/v1/endpointslices?resourceVersion=0", accept: protobuf}
-	rounds, size, err := s.compare(ctx, l, pick(b, 5, 2), pick(b, 3*time.Second, time.Second))
+	c, err := s.compare(ctx, h, l, pick(b, 5, 2), pick(b, 3*time.Second, time.Second))
 	if err != nil {
 		return err
 	}
-	b.pair("LIST rv=0 of 10 000 slices, protobuf, 1 connection", "1/s", rounds, atLeast(5), fmt.Sprintf("%d MB each", size/1000000))
+	b.pair("LIST rv=0 of 10 000 slices, protobuf, 1 connection", "1/s", c.rounds, atLeast(5), c.note())
 	if err := b.memory(h, "10 000 slices replicated and listed", atMost(120)); err != nil {
 		return err
 	}

@@ -1,0 +1,38 @@
+// Command yurtadm is the operator's tool.
+package main
+
+import (
+	"context"
+	"fmt"
+	"os"
+
+	"github.com/spf13/cobra"
+
+	"github.com/yurt-edge/yurt/internal/daemon"
+	"github.com/yurt-edge/yurt/internal/playgroundcli"
+	"github.com/yurt-edge/yurt/playground"
+)
+
+func main() {
+	ctx, stop := daemon.SignalContext(context.Background())
+	defer stop()
+	if err := command().ExecuteContext(ctx); err != nil {
+		fmt.Fprintln(os.Stderr, "yurtadm:", err)
+		if hint := playground.Hint(err); hint != "" {
+			fmt.Fprintln(os.Stderr, "hint:", hint)
+		}
+		os.Exit(1)
+	}
+}
+
+func command() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:           "yurtadm",
+		Short:         "Run and operate edge clusters",
+		Version:       daemon.ReadVersion().String(),
+		SilenceUsage:  true,
+		SilenceErrors: true,
+	}
+	cmd.AddCommand(playgroundcli.New())
+	return cmd
+}

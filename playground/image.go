@@ -1,0 +1,109 @@
+package playground
+
+import (
+	"archive/tar"
+	"bytes"
+	"context"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+
+	"github.com/google/go-containerregistry/pkg/name"
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/empty"
+	"github.com/google/go-containerregistry/pkg/v1/mutate"
+	"github.com/google/go-containerregistry/pkg/v1/tarball"
+)
+
+// Images that every machine has. There is no registry: a tag that a machine
+// does not have can not be pulled.
+const (
+	PauseImage   = "yurt.local/pause:1"
+	WebImage     = "yurt.local/web:1"
+	CoreDNSImage = "yurt.local/coredns:1.15.0"
+)
+
+// WriteImage writes a docker archive with an image whose only file is a static
+// program, which is its entry point too.
+func WriteImage(archive, tag, program string) error {
+	content, err := os.ReadFile(program)
+	if err != nil {
+		return err
+	}
+	ref, err := name.NewTag(tag)
+	if err != nil {
+		return fmt.Errorf("image tag: %w", err)
+	}
+	entry := "/" + filepath.Base(program)
+	layer, err := fileLayer(entry, content)
+	if err != nil {
+		return err
+	}
+	image, err := mutate.AppendLayers(empty.Image, layer)
+	if err != nil {
+		return err
+	}
+	config, err := image.ConfigFile()
+	if err != nil {
+		return err
+	}
+	config = config.DeepCopy()
+	config.Architecture, config.OS = runtime.GOARCH, "linux"
+	config.Config.Entrypoint = []string{entry}
+	image, err = mutate.ConfigFile(image, config)
+	if err != nil {
+		return err
+	}
+	return tarball.WriteToFile(archive, ref, image)
+}
+
+func fileLayer(path string, content []byte) (v1.Layer, error) {
+	var buf bytes.Buffer
+	w := tar.NewWriter(&buf)
+	if err := w.WriteHeader(&tar.Header{Name: path, Mode: 0o755, Size: int64(len(content))}); err != nil {
+		return nil, err
+	}
+	if _, err := w.Write(content); err != nil {
+		return nil, err
+	}
+	if err := w.Close(); err != nil {
+		return nil, err
+	}
+	return tarball.LayerFromOpener(func() (io.ReadCloser, error) {
+		return io.NopCloser(bytes.NewReader(buf.Bytes())), nil
+	})
+}
+
+// ensureImages builds the programs of the base images and writes the archives
+// into dir.
+func ensureImages(ctx context.Context, bin Binaries, dir string) error {
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return err
+	}
+	for tag, program := range map[string]string{PauseImage: "pause", WebImage: "web", CoreDNSImage: "coredns"} {
+		if program != "coredns" {
+			if err := goBuild(ctx, bin, program, "./playground/images/"+program); err != nil {
+				return err
+			}
+		}
+		if err := WriteImage(filepath.Join(dir, program+".tar"), tag, bin.Path(program)); err != nil {
+			return fmt.Errorf("make image %s: %w", tag, err)
+		}
+	}
+	return nil
+}
+
+// goBuild builds a package of this module into the folder of programs. Go's own
+// cache makes it quick when nothing changed.
+func goBuild(ctx context.Context, bin Binaries, program, pkg string) error {
+	cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-ldflags", "-s -w", "-o", bin.Path(program), pkg)
+	cmd.Dir = bin.Root
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("build %s: %w\n%s", program, err, tail(string(out), 20))
+	}
+	return nil
+}

@@ -1,0 +1,59 @@
+// Command web is the workload of demos and tests. It tells which pod on which
+// node answers, since when it runs, and whether its service-account token can
+// be read:
+//
+//	GET /         the answer as JSON
+//	GET /healthz  200
+//
+// The pod's spec gives POD_NAME and NODE_NAME by the downward API.
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"os"
+	"os/signal"
+	"syscall"
+	"time"
+)
+
+const tokenFile = "/var/run/secrets/kubernetes.io/serviceaccount/token"
+
+type answer struct {
+	Pod   string    `json:"pod"`
+	Node  string    `json:"node"`
+	Start time.Time `json:"start"`
+	Token bool      `json:"token"`
+}
+
+func main() {
+	if err := run(); err != nil {
+		fmt.Fprintln(os.Stderr, "web:", err)
+		os.Exit(1)
+	}
+}
+
+func run() error {
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+	defer stop()
+	start := time.Now()
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /{$}", func(w http.ResponseWriter, _ *http.Request) {
+		token, err := os.ReadFile(tokenFile)
+		w.Header().Set("Content-Type", "application/json")
+		_ = json.NewEncoder(w).Encode(answer{
+			Pod: os.Getenv("POD_NAME"), Node: os.Getenv("NODE_NAME"),
+			Start: start, Token: err == nil && len(token) > 0,
+		})
+	})
+	mux.HandleFunc("GET /healthz", func(http.ResponseWriter, *http.Request) {})
+	server := &http.Server{Addr: ":8080", Handler: mux, ReadHeaderTimeout: 5 * time.Second}
+	context.AfterFunc(ctx, func() { _ = server.Close() })
+	if err := server.ListenAndServe(); !errors.Is(err, http.ErrServerClosed) {
+		return err
+	}
+	return nil
+}

@@ -1,0 +1,339 @@
+package e2e
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/rogpeppe/go-internal/testscript"
+
+	"github.com/yurt-edge/yurt/playground"
+	"github.com/yurt-edge/yurt/playground/demo"
+	"github.com/yurt-edge/yurt/playground/network"
+)
+
+// stepBudget bounds every wait of a script.
+const stepBudget = 2 * time.Minute
+
+var lab *playground.Playground // set once by TestMain, before any test
+
+func TestMain(m *testing.M) {
+	os.Exit(run(m))
+}
+
+func run(m *testing.M) int {
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Minute)
+	defer cancel()
+	dir, err := os.MkdirTemp("", "yurt-e2e-")
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	defer os.RemoveAll(dir) //nolint:errcheck // left for the temp cleaner
+	topology, err := playground.DefaultTopology()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	lab, err = playground.Up(ctx, playground.Config{
+		Dir: dir, Topology: topology, Progress: playground.NewProgress(os.Stdout),
+	})
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err, playground.Hint(err))
+		return 1
+	}
+	defer func() {
+		if err := lab.Stop(context.WithoutCancel(ctx)); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+		}
+	}()
+	if err := demo.Deploy(ctx, lab); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	return m.Run()
+}
+
+// TestScenarios runs every script of testdata once.
+func TestScenarios(t *testing.T) {
+	testscript.Run(t, params("testdata", nil))
+}
+
+// TestCuts runs one script for both kinds of cut, each restart and each
+// moment of it.
+func TestCuts(t *testing.T) {
+	machines := edgeMachines()
+	n := 0
+	for _, mode := range []string{"down", "blackhole"} {
+		for _, what := range []string{"kubelet", "containerd", "yurthub", "machine"} {
+			for _, when := range []string{"before", "during", "after"} {
+				node := machines[n%len(machines)]
+				n++
+				t.Run(fmt.Sprintf("%s cut, %s restarted %s", mode, what, when), func(t *testing.T) {
+					testscript.Run(t, params("testdata/cuts", map[string]string{
+						"node": node, "mode": mode, "what": what, "when": when,
+					}))
+				})
+			}
+		}
+	}
+}
+
+func edgeMachines() []string {
+	var out []string
+	for _, m := range lab.Topology().Machines {
+		if m.Hub {
+			out = append(out, m.Name)
+		}
+	}
+	return out
+}
+
+func params(dir string, vars map[string]string) testscript.Params {
+	return testscript.Params{
+		Dir: dir,
+		Setup: func(env *testscript.Env) error {
+			for _, name := range slices.Sorted(maps.Keys(vars)) {
+				env.Setenv(name, vars[name])
+			}
+			env.Defer(func() {
+				// Whatever a script did to the links, the next one finds
+				// them whole.
+				ctx, cancel := context.WithTimeout(context.Background(), stepBudget)
+				defer cancel()
+				for _, target := range append(edgeMachines(), pools()...) {
+					if err := lab.Heal(ctx, target); err != nil {
+						fmt.Fprintln(os.Stderr, "heal", target, err)
+					}
+				}
+			})
+			return nil
+		},
+		Condition: func(cond string) (bool, error) {
+			// [is:WANT:HAVE], for scripts that are run with variables.
+			parts := strings.Split(cond, ":")
+			if len(parts) != 3 || parts[0] != "is" {
+				return false, fmt.Errorf("unknown condition %q", cond)
+			}
+			return vars[parts[1]] == parts[2], nil
+		},
+		Cmds: map[string]func(*testscript.TestScript, bool, []string){
+			"cut":      simple(1, cut),
+			"heal":     simple(1, func(ctx context.Context, a []string) (string, error) { return "", lab.Heal(ctx, a[0]) }),
+			"poweroff": simple(1, func(ctx context.Context, a []string) (string, error) { return "", lab.PowerOff(ctx, a[0]) }),
+			"poweron":  simple(1, func(ctx context.Context, a []string) (string, error) { return "", lab.PowerOn(ctx, a[0]) }),
+			"restart":  simple(2, restart),
+			"kill":     simple(2, kill),
+			"on":       simple(2, func(ctx context.Context, a []string) (string, error) { return lab.Exec(ctx, a[0], a[1:]...) }),
+			"kubectl":  simple(1, func(ctx context.Context, a []string) (string, error) { return lab.Kubectl(ctx, a...) }),
+			"hubctl": simple(2, func(ctx context.Context, a []string) (string, error) {
+				return lab.Exec(ctx, a[0], "sh", "-c", quote(demo.LocalKubectl(a[1:]...))+" 2>&1")
+			}),
+			"serving":    simple(1, serving),
+			"nodeis":     simple(2, nodeIs),
+			"eventually": simple(1, eventually),
+			"remember":   remember,
+			"untouched":  untouched,
+		},
+	}
+}
+
+func pools() []string {
+	var out []string
+	for _, p := range lab.Topology().Pools {
+		out = append(out, p.Name)
+	}
+	return out
+}
+
+// simple makes a script command of a function that returns its output.
+func simple(least int, run func(context.Context, []string) (string, error)) func(*testscript.TestScript, bool, []string) {
+	return func(ts *testscript.TestScript, neg bool, args []string) {
+		if len(args) < least {
+			ts.Fatalf("want at least %d arguments", least)
+		}
+		ctx, cancel := context.WithTimeout(context.Background(), stepBudget)
+		defer cancel()
+		start := time.Now()
+		out, err := run(ctx, args)
+		_, _ = fmt.Fprint(ts.Stdout(), out)
+		ts.Logf("(%.1f s)", time.Since(start).Seconds())
+		switch {
+		case err != nil && !neg:
+			ts.Fatalf("%v", err)
+		case err == nil && neg:
+			ts.Fatalf("unexpected success")
+		case err != nil:
+			_, _ = fmt.Fprint(ts.Stderr(), err)
+		}
+	}
+}
+
+func quote(args []string) string {
+	quoted := make([]string, len(args))
+	for i, a := range args {
+		quoted[i] = "'" + strings.ReplaceAll(a, "'", `'\''`) + "'"
+	}
+	return strings.Join(quoted, " ")
+}
+
+// cut TARGET [down|blackhole]
+func cut(ctx context.Context, args []string) (string, error) {
+	mode := network.Blackhole
+	if len(args) > 1 {
+		mode = network.Mode(args[1])
+	}
+	return "", lab.Cut(ctx, args[0], mode)
+}
+
+// restart MACHINE UNIT|machine
+func restart(ctx context.Context, args []string) (string, error) {
+	if args[1] != "machine" {
+		return lab.Exec(ctx, args[0], "systemctl", "restart", args[1])
+	}
+	if err := lab.PowerOff(ctx, args[0]); err != nil {
+		return "", err
+	}
+	return "", lab.PowerOn(ctx, args[0])
+}
+
+// kill MACHINE UNIT: its main process, with no warning.
+func kill(ctx context.Context, args []string) (string, error) {
+	return lab.Exec(ctx, args[0], "systemctl", "kill", "--signal=KILL", "--kill-who=main", args[1])
+}
+
+// serving MACHINE: all web servers of the machine answer, from within it.
+func serving(ctx context.Context, args []string) (string, error) {
+	count := 0
+	err := poll(ctx, func() (err error) {
+		// As the machine's own API tells, which may be cut off.
+		pods, err := demo.LocalPods(ctx, lab, args[0])
+		if err == nil && len(pods) == 0 {
+			err = fmt.Errorf("no web server is on %s", args[0])
+		}
+		count = len(pods)
+		return err
+	})
+	if err != nil {
+		return "", err
+	}
+	return "", demo.AwaitServing(ctx, lab, args[0], count, time.Time{})
+}
+
+// nodeis MACHINE True|False|Unknown: the node's Ready condition in the cloud.
+func nodeIs(ctx context.Context, args []string) (string, error) {
+	return "", poll(ctx, func() error {
+		out, err := lab.Kubectl(ctx, "get", "node", args[0], "-o", `jsonpath={.status.conditions[?(@.type=="Ready")].status}`)
+		if err == nil && strings.TrimSpace(out) != args[1] {
+			err = fmt.Errorf("node %s is %s, want %s", args[0], out, args[1])
+		}
+		return err
+	})
+}
+
+// eventually TEXT COMMAND...: kubectl in the cloud prints the text at last.
+func eventually(ctx context.Context, args []string) (string, error) {
+	return "", poll(ctx, func() error {
+		out, err := lab.Kubectl(ctx, args[1:]...)
+		if err == nil && !strings.Contains(out, args[0]) {
+			err = fmt.Errorf("kubectl %s printed %q, not %q", strings.Join(args[1:], " "), out, args[0])
+		}
+		return err
+	})
+}
+
+func poll(ctx context.Context, ready func() error) error {
+	tick := time.NewTicker(200 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		err := ready()
+		if err == nil {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("waited in vain: %w", err)
+		case <-tick.C:
+		}
+	}
+}
+
+// remember FILE MACHINE...: the containers of these machines.
+func remember(ts *testscript.TestScript, _ bool, args []string) {
+	ts.Check(os.WriteFile(ts.MkAbs(args[0]), []byte(containers(ts, args[1:])), 0o600))
+}
+
+// untouched FILE MACHINE... [+N]: the same containers, each restarted N times
+// more at the end.
+func untouched(ts *testscript.TestScript, _ bool, args []string) {
+	text, err := os.ReadFile(ts.MkAbs(args[0]))
+	ts.Check(err)
+	machines := args[1:]
+	more := 0
+	if last := machines[len(machines)-1]; strings.HasPrefix(last, "+") {
+		more, err = strconv.Atoi(last)
+		ts.Check(err)
+		machines = machines[:len(machines)-1]
+	}
+	want := strings.Split(string(text), "\n")
+	ctx, cancel := context.WithTimeout(context.Background(), stepBudget)
+	defer cancel()
+	err = poll(ctx, func() error {
+		have := strings.Split(containers(ts, machines), "\n")
+		if more == 0 {
+			if !slices.Equal(have, want) {
+				return fmt.Errorf("containers were\n%s\nand are\n%s", strings.Join(want, "\n"), strings.Join(have, "\n"))
+			}
+			return nil
+		}
+		return restarted(want, have, more)
+	})
+	ts.Check(err)
+}
+
+// restarted compares names and restart counts; ids are new after a restart.
+func restarted(want, have []string, more int) error {
+	if len(want) != len(have) {
+		return fmt.Errorf("%d containers, were %d", len(have), len(want))
+	}
+	for i := range want {
+		var nameA, idA, nameB, idB string
+		var a, b int
+		if _, err := fmt.Sscan(want[i], &nameA, &idA, &a); err != nil {
+			return fmt.Errorf("read %q: %w", want[i], err)
+		}
+		if _, err := fmt.Sscan(have[i], &nameB, &idB, &b); err != nil {
+			return fmt.Errorf("read %q: %w", have[i], err)
+		}
+		if nameA != nameB || b != a+more {
+			return fmt.Errorf("%s had %d restarts; %s has %d, want %d", nameA, a, nameB, b, a+more)
+		}
+	}
+	return nil
+}
+
+// containers lists the web servers' containers on the machines: name, id and
+// restarts, one a line.
+func containers(ts *testscript.TestScript, machines []string) string {
+	ctx, cancel := context.WithTimeout(context.Background(), stepBudget)
+	defer cancel()
+	var lines []string
+	for _, m := range machines {
+		pods, err := demo.Pods(ctx, lab, m)
+		ts.Check(err)
+		for _, pod := range pods {
+			for _, c := range pod.Status.ContainerStatuses {
+				lines = append(lines, fmt.Sprintf("%s/%s/%s %s %d", m, pod.Name, c.Name, filepath.Base(c.ContainerID), c.RestartCount))
+			}
+		}
+	}
+	slices.Sort(lines)
+	return strings.Join(lines, "\n")
+}
