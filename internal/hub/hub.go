@@ -229,6 +229,7 @@ func (h *Hub) build() error {
 	if err != nil {
 		return err
 	}
+	h.journal.Show()
 	for _, r := range cfg.Pinned {
 		if err := h.replica.Pin(replica.Scope{Resource: r}); err != nil {
 			return err

@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"net/http"
-	"strconv"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -163,17 +162,19 @@ func (j *Journal) deliverEvent(ctx context.Context, e *eventEntry) error {
 		return err
 	}
 	code, body, err := j.send(ctx, http.MethodPost, e.Path, "application/json", object)
-	if err != nil {
+	if err == nil && code == http.StatusConflict {
+		// It is there: the answer was lost, or it was patched since.
+		code, body, err = j.send(ctx, http.MethodPatch, e.key(), string(types.MergePatchType), object)
+	}
+	switch {
+	case err != nil:
 		return err
-	}
-	if code != http.StatusCreated && !final(code) {
-		return fmt.Errorf("deliver event %s: the cloud answered %d: %.200s", e.key(), code, body)
-	}
-	if code == http.StatusCreated {
+	case code/100 == 2:
 		j.metrics.sent.WithLabelValues("event").Inc()
-	} else {
-		// There already, or its namespace is gone.
-		j.metrics.dropped.WithLabelValues("event", strconv.Itoa(code)).Inc()
+	case final(code):
+		j.metrics.dropped.WithLabelValues("event", http.StatusText(code)).Inc()
+	default:
+		return refusal("event "+e.key(), code, body)
 	}
 	j.write.Lock()
 	defer j.write.Unlock()

@@ -9,12 +9,14 @@ package journal
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"net/http"
 	"net/url"
 	"slices"
@@ -36,6 +38,9 @@ const (
 	deliverBudget = 10 * time.Second
 	// retryEvery is the pause after a delivery that failed for now.
 	retryEvery = 2 * time.Second
+	// keepTaken is how long an overlay waits for the replica to catch up
+	// with what the cloud took. The object may have left the replica.
+	keepTaken = 10 * time.Minute
 )
 
 // Config is what a journal needs.
@@ -117,10 +122,14 @@ func Open(cfg Config) (*Journal, error) {
 		}, []string{"kind"}),
 	}
 	cfg.Registerer.MustRegister(j.metrics.depth, j.metrics.dropped, j.metrics.sent)
-	if err := load(cfg, statusBucket, func(e *statusEntry) { j.status[e.target()] = e }); err != nil {
+	err := load(cfg, statusBucket, func(e *statusEntry) {
+		j.status[e.target()] = e
+		j.sequence = max(j.sequence, e.Sequence)
+	})
+	if err != nil {
 		return nil, err
 	}
-	err := load(cfg, eventBucket, func(e *eventEntry) {
+	err = load(cfg, eventBucket, func(e *eventEntry) {
 		j.events[e.key()] = e
 		j.eventBytes += len(e.Object)
 		j.sequence = max(j.sequence, e.Sequence)
@@ -145,19 +154,30 @@ func load[E any](cfg Config, bucket string, add func(*E)) error {
 		keys = append(keys, key)
 		return nil
 	})
-	if err != nil && !errors.Is(err, store.ErrNotFound) {
+	damaged := errors.Is(err, store.ErrDamaged)
+	if err != nil && !damaged {
 		return fmt.Errorf("load journal: %w", err)
 	}
+	whole := store.NewBatch()
+	whole.Drop(bucket)
 	for _, key := range keys {
 		record, err := snap.Get(bucket, key)
+		e := new(E)
 		if err == nil {
-			e := new(E)
-			if err = json.Unmarshal(record.Data, e); err == nil {
-				add(e)
-				continue
-			}
+			err = json.Unmarshal(record.Data, e)
 		}
-		cfg.Log.Error("journal entry lost", "object", key, "err", err)
+		if err != nil {
+			cfg.Log.Error("journal entry lost", "object", key, "err", err)
+			continue
+		}
+		add(e)
+		whole.Put(bucket, key, record)
+	}
+	if damaged {
+		cfg.Log.Error("journal entries may be lost", "bucket", bucket, "left", len(keys))
+		if err := cfg.Store.Submit(context.Background(), whole, nil); err != nil {
+			return fmt.Errorf("write journal: %w", err)
+		}
 	}
 	return nil
 }
@@ -220,9 +240,8 @@ func (j *Journal) remove(ctx context.Context, bucket string, keys ...string) err
 	return nil
 }
 
-// Run shows what was kept before the restart and delivers whenever the link
-// is up, until ctx ends.
-func (j *Journal) Run(ctx context.Context) error {
+// Show lets local readers see what was kept before a restart.
+func (j *Journal) Show() {
 	j.mu.Lock()
 	var shown []target
 	for t := range j.status {
@@ -230,36 +249,42 @@ func (j *Journal) Run(ctx context.Context) error {
 	}
 	j.mu.Unlock()
 	for _, t := range shown {
-		if err := j.cfg.Refresh(t.resource, t.namespace, t.name); err != nil {
-			j.cfg.Log.Warn("overlay not shown", "object", t.String(), "err", err)
-		}
+		j.refresh(t)
 	}
+}
+
+func (j *Journal) refresh(t target) {
+	if err := j.cfg.Refresh(t.resource, t.namespace, t.name); err != nil {
+		j.cfg.Log.Warn("overlay not refreshed", "object", t.String(), "err", err)
+	}
+}
+
+// Run delivers whenever the link is up, until ctx ends.
+func (j *Journal) Run(ctx context.Context) error {
 	for j.cfg.WaitUp(ctx) == nil {
-		var pause <-chan time.Time
-		if err := j.deliver(ctx); err != nil {
-			if ctx.Err() != nil {
-				break
-			}
-			j.cfg.Log.Info("journal waits", "err", err)
-			pause = time.After(retryEvery)
+		err := j.deliver(ctx)
+		if ctx.Err() != nil {
+			break
 		}
-		if pause != nil {
+		if err == nil {
 			select {
 			case <-ctx.Done():
-			case <-pause:
+			case <-j.wake:
 			}
 			continue
 		}
+		j.cfg.Log.Info("journal waits", "err", err)
 		select {
 		case <-ctx.Done():
-		case <-j.wake:
+		case <-time.After(retryEvery):
 		}
 	}
 	return nil
 }
 
 // deliver sends everything, status first, each kind in the order in which it
-// was acknowledged.
+// was acknowledged. One that the cloud cannot take just now does not hold up
+// the others; a cloud that takes nothing does.
 func (j *Journal) deliver(ctx context.Context) error {
 	defer j.measure()
 	j.mu.Lock()
@@ -269,24 +294,41 @@ func (j *Journal) deliver(ctx context.Context) error {
 			status = append(status, e)
 		}
 	}
-	var events []*eventEntry
-	for _, e := range j.events {
-		events = append(events, e)
-	}
+	events := slices.Collect(maps.Values(j.events))
 	j.mu.Unlock()
-	slices.SortFunc(status, func(a, b *statusEntry) int { return a.At.Compare(b.At) })
-	slices.SortFunc(events, func(a, b *eventEntry) int { return int(a.Sequence) - int(b.Sequence) })
+	slices.SortFunc(status, func(a, b *statusEntry) int { return cmp.Compare(a.Sequence, b.Sequence) })
+	slices.SortFunc(events, func(a, b *eventEntry) int { return cmp.Compare(a.Sequence, b.Sequence) })
+	var failed []error
+	goOn := func(err error) bool {
+		if err != nil {
+			failed = append(failed[:min(len(failed), 4)], err) // enough to say
+		}
+		_, answered := errors.AsType[notYetError](err)
+		return err == nil || answered
+	}
 	for _, e := range status {
-		if err := j.deliverStatus(ctx, e); err != nil {
-			return err
+		if !goOn(j.deliverStatus(ctx, e)) {
+			return errors.Join(failed...)
 		}
 	}
 	for _, e := range events {
-		if err := j.deliverEvent(ctx, e); err != nil {
-			return err
+		if !goOn(j.deliverEvent(ctx, e)) {
+			break
 		}
 	}
-	return nil
+	return errors.Join(failed...)
+}
+
+// notYetError is the cloud's refusal of one write that it may take later.
+type notYetError struct{ error }
+
+// refusal is the error of a write that was not taken and is not dropped.
+func refusal(what string, code int, body []byte) error {
+	err := fmt.Errorf("deliver %s: the cloud answered %d: %.200q", what, code, body)
+	if code == http.StatusTooManyRequests || code == http.StatusServiceUnavailable || code == http.StatusUnauthorized {
+		return err
+	}
+	return notYetError{err}
 }
 
 // send makes one request and returns the answer's code and body.
@@ -298,7 +340,9 @@ func (j *Journal) send(ctx context.Context, method, path, contentType string, bo
 	if err != nil {
 		return 0, nil, fmt.Errorf("deliver %s %s: %w", method, path, err)
 	}
-	req.Header.Set("Content-Type", contentType)
+	if contentType != "" {
+		req.Header.Set("Content-Type", contentType)
+	}
 	req.Header.Set("Accept", "application/json")
 	req.Header.Set("User-Agent", "yurthub")
 	resp, err := j.cfg.Cloud.RoundTrip(req)
@@ -316,7 +360,7 @@ func (j *Journal) send(ctx context.Context, method, path, contentType string, bo
 // final reports whether the cloud's refusal will not change by asking again.
 func final(code int) bool {
 	switch code {
-	case http.StatusUnauthorized, http.StatusTooManyRequests, http.StatusRequestTimeout:
+	case http.StatusUnauthorized, http.StatusTooManyRequests, http.StatusRequestTimeout, http.StatusConflict:
 		return false
 	}
 	return code >= 400 && code < 500

@@ -3,6 +3,7 @@ package journal
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/http"
 	"time"
@@ -23,19 +24,23 @@ import (
 // statusEntry is the newest status of one object that the cloud has not got.
 // Older ones are superseded: a status is a state, not a history.
 type statusEntry struct {
-	Resource  string    `json:"resource"` // pods or nodes
-	Namespace string    `json:"namespace,omitempty"`
-	Name      string    `json:"name"`
-	UID       string    `json:"uid"` // of the object that it speaks of
-	At        time.Time `json:"at"`  // of the first unsent write
-	// Status is the message of the object's status field.
+	Resource  string `json:"resource"` // pods or nodes
+	Namespace string `json:"namespace,omitempty"`
+	Name      string `json:"name"`
+	UID       string `json:"uid"`      // of the object that it speaks of
+	Sequence  uint64 `json:"sequence"` // of the first unsent write
+	// Status is the message of the object's status field, and Base what it
+	// was in the cloud's object when the first unsent write was made.
 	Status []byte `json:"status"`
-	// Version is the resource version at which the cloud took it; zero
+	Base   []byte `json:"base"`
+
+	// version is the resource version at which the cloud took it; zero
 	// while it waits. The overlay stays until the replica has that version.
-	Version uint64 `json:"version,omitempty"`
+	version uint64
+	taken   time.Time // when the cloud took it
 }
 
-func (e *statusEntry) delivered() bool { return e.Version != 0 }
+func (e *statusEntry) delivered() bool { return e.version != 0 }
 
 func (e *statusEntry) target() target {
 	return target{schema.GroupVersionResource{Version: "v1", Resource: e.Resource}, e.Namespace, e.Name}
@@ -71,22 +76,29 @@ func (j *Journal) PatchStatus(ctx context.Context, r schema.GroupVersionResource
 	if err := checkUID(r, meta, patch); err != nil {
 		return nil, err
 	}
-	status, err := patchedStatus(r, patchType, patch, object)
-	if err != nil {
-		return nil, err
-	}
-	e := &statusEntry{
-		Resource: r.Resource, Namespace: meta.Namespace, Name: meta.Name, UID: meta.UID,
-		At: time.Now(), Status: status,
-	}
+	// What the patch applies to is the newest acknowledged status, so no
+	// other may be written until this one is.
 	j.write.Lock()
 	defer j.write.Unlock()
-	t := e.target()
+	t := target{r, meta.Namespace, meta.Name}
 	j.mu.Lock()
-	old, ok := j.status[t]
+	old := j.status[t]
 	j.mu.Unlock()
-	if ok && !old.delivered() {
-		e.At = old.At
+	e := &statusEntry{
+		Resource: r.Resource, Namespace: meta.Namespace, Name: meta.Name, UID: meta.UID,
+		Base: getField(object.Data, statusField),
+	}
+	current := e.Base
+	if old != nil && old.covers(&meta) {
+		current = old.Status
+	}
+	if e.Status, err = patchedStatus(r, patchType, patch, current); err != nil {
+		return nil, err
+	}
+	if old != nil && !old.delivered() && old.UID == e.UID {
+		e.Sequence, e.Base = old.Sequence, old.Base
+	} else {
+		e.Sequence = j.nextSequence()
 	}
 	if err := j.put(ctx, statusBucket, t.String(), e); err != nil {
 		return nil, err
@@ -95,10 +107,21 @@ func (j *Journal) PatchStatus(ctx context.Context, r schema.GroupVersionResource
 	j.status[t] = e
 	j.mu.Unlock()
 	j.notify()
-	if err := j.cfg.Refresh(r, meta.Namespace, meta.Name); err != nil {
-		j.cfg.Log.Warn("overlay not shown", "object", t.String(), "err", err)
-	}
-	return setField(object.Data, statusField, status), nil
+	j.refresh(t)
+	return setField(object.Data, statusField, e.Status), nil
+}
+
+func (j *Journal) nextSequence() uint64 {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	j.sequence++
+	return j.sequence
+}
+
+// covers reports whether the entry is newer than the status of the cloud's
+// object.
+func (e *statusEntry) covers(object *wire.Meta) bool {
+	return e.UID == object.UID && (!e.delivered() || object.Version < e.version)
 }
 
 // checkUID is the precondition that a kubelet puts into its patches: a pod of
@@ -117,25 +140,26 @@ func checkUID(r schema.GroupVersionResource, meta wire.Meta, patch []byte) error
 	return nil
 }
 
-func patchedStatus(r schema.GroupVersionResource, patchType types.PatchType, patch []byte, object *replica.Object) ([]byte, error) {
+// patchedStatus returns a status message after a patch of its object.
+func patchedStatus(r schema.GroupVersionResource, patchType types.PatchType, patch, status []byte) ([]byte, error) {
 	if patchType != types.StrategicMergePatchType {
 		return nil, apierrors.NewServiceUnavailable(fmt.Sprintf("while the cloud is away a status is patched by %s only", types.StrategicMergePatchType))
 	}
-	text, err := wire.ToJSON(nil, object.Kind.APIVersion, object.Kind.Kind, object.Data, true)
+	text, err := wire.ToJSON(nil, "v1", kindOf(r.Resource), setField(nil, statusField, status), true)
 	if err != nil {
 		return nil, fmt.Errorf("patch status: %w", err)
 	}
 	type message interface{ Marshal() ([]byte, error) }
 	var (
-		into   any
-		status func() message
+		into    any
+		changed message
 	)
 	if r.Resource == "pods" {
 		pod := &corev1.Pod{}
-		into, status = pod, func() message { return &pod.Status }
+		into, changed = pod, &pod.Status
 	} else {
 		node := &corev1.Node{}
-		into, status = node, func() message { return &node.Status }
+		into, changed = node, &node.Status
 	}
 	patched, err := strategicpatch.StrategicMergePatch(text, patch, into)
 	if err != nil {
@@ -144,11 +168,40 @@ func patchedStatus(r schema.GroupVersionResource, patchType types.PatchType, pat
 	if err := json.Unmarshal(patched, into); err != nil {
 		return nil, apierrors.NewBadRequest(fmt.Sprintf("patched object is not valid: %v", err))
 	}
-	out, err := status().Marshal()
+	out, err := changed.Marshal()
 	if err != nil {
 		return nil, fmt.Errorf("encode status: %w", err)
 	}
 	return out, nil
+}
+
+func kindOf(resource string) string {
+	if resource == "nodes" {
+		return "Node"
+	}
+	return "Pod"
+}
+
+// getField returns the value of a length-delimited field, nil if it is not
+// set.
+func getField(message []byte, field protowire.Number) []byte {
+	var out []byte
+	for rest := message; len(rest) > 0; {
+		num, typ, n := protowire.ConsumeTag(rest)
+		if n < 0 {
+			return nil
+		}
+		m := protowire.ConsumeFieldValue(num, typ, rest[n:])
+		if m < 0 {
+			return nil
+		}
+		if num == field && typ == protowire.BytesType {
+			value, _ := protowire.ConsumeBytes(rest[n:])
+			out = append(out, value...) // two parts of a message merge so
+		}
+		rest = rest[n+m:]
+	}
+	return out
 }
 
 // setField returns message with one length-delimited field replaced, and
@@ -190,7 +243,7 @@ func (j *Journal) Overlay(r schema.GroupVersionResource, key string, k replica.K
 	if err != nil || meta.UID != e.UID {
 		return nil, false
 	}
-	if e.delivered() && meta.Version >= e.Version {
+	if !e.covers(&meta) {
 		delete(j.status, t) // the replica has caught up
 		return nil, false
 	}
@@ -201,26 +254,12 @@ func (j *Journal) Overlay(r schema.GroupVersionResource, key string, k replica.K
 // good, or again later (an error).
 func (j *Journal) deliverStatus(ctx context.Context, e *statusEntry) error {
 	t := e.target()
-	kind := "Pod"
-	if e.Resource == "nodes" {
-		kind = "Node"
-	}
-	text, err := wire.ToJSON(nil, "v1", kind, setField(nil, statusField, e.Status), false)
+	patch, err := e.patch()
 	if err != nil {
-		return fmt.Errorf("encode status of %s: %w", t, err)
-	}
-	var object struct {
-		Status json.RawMessage `json:"status"`
-	}
-	if err := json.Unmarshal(text, &object); err != nil {
-		return fmt.Errorf("encode status of %s: %w", t, err)
-	}
-	patch, err := json.Marshal(map[string]any{
-		"metadata": map[string]string{"uid": e.UID},
-		"status":   object.Status,
-	})
-	if err != nil {
-		return fmt.Errorf("encode status of %s: %w", t, err)
+		// It cannot be sent by any later try either.
+		j.cfg.Log.Error("status dropped", "object", t.String(), "err", err)
+		j.metrics.dropped.WithLabelValues("status", "unreadable").Inc()
+		return j.settle(ctx, e, 0)
 	}
 	code, body, err := j.send(ctx, http.MethodPatch, t.path()+"/status", string(types.StrategicMergePatchType), patch)
 	if err != nil {
@@ -234,14 +273,94 @@ func (j *Journal) deliverStatus(ctx context.Context, e *statusEntry) error {
 		}
 		j.metrics.sent.WithLabelValues("status").Inc()
 		return j.settle(ctx, e, meta.Version)
+	case code == http.StatusConflict:
+		// Another object by that name, or one that others write to at the
+		// same time: look.
+		gone, err := j.gone(ctx, e)
+		if err != nil || !gone {
+			return errors.Join(refusal("status of "+t.String(), code, body), err)
+		}
+		fallthrough
 	case final(code):
-		// Gone (404), another object by that name (409), or no longer
-		// this node's (403): a status must not bring anything back.
+		// Gone (404, 409), or no longer this node's (403): a status must not
+		// bring anything back.
 		j.cfg.Log.Info("status dropped", "object", t.String(), "code", code)
 		j.metrics.dropped.WithLabelValues("status", http.StatusText(code)).Inc()
 		return j.settle(ctx, e, 0)
 	}
-	return fmt.Errorf("deliver status of %s: the cloud answered %d: %.200s", t, code, body)
+	return refusal("status of "+t.String(), code, body)
+}
+
+// gone asks whether the object that the entry speaks of is there no more.
+func (j *Journal) gone(ctx context.Context, e *statusEntry) (bool, error) {
+	code, body, err := j.send(ctx, http.MethodGet, e.target().path(), "", nil)
+	if err != nil || code == http.StatusNotFound {
+		return code == http.StatusNotFound, err
+	}
+	if code != http.StatusOK {
+		return false, nil
+	}
+	meta, err := wire.ReadMeta(wire.JSON, body, false)
+	return err == nil && meta.UID != e.UID, err
+}
+
+// patch returns the strategic merge patch that brings the cloud's object to
+// the entry's status.
+func (e *statusEntry) patch() ([]byte, error) {
+	status, err := e.tree(e.Status)
+	if err != nil {
+		return nil, err
+	}
+	base, err := e.tree(e.Base)
+	if err != nil {
+		return nil, err
+	}
+	// These are not the kubelet's to write.
+	for _, name := range []string{"volumesAttached", "nominatedNodeName", "resourceClaimStatuses"} {
+		delete(status, name)
+		delete(base, name)
+	}
+	// These a strategic patch would merge where the kubelet means to replace.
+	for _, name := range []string{"podIPs", "hostIPs", "addresses"} {
+		if items, ok := status[name].([]any); ok {
+			status[name] = append([]any{map[string]any{"$patch": "replace"}}, items...)
+		}
+	}
+	clearRemoved(status, base)
+	return json.Marshal(map[string]any{"metadata": map[string]string{"uid": e.UID}, "status": status})
+}
+
+// clearRemoved makes a patch delete the fields that are in base only.
+func clearRemoved(patch, base map[string]any) {
+	for name, old := range base {
+		value, there := patch[name]
+		if !there {
+			patch[name] = nil
+			continue
+		}
+		sub, ok := value.(map[string]any)
+		if oldSub, both := old.(map[string]any); ok && both {
+			clearRemoved(sub, oldSub)
+		}
+	}
+}
+
+// tree returns a status message as JSON has it.
+func (e *statusEntry) tree(status []byte) (map[string]any, error) {
+	text, err := wire.ToJSON(nil, "v1", kindOf(e.Resource), setField(nil, statusField, status), false)
+	if err != nil {
+		return nil, fmt.Errorf("encode status: %w", err)
+	}
+	var object struct {
+		Status map[string]any `json:"status"`
+	}
+	if err := json.Unmarshal(text, &object); err != nil {
+		return nil, fmt.Errorf("encode status: %w", err)
+	}
+	if object.Status == nil {
+		object.Status = map[string]any{}
+	}
+	return object.Status, nil
 }
 
 // settle ends an entry, unless a newer status took its place meanwhile. With
@@ -264,12 +383,19 @@ func (j *Journal) settle(ctx context.Context, e *statusEntry, version uint64) er
 		delete(j.status, t)
 	} else {
 		taken := *e
-		taken.Version = version
+		taken.version, taken.taken = version, time.Now()
 		j.status[t] = &taken
 	}
+	var late []target
+	for other, e := range j.status {
+		if e.delivered() && time.Since(e.taken) > keepTaken {
+			delete(j.status, other)
+			late = append(late, other)
+		}
+	}
 	j.mu.Unlock()
-	if err := j.cfg.Refresh(t.resource, t.namespace, t.name); err != nil {
-		j.cfg.Log.Warn("overlay not removed", "object", t.String(), "err", err)
+	for _, t := range append(late, t) {
+		j.refresh(t)
 	}
 	return nil
 }
