@@ -55,11 +55,11 @@ func (b *bench) diskOfReads(ctx context.Context, h *hub, direct, through target)
 	s := connect(direct, through, 8)
 	defer s.close()
 	l := load{path: "/api/v1/nodes/" + h.Node, accept: protobuf}
-	compared, err := s.compare(ctx, h, l, pick(b, 5, 3), pick(b, 2*time.Second, time.Second))
+	c, err := s.compare(ctx, h, l, pick(b, 5, 3), pick(b, 2*time.Second, time.Second))
 	if err != nil {
 		return err
 	}
-	b.pair("GET by the kubelet of what the hub keeps, 8 connections", "1/s", compared.rounds, bar{}, compared.note())
+	b.compared("GET by the kubelet of what the hub keeps, 8 connections", c, bar{})
 	if err := h.quiet(ctx); err != nil {
 		return err
 	}
@@ -68,9 +68,9 @@ func (b *bench) diskOfReads(ctx context.Context, h *hub, direct, through target)
 		return err
 	}
 	const reads = 1000
-	c := s[1][0]
+	one := s[1][0]
 	for range reads {
-		if _, err := c.get(ctx, l.path, l.accept); err != nil {
+		if _, err := one.get(ctx, l.path, l.accept); err != nil {
 			return err
 		}
 	}

@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"os"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -16,6 +17,7 @@ type delivery struct {
 	added   []float64 // ms after the receipt by a watcher at the API server
 	pace    float64   // updates per second
 	busy    float64   // of the hub, in percent of one processor
+	client  float64   // of this process
 	uplink  float64   // bytes per update
 }
 
@@ -40,7 +42,7 @@ func (b *bench) fanOut(ctx context.Context) error {
 	}
 	uplink := map[int]float64{}
 	for _, n := range []int{1, 10, 50} {
-		var p50, p99, added50, added99, busy, bytes rounds
+		var p50, p99, added50, added99, load, client, bytes rounds
 		for i := range pick(b, 3, 1) {
 			var round [2]delivery
 			for j := range 2 {
@@ -58,7 +60,8 @@ func (b *bench) fanOut(ctx context.Context) error {
 			p99 = append(p99, both(func(d *delivery) float64 { return quantile(d.latency, 0.99) }))
 			added50 = append(added50, both(func(d *delivery) float64 { return quantile(d.added, 0.5) }))
 			added99 = append(added99, both(func(d *delivery) float64 { return quantile(d.added, 0.99) }))
-			busy = append(busy, both(func(d *delivery) float64 { return d.busy }))
+			load = append(load, both(func(d *delivery) float64 { return d.busy }))
+			client = append(client, both(func(d *delivery) float64 { return d.client }))
 			bytes = append(bytes, both(func(d *delivery) float64 { return d.uplink }))
 			if pace := round[1].pace; pace < 0.95*fanOutRate {
 				fmt.Fprintf(b.log, "fan-out: the writer made only %.0f updates/s\n", pace)
@@ -73,8 +76,9 @@ func (b *bench) fanOut(ctx context.Context) error {
 		}
 		add("latency added, p50", added50, bar{})
 		add("latency added, p99", added99, atMost(20))
-		_, cpu, _ := busy.medians()
-		b.hub("processor time of the hub"+who, "%", cpu, bar{}, "of one processor; its stream runs at any time")
+		_, cpu, _ := load.medians()
+		_, self, _ := client.medians()
+		b.hub("processor time of the hub"+who, "%", cpu, bar{}, fmt.Sprintf("of one processor; writer and watchers themselves %.0f %%", self))
 		_, uplink[n], _ = bytes.medians()
 	}
 	b.hub("uplink bytes for 50 watchers, of those for one", "×", uplink[50]/uplink[1], atMost(1.1),
@@ -105,6 +109,10 @@ func (b *bench) deliver(ctx context.Context, h *hub, w *writer, t target, n, upd
 	if err != nil {
 		return delivery{}, err
 	}
+	client, err := busy(os.Getpid())
+	if err != nil {
+		return delivery{}, err
+	}
 	bytes, start := h.uplink(), time.Now()
 	first, pace, err := w.write(ctx, updates, fanOutRate)
 	if err != nil {
@@ -121,8 +129,13 @@ func (b *bench) deliver(ctx context.Context, h *hub, w *writer, t target, n, upd
 	if err != nil {
 		return delivery{}, err
 	}
+	percent := 100 / float64(time.Since(start))
+	self, err := busy(os.Getpid())
+	if err != nil {
+		return delivery{}, err
+	}
 	d := delivery{
-		pace: pace, busy: 100 * float64(after.busy-before.busy) / float64(time.Since(start)),
+		pace: pace, busy: percent * float64(after.busy-before.busy), client: percent * float64(self-client),
 		uplink: (h.uplink() - bytes) / float64(updates),
 	}
 	for _, got := range local.got {

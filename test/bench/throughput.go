@@ -49,7 +49,7 @@ func (b *bench) forward(ctx context.Context) error {
 			if err != nil {
 				return err
 			}
-			b.pair(fmt.Sprintf("%s, %d connections", l.what, n), "1/s", c.rounds, l.bar, c.note())
+			b.compared(fmt.Sprintf("%s, %d connections", l.what, n), c, l.bar)
 		}
 		if n == 64 {
 			err = h.profile(ctx, "forward-get", func() error {
@@ -63,6 +63,12 @@ func (b *bench) forward(ctx context.Context) error {
 		s.close()
 	}
 	return nil
+}
+
+// compared adds the figures of a comparison.
+func (b *bench) compared(what string, c comparison, least bar) {
+	b.pair(what, "1/s", c.pace, least, c.note())
+	b.pair(what+": processor time of the servers", "µs", c.cost, bar{}, "")
 }
 
 // replica measures what the hub answers by itself: EndpointSlices, which it
@@ -97,7 +103,7 @@ func (b *bench) replica(ctx context.Context) error {
 		s := connect(b.direct(), h.user, l.conns)
 		c, err := s.compare(ctx, h, l.load, pick(b, 7, 3), pick(b, 2*time.Second, time.Second))
 		if err == nil {
-			b.pair(fmt.Sprintf("%s, %d connections", l.what, l.conns), "1/s", c.rounds, l.bar, c.note())
+			b.compared(fmt.Sprintf("%s, %d connections", l.what, l.conns), c, l.bar)
 			err = h.profile(ctx, l.name, func() error {
 				_, _, err := rate(ctx, s[1], l.load, 5*time.Second)
 				return err

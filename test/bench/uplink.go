@@ -173,7 +173,7 @@ func (b *bench) large(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	b.pair("LIST rv=0 of 10 000 slices, protobuf, 1 connection", "1/s", c.rounds, atLeast(5), c.note())
+	b.compared("LIST rv=0 of 10 000 slices, protobuf, 1 connection", c, atLeast(5))
 	if err := b.memory(h, "10 000 slices replicated and listed", atMost(120)); err != nil {
 		return err
 	}
