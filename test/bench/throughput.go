@@ -45,7 +45,7 @@ func (b *bench) forward(ctx context.Context) error {
 	for _, n := range []int{1, 8, 64} {
 		s := connect(b.direct(), h.user, n)
 		for _, l := range loads {
-			c, err := s.compare(ctx, h, l.load, pick(b, 7, 3), pick(b, 2*time.Second, time.Second))
+			c, err := s.compare(ctx, h, l.load, pick(b, 5, 3), pick(b, 2*time.Second, time.Second))
 			if err != nil {
 				return err
 			}
@@ -101,7 +101,7 @@ func (b *bench) replica(ctx context.Context) error {
 	}
 	for _, l := range loads {
 		s := connect(b.direct(), h.user, l.conns)
-		c, err := s.compare(ctx, h, l.load, pick(b, 7, 3), pick(b, 2*time.Second, time.Second))
+		c, err := s.compare(ctx, h, l.load, pick(b, 5, 3), pick(b, 2*time.Second, time.Second))
 		if err == nil {
 			b.compared(fmt.Sprintf("%s, %d connections", l.what, l.conns), c, l.bar)
 			err = h.profile(ctx, l.name, func() error {
