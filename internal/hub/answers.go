@@ -2,6 +2,7 @@ package hub
 
 import (
 	"bytes"
+	"cmp"
 	"compress/gzip"
 	"context"
 	"crypto/sha256"
@@ -19,6 +20,8 @@ import (
 	"sync"
 	"time"
 
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
 	"github.com/yurt-edge/yurt/internal/hub/identity"
 	"github.com/yurt-edge/yurt/internal/hub/link"
 	"github.com/yurt-edge/yurt/internal/hub/request"
@@ -32,8 +35,13 @@ const (
 
 	// maxAnswer bounds one answer, unpacked.
 	maxAnswer = 16 << 20
-	// maxRemembered bounds the answers of each bucket.
-	maxRemembered = 4096
+	// maxRemembered and maxRememberedBytes bound the answers of each
+	// bucket; the oldest go first.
+	maxRemembered      = 4096
+	maxRememberedBytes = 64 << 20
+	// rewriteEvery is how often one object's answer is written at most: a
+	// pod that polls an object must not wear the flash.
+	rewriteEvery = time.Minute
 	// prefetchEvery is how old discovery may grow before it is fetched
 	// again without anybody asking.
 	prefetchEvery = 24 * time.Hour
@@ -55,17 +63,25 @@ type answers struct {
 	log   *slog.Logger
 	queue chan remembered // to run, which writes behind the requests
 
-	mu     sync.Mutex        // guards hashes
-	hashes map[string]string // bucket/key -> hash, so that nothing is written twice
+	mu   sync.Mutex // guards seen
+	seen map[string]noted
+}
+
+// noted is the last answer under a bucket and key, so that nothing is written
+// twice.
+type noted struct {
+	hash string
+	at   time.Time // when it was last handed over to be written
 }
 
 type remembered struct {
 	bucket, key string
 	answer      answer
+	gone        bool // the object is no more
 }
 
 func newAnswers(s *store.Store, log *slog.Logger) *answers {
-	return &answers{store: s, log: log, queue: make(chan remembered, 256), hashes: map[string]string{}}
+	return &answers{store: s, log: log, queue: make(chan remembered, 256), seen: map[string]noted{}}
 }
 
 // run writes what was remembered until ctx ends.
@@ -83,6 +99,10 @@ func (a *answers) run(ctx context.Context) error {
 func (a *answers) write(ctx context.Context, first remembered) {
 	batch := store.NewBatch()
 	add := func(r remembered) {
+		if r.gone {
+			batch.Delete(r.bucket, r.key)
+			return
+		}
 		text, err := json.Marshal(r.answer)
 		if err == nil {
 			batch.Put(r.bucket, r.key, store.Record{Version: uint64(r.answer.At.Unix()), Data: text})
@@ -97,52 +117,59 @@ func (a *answers) write(ctx context.Context, first remembered) {
 			more = false
 		}
 	}
+	a.evict(batch, documentBucket)
 	a.evict(batch, objectBucket)
 	if err := a.store.Commit(ctx, batch); err != nil && ctx.Err() == nil {
 		a.log.Error("answers not stored", "err", err)
 		a.mu.Lock()
-		clear(a.hashes) // they are written when next seen
+		clear(a.seen) // they are written when next seen
 		a.mu.Unlock()
 	}
 }
 
 // evict drops the oldest answers when there are too many.
 func (a *answers) evict(batch *store.Batch, bucket string) {
-	a.mu.Lock()
-	many := len(a.hashes) >= maxRemembered
-	a.mu.Unlock()
-	if !many {
-		return
-	}
 	type aged struct {
-		key string
-		at  uint64
+		key  string
+		at   uint64
+		size int
 	}
-	var all []aged
+	var (
+		all   []aged
+		total int
+	)
 	snap, err := a.store.Snapshot()
 	if err != nil {
 		return
 	}
 	defer snap.Close()
+	// What a damaged bucket still shows can be dropped like the rest.
 	_ = snap.Scan(bucket, "", func(key string, h store.Header) error {
-		all = append(all, aged{key, h.Version})
+		all, total = append(all, aged{key, h.Version, h.Size}), total+h.Size
 		return nil
 	})
-	slices.SortFunc(all, func(x, y aged) int { return int(int64(x.at) - int64(y.at)) })
-	for _, old := range all[:max(0, len(all)-maxRemembered/2)] {
-		batch.Delete(bucket, old.key)
+	if len(all) <= maxRemembered && total <= maxRememberedBytes {
+		return
+	}
+	slices.SortFunc(all, func(x, y aged) int { return cmp.Compare(x.at, y.at) })
+	for len(all) > maxRemembered*3/4 || total > maxRememberedBytes*3/4 {
+		batch.Delete(bucket, all[0].key)
+		total -= all[0].size
+		all = all[1:]
 	}
 	a.mu.Lock()
-	clear(a.hashes)
+	clear(a.seen)
 	a.mu.Unlock()
 }
 
-// documentKey names a document: its path and query, apart from its form.
+// documentKey names a document, apart from its form. Of the query only the
+// hash matters, by which OpenAPI clients ask: the API server ignores others,
+// such as kubectl's timeout.
 func documentKey(u *url.URL) string {
-	if u.RawQuery == "" {
-		return u.Path
+	if hash := u.Query().Get("hash"); hash != "" {
+		return u.Path + "?hash=" + url.QueryEscape(hash)
 	}
-	return u.Path + "?" + u.RawQuery
+	return u.Path
 }
 
 // objectKey names an object for one identity only.
@@ -154,6 +181,9 @@ func objectKey(c *identity.Caller, info request.Info) string {
 // keep returns a link.Keep that remembers the answer under the key.
 func (a *answers) keep(bucket, key string) link.Keep {
 	return func(resp *http.Response) func([]byte) {
+		if resp.StatusCode == http.StatusNotFound && bucket == objectBucket {
+			a.forget(bucket, key)
+		}
 		if resp.StatusCode != http.StatusOK {
 			return nil
 		}
@@ -177,25 +207,58 @@ func (a *answers) remember(bucket, key, contentType, packed, etag string, body [
 	}
 	if bucket == documentBucket {
 		key += " " + contentType
+	} else if !isObject(contentType, body) {
+		return
 	}
 	sum := sha256.Sum256(body)
 	hash := hex.EncodeToString(sum[:])
 	a.mu.Lock()
-	same := a.hashes[bucket+key] == hash
+	last := a.seen[bucket+key]
 	a.mu.Unlock()
-	if same {
+	if last.hash == hash || (bucket == objectBucket && time.Since(last.at) < rewriteEvery) {
 		return
 	}
 	if old, err := a.load(bucket, key); err != nil || old.Hash != hash {
 		select {
-		case a.queue <- remembered{bucket, key, answer{ContentType: contentType, ETag: etag, At: time.Now(), Hash: hash, Body: body}}:
+		case a.queue <- remembered{bucket: bucket, key: key, answer: answer{ContentType: contentType, ETag: etag, At: time.Now(), Hash: hash, Body: body}}:
 		default:
 			return // the disk is slow; it is remembered the next time
 		}
 	}
 	a.mu.Lock()
-	a.hashes[bucket+key] = hash
+	if len(a.seen) >= 2*maxRemembered {
+		clear(a.seen)
+	}
+	a.seen[bucket+key] = noted{hash, time.Now()}
 	a.mu.Unlock()
+}
+
+// isObject tells a whole object from a table or partial metadata of it, which
+// other clients could not use.
+func isObject(contentType string, body []byte) bool {
+	apiVersion, _, _, err := wire.ReadObject(encodingOf(contentType), body)
+	return err == nil && !strings.HasPrefix(apiVersion, metav1.GroupName+"/")
+}
+
+func encodingOf(contentType string) wire.Encoding {
+	if strings.HasPrefix(contentType, "application/vnd.kubernetes.protobuf") {
+		return wire.Protobuf
+	}
+	return wire.JSON
+}
+
+// forget drops what is remembered of an object that is no more.
+func (a *answers) forget(bucket, key string) {
+	if _, err := a.load(bucket, key); errors.Is(err, store.ErrNotFound) {
+		return
+	}
+	select {
+	case a.queue <- remembered{bucket: bucket, key: key, gone: true}:
+		a.mu.Lock()
+		delete(a.seen, bucket+key)
+		a.mu.Unlock()
+	default: // the next answer says so again
+	}
 }
 
 func (a *answers) load(bucket, key string) (answer, error) {
@@ -311,8 +374,11 @@ func (a *answers) prefetch(ctx context.Context, cloud http.RoundTripper) error {
 		if err != nil {
 			return fmt.Errorf("prefetch %s: %w", d.path, err)
 		}
-		body, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
+		body, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer+1))
 		_ = resp.Body.Close()
+		if err == nil && len(body) > maxAnswer {
+			err = errors.New("the answer is too large")
+		}
 		if err != nil {
 			return fmt.Errorf("prefetch %s: %w", d.path, err)
 		}
@@ -330,10 +396,7 @@ func (a *answers) object(c *identity.Caller, info request.Info) (answer, error) 
 
 // writeObject sends a remembered object in a form that the client accepts.
 func (a answer) writeObject(w http.ResponseWriter, formats []request.Format) error {
-	enc := wire.JSON
-	if strings.HasPrefix(a.ContentType, "application/vnd.kubernetes.protobuf") {
-		enc = wire.Protobuf
-	}
+	enc := encodingOf(a.ContentType)
 	apiVersion, kind, object, err := wire.ReadObject(enc, a.Body)
 	if err != nil {
 		return fmt.Errorf("read remembered object: %w", err)

@@ -101,9 +101,9 @@ func (h *Hub) resolve(next http.Handler) http.Handler {
 // lanes bound the requests in flight per caller. The node's own lane cannot
 // be filled by anybody else.
 type lanes struct {
-	mu    sync.Mutex // guards busy
-	busy  map[string]*lane
-	total int
+	mu     sync.Mutex // guards the following
+	busy   map[string]*lane
+	others int // in flight for all callers but the node
 }
 
 type lane struct{ requests, watches int }
@@ -116,38 +116,37 @@ const (
 
 func newLanes() *lanes { return &lanes{busy: map[string]*lane{}} }
 
-func (l *lanes) enter(who string, watch, node bool) bool {
+// enter takes a place and returns the function that gives it back, or nil
+// when there is none.
+func (l *lanes) enter(who string, watch, node bool) (leave func()) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	b := l.busy[who]
 	if b == nil {
 		b = &lane{}
-		l.busy[who] = b
 	}
 	n, limit := &b.requests, maxRequests
 	if watch {
 		n, limit = &b.watches, maxWatches
 	}
-	if *n >= limit || (!node && l.total >= maxTotal) {
-		return false
+	if *n >= limit || (!node && l.others >= maxTotal) {
+		return nil
 	}
+	l.busy[who] = b
 	*n++
-	l.total++
-	return true
-}
-
-func (l *lanes) leave(who string, watch bool) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	b := l.busy[who]
-	if watch {
-		b.watches--
-	} else {
-		b.requests--
+	if !node {
+		l.others++
 	}
-	l.total--
-	if b.requests == 0 && b.watches == 0 {
-		delete(l.busy, who)
+	return func() {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		*n--
+		if !node {
+			l.others--
+		}
+		if *b == (lane{}) {
+			delete(l.busy, who)
+		}
 	}
 }
 
@@ -155,12 +154,13 @@ func (h *Hub) limit(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		caller, info := callerFrom(r.Context()), request.From(r.Context())
 		long := info.Verb == "watch" || info.Upgrade || info.Subresource == "log"
-		if !h.lanes.enter(caller.Name, long, h.isNode(caller)) {
+		leave := h.lanes.enter(caller.Name, long, h.isNode(caller))
+		if leave == nil {
 			h.metrics.refused.WithLabelValues("limit").Inc()
 			httpx.WriteStatus(w, r, apierrors.NewTooManyRequests("too many requests of this caller are in flight", 1))
 			return
 		}
-		defer h.lanes.leave(caller.Name, long)
+		defer leave()
 		next.ServeHTTP(w, r)
 	})
 }

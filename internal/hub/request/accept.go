@@ -38,7 +38,7 @@ type Format struct {
 // only for instance.
 func Formats(h http.Header) []Format {
 	values := h.Values("Accept")
-	if len(values) == 0 {
+	if h.Get("Accept") == "" {
 		return []Format{{Encoding: wire.JSON, Any: true}}
 	}
 	type weighted struct {

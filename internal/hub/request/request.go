@@ -108,7 +108,7 @@ func Resolve(r *http.Request) (Info, error) {
 }
 
 // nameInPath reports whether the path itself names an object, as in
-// GET /api/v1/watch/nodes/x or GET /api/v1/nodes/x?watch=true.
+// GET /api/v1/watch/nodes/x.
 func nameInPath(ri *apirequest.RequestInfo) bool { return len(ri.Parts) > 1 }
 
 func listOptions(query url.Values) (*metainternalversion.ListOptions, error) {
