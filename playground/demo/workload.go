@@ -84,7 +84,7 @@ func Deploy(ctx context.Context, p *playground.Playground) error {
 type Answer struct {
 	Pod     string    `json:"pod"`
 	Node    string    `json:"node"`
-	Started time.Time `json:"started"`
+	Started time.Time `json:"start"`
 	Token   bool      `json:"token"`
 }
 
@@ -100,6 +100,9 @@ func Pods(ctx context.Context, p *playground.Playground, machine string) ([]core
 // LocalPods returns the web pods of a machine as its own API shows them: its
 // hub, or the cloud for a machine without one.
 func LocalPods(ctx context.Context, p *playground.Playground, machine string) ([]corev1.Pod, error) {
+	// What is entered in the middle of a boot may hang for ever.
+	ctx, cancel := context.WithTimeout(ctx, lookBudget)
+	defer cancel()
 	out, err := p.Exec(ctx, machine, LocalKubectl("get", "pods", "-n", "default", "-l", "app=web",
 		"--field-selector", "spec.nodeName="+machine, "-o", "json")...)
 	if err != nil {
@@ -123,6 +126,9 @@ func decodePods(text string) ([]corev1.Pod, error) {
 	slices.SortFunc(list.Items, func(a, b corev1.Pod) int { return strings.Compare(a.Name, b.Name) })
 	return list.Items, nil
 }
+
+// lookBudget bounds one look into a machine.
+const lookBudget = 5 * time.Second
 
 // errNotYet is the reason for which a condition is waited for.
 var errNotYet = errors.New("not yet")

@@ -323,6 +323,11 @@ func Exec(ctx context.Context, name string, argv ...string) (string, error) {
 	if err != nil {
 		return "", err
 	}
+	// nsenter forks to enter the process namespace: when ctx ends its child
+	// must go too, and whatever it left may not hold our pipes open.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
+	cmd.WaitDelay = time.Second
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
 	out, err := cmd.Output()
