@@ -288,7 +288,7 @@ func (h *Hub) listen(ctx context.Context) ([]*httpx.Server, error) {
 	var (
 		servers  []*httpx.Server
 		open     []net.Listener
-		handler  = h.handler()
+		handler  = h.handler(ctx)
 		tlsOfHub = &tls.Config{
 			MinVersion:     tls.VersionTLS12,
 			GetCertificate: h.certs.GetCertificate,

@@ -1,6 +1,7 @@
 package hub
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"net/http"
@@ -19,15 +20,16 @@ import (
 	"github.com/yurt-edge/yurt/internal/hub/request"
 )
 
-// handler is the way of a request through the hub.
-func (h *Hub) handler() http.Handler {
+// handler is the way of a request through the hub. Watches and other long
+// requests end with life, so that a stop waits for answers only.
+func (h *Hub) handler(life context.Context) http.Handler {
 	var handler http.Handler = http.HandlerFunc(h.route)
 	for _, stage := range []func(http.Handler) http.Handler{ // innermost first
-		h.limit,    // one caller cannot starve the others
-		h.resolve,  // everything below reads request.From(ctx)
-		h.identify, // nobody unknown gets any further
-		h.observe,  // counts what the client got, refusals too
-		h.survive,  // outermost: a bug costs one request, not the node's API
+		h.limit(life), // one caller cannot starve the others
+		h.resolve,     // everything below reads request.From(ctx)
+		h.identify,    // nobody unknown gets any further
+		h.observe,     // counts what the client got, refusals too
+		h.survive,     // outermost: a bug costs one request, not the node's API
 	} {
 		handler = stage(handler)
 	}
@@ -150,19 +152,27 @@ func (l *lanes) enter(who string, watch, node bool) (leave func()) {
 	}
 }
 
-func (h *Hub) limit(next http.Handler) http.Handler {
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		caller, info := callerFrom(r.Context()), request.From(r.Context())
-		long := info.Verb == "watch" || info.Upgrade || info.Subresource == "log"
-		leave := h.lanes.enter(caller.Name, long, h.isNode(caller))
-		if leave == nil {
-			h.metrics.refused.WithLabelValues("limit").Inc()
-			httpx.WriteStatus(w, r, apierrors.NewTooManyRequests("too many requests of this caller are in flight", 1))
-			return
-		}
-		defer leave()
-		next.ServeHTTP(w, r)
-	})
+func (h *Hub) limit(life context.Context) func(http.Handler) http.Handler {
+	return func(next http.Handler) http.Handler {
+		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			caller, info := callerFrom(r.Context()), request.From(r.Context())
+			long := info.Verb == "watch" || info.Upgrade || info.Subresource == "log"
+			leave := h.lanes.enter(caller.Name, long, h.isNode(caller))
+			if leave == nil {
+				h.metrics.refused.WithLabelValues("limit").Inc()
+				httpx.WriteStatus(w, r, apierrors.NewTooManyRequests("too many requests of this caller are in flight", 1))
+				return
+			}
+			defer leave()
+			if long {
+				ctx, cancel := context.WithCancel(r.Context())
+				defer cancel()
+				defer context.AfterFunc(life, cancel)()
+				r = r.WithContext(ctx)
+			}
+			next.ServeHTTP(w, r)
+		})
+	}
 }
 
 // isNode reports whether the caller is this node's own user: the kubelet.
