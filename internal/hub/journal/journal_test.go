@@ -397,6 +397,12 @@ func (b *bed) depth(status, events int) {
 	}
 }
 
+func (b *bed) overlays() int {
+	b.journal.mu.Lock()
+	defer b.journal.mu.Unlock()
+	return len(b.journal.status)
+}
+
 func inBubble(t *testing.T, limits Config, test func(t *testing.T, b *bed)) {
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
@@ -440,7 +446,7 @@ func TestStatusIsKeptShownAndDelivered(t *testing.T) {
 		if n := b.cloud.pod("a").Status.NominatedNodeName; n != "edge-3" {
 			t.Errorf("the scheduler's field became %q", n)
 		}
-		if n := len(b.journal.status); n != 0 {
+		if n := b.overlays(); n != 0 {
 			t.Errorf("%d overlays left", n)
 		}
 		b.crash()
@@ -555,7 +561,7 @@ func TestStatusOfWhatIsGoneIsDropped(t *testing.T) {
 				if name != "deleted" && b.seen("a").Status.Phase == corev1.PodRunning {
 					t.Error("the overlay was left")
 				}
-				if n := len(b.journal.status); n != 0 {
+				if n := b.overlays(); n != 0 {
 					t.Errorf("%d overlays left", n)
 				}
 			})
@@ -763,7 +769,7 @@ func TestTakenOverlaysAreForgotten(t *testing.T) {
 		b.mustPatch("a", `{"phase":"Running"}`)
 		b.cloud.heal()
 		time.Sleep(time.Minute)
-		if n := len(j.status); n != 0 {
+		if n := b.overlays(); n != 0 {
 			t.Errorf("%d overlays left", n)
 		}
 	})
