@@ -58,7 +58,7 @@ func say(a *answers, bucket, key string, code int, contentType, body string) {
 	if done := a.keep(bucket, key)(resp); done != nil {
 		done([]byte(body))
 	}
-	time.Sleep(time.Second)
+	pass(time.Second)
 	synctest.Wait()
 }
 
@@ -117,7 +117,7 @@ func TestPackedAnswersAreUnpacked(t *testing.T) {
 		a.remember(documentBucket, "/b", "text/plain", "br", "", packed.Bytes())
 		a.remember(documentBucket, "/c", "text/plain", "gzip", "", []byte("not packed"))
 		synctest.Wait()
-		time.Sleep(time.Second)
+		pass(time.Second)
 		for path, ok := range map[string]bool{"/a": true, "/b": false, "/c": false} {
 			if got, err := a.document(at(t, path), http.Header{}); (err == nil) != ok || (ok && string(got.Body) != "text") {
 				t.Errorf("%s: %q, %v", path, got.Body, err)
@@ -268,12 +268,12 @@ func TestPrefetch(t *testing.T) {
 			if err := a.prefetch(t.Context(), cloud); err != nil {
 				t.Fatal(err)
 			}
-			time.Sleep(time.Minute)
+			pass(time.Minute)
 		}
 		if asked != len(discovery) {
 			t.Errorf("asked %d times", asked)
 		}
-		time.Sleep(prefetchEvery)
+		pass(prefetchEvery)
 		if err := a.prefetch(t.Context(), cloud); err != nil || asked != 2*len(discovery) {
 			t.Errorf("a day later asked %d times, %v", asked, err)
 		}
@@ -322,4 +322,10 @@ func TestLanes(t *testing.T) {
 	if len(l.busy) != 0 || l.others != 0 {
 		t.Errorf("%d callers, %d in flight, and all have left", len(l.busy), l.others)
 	}
+}
+
+// pass moves the bubble's clock and lets everything come to rest.
+func pass(d time.Duration) {
+	<-time.After(d)
+	synctest.Wait()
 }

@@ -415,7 +415,7 @@ func inBubble(t *testing.T, limits Config, test func(t *testing.T, b *bed)) {
 func TestStatusIsKeptShownAndDelivered(t *testing.T) {
 	inBubble(t, Config{}, func(t *testing.T, b *bed) {
 		b.cloud.add("a", "u1")
-		time.Sleep(3 * time.Second) // the replica has stored it
+		pass(3 * time.Second) // the replica has stored it
 		b.cloud.cut()
 		b.mustPatch("a", `{"phase":"Running","message":null,"conditions":[{"type":"Ready","status":"False"}]}`)
 		b.crash() // it was acknowledged
@@ -439,7 +439,7 @@ func TestStatusIsKeptShownAndDelivered(t *testing.T) {
 		b.cloud.pods["ns/a"].Status.NominatedNodeName = "edge-3" // by the scheduler
 		b.cloud.mu.Unlock()
 		b.cloud.heal()
-		time.Sleep(time.Minute)
+		pass(time.Minute)
 		b.depth(0, 0)
 		check("cloud", b.cloud.pod("a"))
 		check("online", b.seen("a"))
@@ -450,7 +450,7 @@ func TestStatusIsKeptShownAndDelivered(t *testing.T) {
 			t.Errorf("%d overlays left", n)
 		}
 		b.crash()
-		time.Sleep(time.Minute)
+		pass(time.Minute)
 		if got := b.cloud.writes(); len(got) != 1 {
 			t.Errorf("writes %q", got)
 		}
@@ -472,7 +472,7 @@ func TestStatusKeepsOrderAndMerges(t *testing.T) {
 		b.depth(3, 0)
 		b.crash()
 		b.cloud.heal()
-		time.Sleep(time.Minute)
+		pass(time.Minute)
 		var want []string
 		for _, name := range []string{"c", "a", "b"} {
 			want = append(want, "PATCH /api/v1/namespaces/ns/pods/"+name+"/status")
@@ -550,7 +550,7 @@ func TestStatusOfWhatIsGoneIsDropped(t *testing.T) {
 				b.mustPatch("a", `{"phase":"Running"}`)
 				c.meanwhile(b)
 				b.cloud.heal()
-				time.Sleep(time.Minute)
+				pass(time.Minute)
 				b.depth(0, 0)
 				if got := b.cloud.writes(); len(got) != c.writes {
 					t.Errorf("writes %q", got)
@@ -595,7 +595,7 @@ func TestDeliveryIsRepeated(t *testing.T) {
 				}
 				b.cloud.mu.Unlock()
 				b.cloud.heal()
-				time.Sleep(time.Minute)
+				pass(time.Minute)
 				b.depth(0, 0)
 				for _, name := range []string{"a", "b"} {
 					if p := b.cloud.pod(name).Status.Phase; p != corev1.PodRunning {
@@ -625,7 +625,7 @@ func TestOneRefusalDoesNotHoldUpTheRest(t *testing.T) {
 		}
 		b.cloud.mu.Unlock()
 		b.cloud.heal()
-		time.Sleep(time.Minute)
+		pass(time.Minute)
 		b.depth(1, 0)
 	})
 }
@@ -662,7 +662,7 @@ func TestEventsAreKeptInOrderAndBounded(t *testing.T) {
 			t.Errorf("the same event again: %v", err)
 		}
 		b.cloud.heal()
-		time.Sleep(time.Minute)
+		pass(time.Minute)
 		b.depth(0, 0)
 		if b.journal.eventBytes != 0 {
 			t.Errorf("%d bytes of no events", b.journal.eventBytes)
@@ -709,7 +709,7 @@ func TestLostAnswers(t *testing.T) {
 		b.cloud.lose = true
 		b.cloud.mu.Unlock()
 		b.cloud.heal()
-		time.Sleep(10 * time.Second)
+		pass(10 * time.Second)
 		b.cloud.cut()
 		b.depth(1, 1)
 		b.crash()
@@ -723,7 +723,7 @@ func TestLostAnswers(t *testing.T) {
 		b.cloud.events["e"] = map[string]any{"count": 1.0}
 		b.cloud.mu.Unlock()
 		b.cloud.heal()
-		time.Sleep(time.Minute)
+		pass(time.Minute)
 		b.depth(0, 0)
 		if b.cloud.events["e"]["count"] != 2.0 || b.cloud.pod("a").Status.Phase != corev1.PodRunning {
 			t.Errorf("%v, %v", b.cloud.events["e"], b.cloud.pod("a").Status)
@@ -764,11 +764,11 @@ func TestTakenOverlaysAreForgotten(t *testing.T) {
 		old := &statusEntry{Resource: "pods", Namespace: "ns", Name: "left", UID: "u9", version: 1 << 40, taken: time.Now()}
 		j.status[old.target()] = old
 		j.mu.Unlock()
-		time.Sleep(2 * keepTaken)
+		pass(2 * keepTaken)
 		b.cloud.cut()
 		b.mustPatch("a", `{"phase":"Running"}`)
 		b.cloud.heal()
-		time.Sleep(time.Minute)
+		pass(time.Minute)
 		if n := b.overlays(); n != 0 {
 			t.Errorf("%d overlays left", n)
 		}
@@ -793,4 +793,10 @@ func TestFields(t *testing.T) {
 	if got := getField([]byte{0xff}, statusField); got != nil {
 		t.Errorf("a field of garbage: %q", got)
 	}
+}
+
+// pass moves the bubble's clock and lets everything come to rest.
+func pass(d time.Duration) {
+	<-time.After(d)
+	synctest.Wait()
 }

@@ -69,7 +69,7 @@ func (h *history) run() {
 	}
 	h.cloud.setFault(nil)
 	h.cloud.heal()
-	time.Sleep(2 * time.Minute)
+	pass(2 * time.Minute)
 	synctest.Wait()
 	for range 3 { // watch, be told to list, list
 		h.comeBack()
@@ -117,9 +117,9 @@ func (h *history) step() {
 			return nil
 		})
 	case n < 97:
-		time.Sleep(time.Duration(h.rng.Int64N(int64(3 * time.Second))))
+		pass(time.Duration(h.rng.Int64N(int64(3 * time.Second))))
 	default:
-		time.Sleep(time.Duration(h.rng.Int64N(int64(2 * time.Minute))))
+		pass(time.Duration(h.rng.Int64N(int64(2 * time.Minute))))
 	}
 	if h.rng.IntN(2) == 0 {
 		synctest.Wait()

@@ -7,9 +7,13 @@ import (
 	"net/http"
 	"os"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/runtime/schema"
 
 	"github.com/yurt-edge/yurt/internal/hub/store"
 )
@@ -52,7 +56,7 @@ func TestPositionIsWrittenSoonAfterSync(t *testing.T) {
 		defer func() { b.stop() }()
 		b.cloud.put("configmaps", "ns", "a", "1", nil)
 		b.sync(configMaps)
-		time.Sleep(3 * flushEvery)
+		pass(3 * flushEvery)
 		b.cloud.cut()
 		b.crash()
 		b.open()
@@ -104,7 +108,7 @@ func TestGapBecomesDifferences(t *testing.T) {
 				last := b.cloud.remove(res, "ns", "passing")
 				b.cloud.compact()
 				b.cloud.heal()
-				time.Sleep(time.Minute)
+				pass(time.Minute)
 				wantLog(t, c.settled(),
 					fmt.Sprintf("ADDED ns/g@%d", g),
 					fmt.Sprintf("DELETED ns/d@%d", d-1),
@@ -160,7 +164,7 @@ func TestWatcherInsideAGapIsEnded(t *testing.T) {
 			t.Fatal(ahead.err)
 		}
 		b.cloud.heal()
-		time.Sleep(time.Minute)
+		pass(time.Minute)
 		if !ahead.isClosed() {
 			t.Error("the watcher was left with an object that is gone")
 		}
@@ -310,7 +314,7 @@ func TestFaultsOfTheWay(t *testing.T) {
 					}
 				}
 				b.cloud.put("configmaps", "ns", "late", "1", nil)
-				time.Sleep(2 * time.Minute)
+				pass(2 * time.Minute)
 				synctest.Wait()
 				b.current(b.held(configMaps))
 				if lists, watches := b.cloud.counts(); lists > 3 || watches > 3 {
@@ -338,7 +342,7 @@ func TestNoHotLoops(t *testing.T) {
 					return nil
 				})
 				b.sync(configMaps)
-				time.Sleep(10 * time.Minute)
+				pass(10 * time.Minute)
 				b.cloud.mu.Lock()
 				asked := b.cloud.asked
 				b.cloud.mu.Unlock()
@@ -358,7 +362,7 @@ func TestWatchTimesOutInGoodOrder(t *testing.T) {
 		c := b.watch(sl, 0)
 		defer c.end()
 		for i := range 5 {
-			time.Sleep(time.Minute)
+			pass(time.Minute)
 			b.cloud.endWatches()
 			v := b.cloud.put("configmaps", "ns", fmt.Sprint(i), "1", nil)
 			wantLog(t, c.settled(), fmt.Sprintf("ADDED ns/%d@%d", i, v))
@@ -384,7 +388,7 @@ func TestRestoredCloudIsFollowed(t *testing.T) {
 		newest := sl.Version()
 		b.cloud.rewind(backup)
 		b.cloud.put("configmaps", "ns", "c", "1", nil)
-		time.Sleep(silentAfter + time.Minute)
+		pass(silentAfter + time.Minute)
 		b.current(b.held(configMaps))
 		if !c.isClosed() {
 			t.Error("a watcher of the lost history was kept")
@@ -413,7 +417,7 @@ func TestSilentWatchIsLookedAfter(t *testing.T) {
 		b.cloud.mute = true // as a server without bookmarks
 		b.cloud.put("configmaps", "ns", "a", "1", nil)
 		pin(b, configMaps)
-		time.Sleep(time.Hour)
+		pass(time.Hour)
 		b.cloud.put("configmaps", "ns", "b", "1", nil)
 		synctest.Wait()
 		b.current(b.held(configMaps))
@@ -425,11 +429,11 @@ func TestBookmarksDoNotWearTheFlash(t *testing.T) {
 		b := newBed(t, nil)
 		defer func() { b.stop() }()
 		pin(b, configMaps)
-		time.Sleep(3 * flushEvery)
+		pass(3 * flushEvery)
 		before := b.store.Stats().Commits
 		for range 55 {
 			b.cloud.put("pods", "ns", "elsewhere", "edge-1", nil) // moves the version
-			time.Sleep(time.Minute)
+			pass(time.Minute)
 		}
 		if n := b.store.Stats().Commits - before; n > 6 {
 			t.Errorf("%d commits in an idle hour", n)
@@ -455,7 +459,7 @@ func TestPauseResumeDrop(t *testing.T) {
 		b.sync(configMaps)
 		watched := b.watch(b.sync(widgets), 0)
 		defer func() { watched.end() }()
-		time.Sleep(pauseAfter + 2*idleEvery)
+		pass(pauseAfter + 2*idleEvery)
 		v := b.cloud.put("widgets", "ns", "w", "1", nil)
 		wantLog(t, watched.settled(), fmt.Sprintf("ADDED ns/w@%d", v))
 		b.cloud.put("configmaps", "ns", "a", "2", nil)
@@ -474,10 +478,10 @@ func TestPauseResumeDrop(t *testing.T) {
 
 		// An outage does not count.
 		b.cloud.cut()
-		time.Sleep(3 * dropAfter)
+		pass(3 * dropAfter)
 		b.held(configMaps)
 		b.cloud.heal()
-		time.Sleep(dropAfter + 2*idleEvery)
+		pass(dropAfter + 2*idleEvery)
 		if _, ok := b.Held(configMaps); ok {
 			t.Error("a day without use and still held")
 		}
@@ -545,7 +549,7 @@ func TestCredentials(t *testing.T) {
 		if err := open(t, b, "bad"); !errors.Is(err, errForbidden) {
 			t.Fatalf("with a bad token: %v", err)
 		}
-		time.Sleep(time.Hour) // the failure is old
+		pass(time.Hour) // the failure is old
 		if err := open(t, b, "good"); err != nil {
 			t.Fatal(err)
 		}
@@ -561,7 +565,7 @@ func TestCredentials(t *testing.T) {
 		if err := open(t, b, "good"); err != nil {
 			t.Fatal(err)
 		}
-		time.Sleep(5 * time.Minute)
+		pass(5 * time.Minute)
 		b.cloud.put("configmaps", "ns", "a", "2", nil)
 		synctest.Wait()
 		b.current(b.held(configMaps))
@@ -574,7 +578,7 @@ func TestCredentials(t *testing.T) {
 		sl := b.held(configMaps)
 		c := b.inform(sl)
 		b.cloud.setFault(allow("renewed"))
-		time.Sleep(time.Minute)
+		pass(time.Minute)
 		b.cloud.endWatches()
 		if !c.isClosed() {
 			t.Fatal("its watcher does not know that nothing comes any more")
@@ -591,9 +595,9 @@ func TestCredentials(t *testing.T) {
 		c := b.watch(b.held(configMaps), 0)
 		b.cloud.setFault(allow("none"))
 		b.cloud.endWatches()
-		time.Sleep(5 * time.Second)
+		pass(5 * time.Second)
 		b.current(b.held(configMaps)) // an API server that starts denies all
-		time.Sleep(3 * revokeAfter)
+		pass(3 * revokeAfter)
 		if _, ok := b.Held(configMaps); ok {
 			t.Error("forbidden and still held")
 		}
@@ -601,11 +605,11 @@ func TestCredentials(t *testing.T) {
 			t.Error("a watcher was kept")
 		}
 		b.cloud.setFault(allow(""))
-		time.Sleep(time.Minute)
+		pass(time.Minute)
 		b.current(b.held(configMaps))
 		b.cloud.setFault(allow("none"))
 		b.cloud.endWatches()
-		time.Sleep(4 * revokeAfter)
+		pass(4 * revokeAfter)
 		b.cloud.cut()
 		b.restart()
 		if _, ok := b.Held(configMaps); ok {
@@ -616,11 +620,11 @@ func TestCredentials(t *testing.T) {
 		pin(b, configMaps)
 		b.cloud.setFault(func(string, int, string) *fault { return &fault{status: 401, body: status(401, "Unauthorized")} })
 		b.cloud.endWatches()
-		time.Sleep(time.Hour)
+		pass(time.Hour)
 		b.current(b.held(configMaps))
 		b.cloud.setFault(nil)
 		b.cloud.put("configmaps", "ns", "a", "2", nil)
-		time.Sleep(time.Minute)
+		pass(time.Minute)
 		b.current(b.held(configMaps))
 	})
 	run("a lent one is not stored", func(t *testing.T, b *bed) {
@@ -629,7 +633,7 @@ func TestCredentials(t *testing.T) {
 			t.Fatal(err)
 		}
 		b.restart()
-		time.Sleep(time.Minute)
+		pass(time.Minute)
 		b.cloud.put("configmaps", "ns", "a", "2", nil)
 		synctest.Wait()
 		sl := b.held(configMaps)
@@ -667,7 +671,7 @@ func TestOpenGivesUpInTime(t *testing.T) {
 			if took := time.Since(began); took > time.Second {
 				t.Errorf("took %s", took)
 			}
-			time.Sleep(10 * time.Second)
+			pass(10 * time.Second)
 		}
 	})
 }
@@ -683,7 +687,7 @@ func TestDamagedObject(t *testing.T) {
 		c := b.watch(b.held(configMaps), 0)
 		defer c.end()
 		c.settled()
-		time.Sleep(3 * flushEvery)
+		pass(3 * flushEvery)
 		b.cloud.cut()
 		b.stop()
 		damage(t, b.path, configMaps.ID(), "ns/7")
@@ -697,14 +701,14 @@ func TestDamagedObject(t *testing.T) {
 			}
 		}
 		// It is set aside by now. That must not make the rest look whole.
-		time.Sleep(time.Minute)
+		pass(time.Minute)
 		b.crash()
 		b.open()
 		if _, _, err := list(t, b.held(configMaps)); !errors.Is(err, store.ErrDamaged) {
 			t.Fatalf("list after a crash: %v", err)
 		}
 		b.cloud.heal()
-		time.Sleep(time.Minute)
+		pass(time.Minute)
 		b.current(b.held(configMaps))
 		b.restart()
 		b.current(b.held(configMaps))
@@ -756,7 +760,7 @@ func TestDamagedScopes(t *testing.T) {
 		b.cloud.put("configmaps", "ns", "gone", "1", nil)
 		b.sync(configMaps)
 		b.sync(pods)
-		time.Sleep(3 * flushEvery)
+		pass(3 * flushEvery)
 		b.stop()
 		damage(t, b.path, scopesBucket, configMaps.ID())
 		b.open()
@@ -778,7 +782,7 @@ func TestFlushIsRepeated(t *testing.T) {
 		defer func() { b.stop() }()
 		b.cloud.put("configmaps", "ns", "a", "1", nil)
 		s := b.sync(configMaps).stream.set
-		time.Sleep(3*flushEvery + flushEvery/2) // between two flushes
+		pass(3*flushEvery + flushEvery/2) // between two flushes
 		b.cloud.put("configmaps", "ns", "a", "2", nil)
 		synctest.Wait()
 		ended, cancel := context.WithCancel(t.Context())
@@ -790,7 +794,7 @@ func TestFlushIsRepeated(t *testing.T) {
 			t.Error("a failed flush is forgotten")
 		}
 		b.current(b.held(configMaps))
-		time.Sleep(3 * flushEvery)
+		pass(3 * flushEvery)
 		b.cloud.cut()
 		b.crash()
 		b.open()
@@ -822,7 +826,7 @@ func TestViewStandsStill(t *testing.T) {
 					b.cloud.remove("configmaps", "ns", fmt.Sprint(i))
 				}
 			}
-			time.Sleep(2 * flushEvery)
+			pass(2 * flushEvery)
 			got := map[string]string{}
 			err := v.each(matcher{}, func(key string, _ *entry, data []byte) error {
 				got[key] = string(data)
@@ -832,6 +836,117 @@ func TestViewStandsStill(t *testing.T) {
 				t.Fatal(err)
 			}
 			b.equals("view", got, want)
+		}
+	})
+}
+
+// overlays is a journal of values that readers see instead of the cloud's.
+type overlays struct {
+	t *testing.T
+
+	mu     sync.Mutex // guards values
+	values map[string]string
+}
+
+func (o *overlays) set(key, value string) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.values[key] = value; value == "" {
+		delete(o.values, key)
+	}
+}
+
+func (o *overlays) overlay(_ schema.GroupVersionResource, key string, _ Kind, base []byte) ([]byte, bool) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	value, ok := o.values[key]
+	if !ok {
+		return nil, false
+	}
+	m := &corev1.ConfigMap{}
+	if err := m.Unmarshal(base); err != nil {
+		o.t.Error(err)
+	}
+	m.Data["value"] = value
+	out, err := m.Marshal()
+	if err != nil {
+		o.t.Error(err)
+	}
+	return out, true
+}
+
+func TestOverlay(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		o := &overlays{t: t, values: map[string]string{}}
+		b := newBed(t, func(c *Config) { c.Overlay = o.overlay })
+		defer func() { b.stop() }()
+		b.cloud.put("configmaps", "ns", "a", "cloud", nil)
+		b.cloud.put("configmaps", "ns", "b", "cloud", nil)
+		pin(b, configMaps)
+		refresh := func() {
+			t.Helper()
+			if err := b.Refresh(configMaps.Resource, "ns", "a"); err != nil {
+				t.Fatal(err)
+			}
+		}
+		reads := func(want string) {
+			t.Helper()
+			synctest.Wait()
+			got, _, err := list(t, b.held(configMaps))
+			m := &corev1.ConfigMap{}
+			if err == nil {
+				err = m.Unmarshal([]byte(got["ns/a"]))
+			}
+			if err != nil || m.Data["value"] != want {
+				t.Errorf("reads %q, want %q; %v", m.Data["value"], want, err)
+			}
+		}
+		c := b.inform(b.held(configMaps))
+		c.local = true
+		v := b.held(configMaps).Version()
+		o.set("ns/a", "local")
+		refresh()
+		reads("local")
+		wantLog(t, c.settled(), fmt.Sprintf("MODIFIED ns/a@%d", v-1))
+
+		// It stays over what the cloud changes, and who watches from then
+		// on is shown it too.
+		v = b.cloud.put("configmaps", "ns", "a", "cloud again", nil)
+		reads("local")
+		wantLog(t, c.settled(), fmt.Sprintf("MODIFIED ns/a@%d", v))
+		late := b.watch(b.held(configMaps), v)
+		wantLog(t, late.settled(), fmt.Sprintf("MODIFIED ns/a@%d", v))
+		late.end()
+
+		// What is stored is the cloud's.
+		pass(3 * flushEvery)
+		b.cloud.cut()
+		b.crash()
+		b.open()
+		refresh()
+		reads("local")
+		b.stop()
+		damage(t, b.path, configMaps.ID(), "ns/a")
+		b.open()
+		if err := b.Refresh(configMaps.Resource, "ns", "a"); err == nil {
+			t.Error("an overlay was put over a damaged object")
+		}
+		b.cloud.heal()
+		pass(time.Minute)
+		reads("local")
+		c.relist(b.held(configMaps))
+		o.set("ns/a", "")
+		refresh()
+		reads("cloud again")
+		b.current(b.held(configMaps))
+		wantLog(t, c.settled()[:1], fmt.Sprintf("MODIFIED ns/a@%d", v))
+		o.set("ns/a", "local")
+		refresh()
+		b.cloud.remove("configmaps", "ns", "a")
+		synctest.Wait()
+		b.current(b.held(configMaps))
+		if n := len(b.held(configMaps).stream.set.bases); n != 0 {
+			t.Errorf("%d overlays of nothing", n)
 		}
 	})
 }
