@@ -67,22 +67,29 @@ func TestScenarios(t *testing.T) {
 }
 
 // TestCuts runs one script for both kinds of cut, each restart and each
-// moment of it.
+// moment of it. Machines take their share at the same time.
 func TestCuts(t *testing.T) {
 	machines := edgeMachines()
+	share := map[string][]map[string]string{}
 	n := 0
 	for _, mode := range []string{"down", "blackhole"} {
 		for _, what := range []string{"kubelet", "containerd", "yurthub", "machine"} {
 			for _, when := range []string{"before", "during", "after"} {
 				node := machines[n%len(machines)]
 				n++
-				t.Run(fmt.Sprintf("%s cut, %s restarted %s", mode, what, when), func(t *testing.T) {
-					testscript.Run(t, params("testdata/cuts", map[string]string{
-						"node": node, "mode": mode, "what": what, "when": when,
-					}))
-				})
+				share[node] = append(share[node], map[string]string{"node": node, "mode": mode, "what": what, "when": when})
 			}
 		}
+	}
+	for _, node := range machines {
+		t.Run(node, func(t *testing.T) {
+			t.Parallel()
+			for _, vars := range share[node] {
+				t.Run(fmt.Sprintf("%s cut, %s restarted %s", vars["mode"], vars["what"], vars["when"]), func(t *testing.T) {
+					testscript.Run(t, params("testdata/cuts", vars))
+				})
+			}
+		})
 	}
 }
 
@@ -103,12 +110,14 @@ func params(dir string, vars map[string]string) testscript.Params {
 			for _, name := range slices.Sorted(maps.Keys(vars)) {
 				env.Setenv(name, vars[name])
 			}
+			targets := map[string]bool{}
+			env.Values[targetsKey{}] = targets
 			env.Defer(func() {
-				// Whatever a script did to the links, the next one finds
+				// Whatever a script did to its links, the next one finds
 				// them whole.
 				ctx, cancel := context.WithTimeout(context.Background(), stepBudget)
 				defer cancel()
-				for _, target := range append(edgeMachines(), pools()...) {
+				for target := range targets {
 					if err := lab.Heal(ctx, target); err != nil {
 						fmt.Fprintln(os.Stderr, "heal", target, err)
 					}
@@ -125,17 +134,21 @@ func params(dir string, vars map[string]string) testscript.Params {
 			return vars[parts[1]] == parts[2], nil
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
-			"cut":      simple(1, cut),
+			"cut":      cut,
 			"heal":     simple(1, func(ctx context.Context, a []string) (string, error) { return "", lab.Heal(ctx, a[0]) }),
 			"poweroff": simple(1, func(ctx context.Context, a []string) (string, error) { return "", lab.PowerOff(ctx, a[0]) }),
 			"poweron":  simple(1, func(ctx context.Context, a []string) (string, error) { return "", lab.PowerOn(ctx, a[0]) }),
 			"restart":  simple(2, restart),
-			"kill":     simple(2, kill),
+			"sigkill":  simple(2, sigkill),
 			"on":       simple(2, func(ctx context.Context, a []string) (string, error) { return lab.Exec(ctx, a[0], a[1:]...) }),
 			"kubectl":  simple(1, func(ctx context.Context, a []string) (string, error) { return lab.Kubectl(ctx, a...) }),
 			"hubctl": simple(2, func(ctx context.Context, a []string) (string, error) {
 				return lab.Exec(ctx, a[0], "sh", "-c", quote(demo.LocalKubectl(a[1:]...))+" 2>&1")
 			}),
+			"operator":   simple(2, operator),
+			"forwarded":  simple(2, forwarded),
+			"inpod":      simple(2, inPod),
+			"load":       simple(2, load),
 			"serving":    simple(1, serving),
 			"nodeis":     simple(2, nodeIs),
 			"eventually": simple(1, eventually),
@@ -143,14 +156,6 @@ func params(dir string, vars map[string]string) testscript.Params {
 			"untouched":  untouched,
 		},
 	}
-}
-
-func pools() []string {
-	var out []string
-	for _, p := range lab.Topology().Pools {
-		out = append(out, p.Name)
-	}
-	return out
 }
 
 // simple makes a script command of a function that returns its output.
@@ -184,13 +189,21 @@ func quote(args []string) string {
 	return strings.Join(quoted, " ")
 }
 
+// targetsKey is the key of the targets that a script has cut.
+type targetsKey struct{}
+
 // cut TARGET [down|blackhole]
-func cut(ctx context.Context, args []string) (string, error) {
-	mode := network.Blackhole
-	if len(args) > 1 {
-		mode = network.Mode(args[1])
+func cut(ts *testscript.TestScript, neg bool, args []string) {
+	if targets, ok := ts.Value(targetsKey{}).(map[string]bool); ok && len(args) > 0 {
+		targets[args[0]] = true
 	}
-	return "", lab.Cut(ctx, args[0], mode)
+	simple(1, func(ctx context.Context, args []string) (string, error) {
+		mode := network.Blackhole
+		if len(args) > 1 {
+			mode = network.Mode(args[1])
+		}
+		return "", lab.Cut(ctx, args[0], mode)
+	})(ts, neg, args)
 }
 
 // restart MACHINE UNIT|machine
@@ -204,9 +217,90 @@ func restart(ctx context.Context, args []string) (string, error) {
 	return "", lab.PowerOn(ctx, args[0])
 }
 
-// kill MACHINE UNIT: its main process, with no warning.
-func kill(ctx context.Context, args []string) (string, error) {
+// sigkill MACHINE UNIT: its main process, with no warning.
+func sigkill(ctx context.Context, args []string) (string, error) {
 	return lab.Exec(ctx, args[0], "systemctl", "kill", "--signal=KILL", "--kill-who=main", args[1])
+}
+
+// operatorToken returns a token of a cluster admin's ServiceAccount.
+func operatorToken(ctx context.Context) (string, error) {
+	err := lab.Apply(ctx, `
+apiVersion: v1
+kind: ServiceAccount
+metadata: {name: operator, namespace: kube-system}
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRoleBinding
+metadata: {name: operator}
+roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: cluster-admin}
+subjects: [{kind: ServiceAccount, name: operator, namespace: kube-system}]
+`)
+	if err != nil {
+		return "", err
+	}
+	token, err := lab.Kubectl(ctx, "create", "token", "operator", "-n", "kube-system")
+	return strings.TrimSpace(token), err
+}
+
+// viaHub is a shell prefix that makes kubectl on a machine talk to its hub
+// with the token.
+func viaHub(token string) string {
+	return "TOKEN=" + token + ` k() { kubectl --server https://127.0.0.1:10268 ` +
+		`--certificate-authority /var/lib/yurthub/pki/ca-bundle.crt --token $TOKEN "$@"; }; `
+}
+
+// operator [spdy] MACHINE ARGS...: kubectl on the machine through its hub, as
+// an operator with a token. Upgrades go over WebSocket unless spdy is asked
+// for.
+func operator(ctx context.Context, args []string) (string, error) {
+	prefix := ""
+	if args[0] == "spdy" {
+		prefix = "export KUBECTL_REMOTE_COMMAND_WEBSOCKETS=false KUBECTL_PORT_FORWARD_WEBSOCKETS=false; "
+		args = args[1:]
+	}
+	token, err := operatorToken(ctx)
+	if err != nil {
+		return "", err
+	}
+	return lab.Exec(ctx, args[0], "sh", "-c", prefix+viaHub(token)+"k "+quote(args[1:])+" 2>&1")
+}
+
+// forwarded [spdy] MACHINE TARGET: a port-forward through the hub to a web
+// server answers.
+func forwarded(ctx context.Context, args []string) (string, error) {
+	prefix := ""
+	if args[0] == "spdy" {
+		prefix = "export KUBECTL_PORT_FORWARD_WEBSOCKETS=false; "
+		args = args[1:]
+	}
+	token, err := operatorToken(ctx)
+	if err != nil {
+		return "", err
+	}
+	// The forwarder says when it listens; that line is waited for.
+	return lab.Exec(ctx, args[0], "bash", "-c", prefix+viaHub(token)+
+		`exec 3< <(k port-forward `+args[1]+` 18080:8080 2>&1); read -t 20 -u 3 line; echo "$line"; `+
+		`curl -sf --max-time 5 http://127.0.0.1:18080/; rc=$?; pkill -f "port-forward `+args[1]+`"; exit $rc`)
+}
+
+// inPod MACHINE ARGS...: the web program with these arguments in a web pod of
+// the machine, started by the machine's own runtime: the cloud may be away.
+func inPod(ctx context.Context, args []string) (string, error) {
+	return lab.Exec(ctx, args[0], "sh", "-c", `id=$(ctr -n k8s.io containers ls 'image~=web' -q | while read c; do `+
+		`ctr -n k8s.io tasks ls -q | grep -qx "$c" && echo "$c" && break; done); `+
+		`ctr -n k8s.io tasks exec --exec-id probe "$id" /web `+quote(args[1:])+` 2>&1`)
+}
+
+// load MACHINE N: N lists and gets through the hub at the same time, none of
+// which may be answered wrongly; errors are allowed, for hubs that die.
+func load(ctx context.Context, args []string) (string, error) {
+	token, err := operatorToken(ctx)
+	if err != nil {
+		return "", err
+	}
+	_, err = lab.Exec(ctx, args[0], "systemd-run", "--unit=load", "--collect", "bash", "-c",
+		viaHub(token)+`while :; do for i in $(seq `+args[1]+`); do k get pods -A --request-timeout=3s >/dev/null 2>&1 & done; wait; done`)
+	return "", err
 }
 
 // serving MACHINE: all web servers of the machine answer, from within it.

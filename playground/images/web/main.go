@@ -5,6 +5,8 @@
 //	GET /         the answer as JSON
 //	GET /healthz  200
 //
+// "web get URL" asks another one, from within its pod.
+//
 // The pod's spec gives POD_NAME and NODE_NAME by the downward API.
 package main
 
@@ -13,6 +15,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"net/http"
 	"os"
 	"os/signal"
@@ -39,6 +42,9 @@ func main() {
 func run() error {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
+	if len(os.Args) == 3 && os.Args[1] == "get" {
+		return get(ctx, os.Args[2])
+	}
 	start := time.Now()
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /{$}", func(w http.ResponseWriter, _ *http.Request) {
@@ -56,4 +62,20 @@ func run() error {
 		return err
 	}
 	return nil
+}
+
+func get(ctx context.Context, url string) error {
+	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
+	defer cancel()
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
+	if err != nil {
+		return err
+	}
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	_, err = io.Copy(os.Stdout, io.LimitReader(resp.Body, 1<<20))
+	return err
 }
