@@ -262,21 +262,21 @@ func (j *Journal) refresh(t target) {
 // Run delivers whenever the link is up, until ctx ends.
 func (j *Journal) Run(ctx context.Context) error {
 	for j.cfg.WaitUp(ctx) == nil {
-		err := j.deliver(ctx)
-		if ctx.Err() != nil {
-			break
+		var again <-chan time.Time // nil: there is nothing left
+		if err := j.deliver(ctx); err != nil && ctx.Err() == nil {
+			j.cfg.Log.Info("journal waits", "err", err)
+			again = time.After(retryEvery)
 		}
-		if err == nil {
+		for waiting := true; waiting; {
 			select {
 			case <-ctx.Done():
+				return nil
+			case <-again:
+				waiting = false
 			case <-j.wake:
+				// After a failure it waits with the rest.
+				waiting = again != nil
 			}
-			continue
-		}
-		j.cfg.Log.Info("journal waits", "err", err)
-		select {
-		case <-ctx.Done():
-		case <-time.After(retryEvery):
 		}
 	}
 	return nil
@@ -349,7 +349,7 @@ func (j *Journal) send(ctx context.Context, method, path, contentType string, bo
 	if err != nil {
 		return 0, nil, fmt.Errorf("deliver %s %s: %w", method, path, err)
 	}
-	defer resp.Body.Close() //nolint:errcheck // read as far as it matters
+	defer resp.Body.Close()
 	text, err := io.ReadAll(io.LimitReader(resp.Body, 4<<20))
 	if err != nil {
 		return 0, nil, fmt.Errorf("deliver %s %s: %w", method, path, err)

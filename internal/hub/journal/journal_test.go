@@ -168,7 +168,7 @@ func (c *cloud) RoundTrip(r *http.Request) (*http.Response, error) {
 			body.sent = len(c.frames)
 		} // else all of it again, of which the replica takes what is new
 		return &http.Response{
-			StatusCode: 200, Header: http.Header{"Content-Type": {"application/vnd.kubernetes.protobuf;stream=watch"}}, Body: body,
+			StatusCode: http.StatusOK, Header: http.Header{"Content-Type": {"application/vnd.kubernetes.protobuf;stream=watch"}}, Body: body,
 		}, nil
 	case r.Method == http.MethodGet && strings.HasSuffix(r.URL.Path, "/pods"):
 		var items [][]byte
@@ -783,14 +783,14 @@ func TestFields(t *testing.T) {
 	}
 	unknown := []byte{0xf2, 0x3f, 3, 'n', 'e', 'w'} // a field of a newer API
 	data = append(data, unknown...)
-	out := setField(data, statusField, getField(data, statusField))
+	out := setStatus(data, getStatus(data))
 	if !bytes.Contains(out, unknown) {
 		t.Error("an unknown field was lost")
 	}
 	if got := new(corev1.Pod); got.Unmarshal(out) != nil || got.Name != "a" || got.Status.Phase != "Running" {
 		t.Errorf("%+v", got)
 	}
-	if got := getField([]byte{0xff}, statusField); got != nil {
+	if got := getStatus([]byte{0xff}); got != nil {
 		t.Errorf("a field of garbage: %q", got)
 	}
 }

@@ -8,14 +8,13 @@ import (
 	"net/http"
 	"time"
 
+	"google.golang.org/protobuf/encoding/protowire"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/apimachinery/pkg/util/strategicpatch"
-
-	"google.golang.org/protobuf/encoding/protowire"
 
 	"github.com/yurt-edge/yurt/internal/hub/replica"
 	"github.com/yurt-edge/yurt/internal/hub/wire"
@@ -86,7 +85,7 @@ func (j *Journal) PatchStatus(ctx context.Context, r schema.GroupVersionResource
 	j.mu.Unlock()
 	e := &statusEntry{
 		Resource: r.Resource, Namespace: meta.Namespace, Name: meta.Name, UID: meta.UID,
-		Base: getField(object.Data, statusField),
+		Base: getStatus(object.Data),
 	}
 	current := e.Base
 	if old != nil && old.covers(&meta) {
@@ -108,7 +107,7 @@ func (j *Journal) PatchStatus(ctx context.Context, r schema.GroupVersionResource
 	j.mu.Unlock()
 	j.notify()
 	j.refresh(t)
-	return setField(object.Data, statusField, e.Status), nil
+	return setStatus(object.Data, e.Status), nil
 }
 
 func (j *Journal) nextSequence() uint64 {
@@ -145,7 +144,7 @@ func patchedStatus(r schema.GroupVersionResource, patchType types.PatchType, pat
 	if patchType != types.StrategicMergePatchType {
 		return nil, apierrors.NewServiceUnavailable(fmt.Sprintf("while the cloud is away a status is patched by %s only", types.StrategicMergePatchType))
 	}
-	text, err := wire.ToJSON(nil, "v1", kindOf(r.Resource), setField(nil, statusField, status), true)
+	text, err := wire.ToJSON(nil, "v1", kindOf(r.Resource), setStatus(nil, status), true)
 	if err != nil {
 		return nil, fmt.Errorf("patch status: %w", err)
 	}
@@ -182,9 +181,8 @@ func kindOf(resource string) string {
 	return "Pod"
 }
 
-// getField returns the value of a length-delimited field, nil if it is not
-// set.
-func getField(message []byte, field protowire.Number) []byte {
+// getStatus returns the status of an object, nil if it has none.
+func getStatus(message []byte) []byte {
 	var out []byte
 	for rest := message; len(rest) > 0; {
 		num, typ, n := protowire.ConsumeTag(rest)
@@ -195,7 +193,7 @@ func getField(message []byte, field protowire.Number) []byte {
 		if m < 0 {
 			return nil
 		}
-		if num == field && typ == protowire.BytesType {
+		if num == statusField && typ == protowire.BytesType {
 			value, _ := protowire.ConsumeBytes(rest[n:])
 			out = append(out, value...) // two parts of a message merge so
 		}
@@ -204,9 +202,9 @@ func getField(message []byte, field protowire.Number) []byte {
 	return out
 }
 
-// setField returns message with one length-delimited field replaced, and
-// every other field, known or not, as it was.
-func setField(message []byte, field protowire.Number, value []byte) []byte {
+// setStatus returns an object with another status, and every other field,
+// known or not, as it was.
+func setStatus(message, value []byte) []byte {
 	out := make([]byte, 0, len(message)+len(value)+8)
 	for rest := message; len(rest) > 0; {
 		num, typ, n := protowire.ConsumeTag(rest)
@@ -217,12 +215,12 @@ func setField(message []byte, field protowire.Number, value []byte) []byte {
 		if m < 0 {
 			return message
 		}
-		if num != field {
+		if num != statusField {
 			out = append(out, rest[:n+m]...)
 		}
 		rest = rest[n+m:]
 	}
-	out = protowire.AppendTag(out, field, protowire.BytesType)
+	out = protowire.AppendTag(out, statusField, protowire.BytesType)
 	return protowire.AppendBytes(out, value)
 }
 
@@ -247,7 +245,7 @@ func (j *Journal) Overlay(r schema.GroupVersionResource, key string, k replica.K
 		delete(j.status, t) // the replica has caught up
 		return nil, false
 	}
-	return setField(base, statusField, e.Status), true
+	return setStatus(base, e.Status), true
 }
 
 // deliverStatus sends one status. The cloud's answer decides: taken, gone for
@@ -347,7 +345,7 @@ func clearRemoved(patch, base map[string]any) {
 
 // tree returns a status message as JSON has it.
 func (e *statusEntry) tree(status []byte) (map[string]any, error) {
-	text, err := wire.ToJSON(nil, "v1", kindOf(e.Resource), setField(nil, statusField, status), false)
+	text, err := wire.ToJSON(nil, "v1", kindOf(e.Resource), setStatus(nil, status), false)
 	if err != nil {
 		return nil, fmt.Errorf("encode status: %w", err)
 	}

@@ -555,7 +555,8 @@ func (b *watchBody) Read(p []byte) (int, error) {
 // add encodes a change as the API server shows it to a selective watch.
 func (b *watchBody) add(r record) {
 	before, now := selects(b.scope, r.before), selects(b.scope, r.after)
-	typ, th := "", r.after
+	var typ string
+	th := r.after
 	switch {
 	case before && now:
 		typ = "MODIFIED"

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -334,11 +335,7 @@ func (c *client) settled() []string {
 func (c *client) has() map[string]string {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	out := map[string]string{}
-	for k, v := range c.state {
-		out[k] = v
-	}
-	return out
+	return maps.Clone(c.state)
 }
 
 func (c *client) isClosed() bool {

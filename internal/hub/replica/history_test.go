@@ -268,9 +268,13 @@ func TestScopeIDsAreUnique(t *testing.T) {
 	seen := map[string]Scope{}
 	for _, s := range []Scope{
 		configMaps, pods, widgets,
-		{Resource: pods.Resource, Namespace: "a"}, {Resource: pods.Resource, Fields: "a"}, {Resource: pods.Resource, Labels: "a"},
-		{Resource: pods.Resource, Namespace: "a&fields=b"}, {Resource: pods.Resource, Namespace: "a", Fields: "b"},
-		{Resource: pods.Resource, Labels: "a=b,c=d"}, {Resource: pods.Resource, Labels: "a=b", Fields: "c=d"},
+		{Resource: pods.Resource, Namespace: "a"},
+		{Resource: pods.Resource, Fields: "a"},
+		{Resource: pods.Resource, Labels: "a"},
+		{Resource: pods.Resource, Namespace: "a&fields=b"},
+		{Resource: pods.Resource, Namespace: "a", Fields: "b"},
+		{Resource: pods.Resource, Labels: "a=b,c=d"},
+		{Resource: pods.Resource, Labels: "a=b", Fields: "c=d"},
 	} {
 		if old, ok := seen[s.ID()]; ok {
 			t.Errorf("%+v and %+v are both %s", old, s, s.ID())

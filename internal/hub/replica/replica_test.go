@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/http"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -517,10 +518,8 @@ func TestFull(t *testing.T) {
 func TestCredentials(t *testing.T) {
 	allow := func(tokens ...string) func(string, int, string) *fault {
 		return func(_ string, _ int, token string) *fault {
-			for _, ok := range tokens {
-				if token == ok {
-					return nil
-				}
+			if slices.Contains(tokens, token) {
+				return nil
 			}
 			if token == "expired" {
 				return &fault{status: 401, body: status(401, "Unauthorized")}
@@ -935,11 +934,12 @@ func TestOverlay(t *testing.T) {
 		pass(time.Minute)
 		reads("local")
 		c.relist(b.held(configMaps))
+		c.settled()
 		o.set("ns/a", "")
 		refresh()
 		reads("cloud again")
 		b.current(b.held(configMaps))
-		wantLog(t, c.settled()[:1], fmt.Sprintf("MODIFIED ns/a@%d", v))
+		wantLog(t, c.settled(), fmt.Sprintf("MODIFIED ns/a@%d", v))
 		o.set("ns/a", "local")
 		refresh()
 		b.cloud.remove("configmaps", "ns", "a")

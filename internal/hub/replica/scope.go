@@ -270,8 +270,8 @@ func keyOf(namespace, name string) string {
 
 // SplitKey returns the namespace and name that an object's key is made of.
 func SplitKey(key string) (namespace, name string) {
-	if i := strings.IndexByte(key, '/'); i >= 0 {
-		return key[:i], key[i+1:]
+	if namespace, name, ok := strings.Cut(key, "/"); ok {
+		return namespace, name
 	}
 	return "", key
 }

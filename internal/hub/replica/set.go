@@ -657,12 +657,3 @@ func (v *view) each(m matcher, fn func(key string, e *entry, data []byte) error)
 	v.index.Ascend(prefix, visit)
 	return err
 }
-
-// get returns one object's data, or nil when the set does not hold it.
-func (v *view) get(key string) ([]byte, error) {
-	e, ok := v.index.Get(key)
-	if !ok {
-		return nil, nil
-	}
-	return v.set.read(nil, key, e)
-}

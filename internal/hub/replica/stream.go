@@ -430,7 +430,7 @@ func (st *stream) do(ctx context.Context, c Credential, query url.Values) (*http
 	if resp.StatusCode == http.StatusOK {
 		return resp, nil
 	}
-	defer resp.Body.Close()                                  //nolint:errcheck // nothing to lose
+	defer resp.Body.Close()
 	text, _ := io.ReadAll(io.LimitReader(resp.Body, 64<<10)) // what came of it serves
 	cause := errors.New("unexpected answer")
 	switch resp.StatusCode {
@@ -580,7 +580,7 @@ func (s *set) take(r *relist, page wire.List, enc wire.Encoding) error {
 		}
 		key := keyOf(meta.Namespace, meta.Name)
 		r.seen[key] = struct{}{}
-		if base, ok := s.baseLocked(key); ok && base.version >= meta.Version && !(r.replace && !r.direct) {
+		if base, ok := s.baseLocked(key); ok && base.version >= meta.Version && (r.direct || !r.replace) {
 			continue
 		}
 		object := slices.Clone(item) // the page is large and goes
@@ -687,7 +687,7 @@ func (st *stream) page(ctx context.Context, c Credential, query url.Values) (wir
 	if err != nil {
 		return wire.List{}, 0, err
 	}
-	defer resp.Body.Close() //nolint:errcheck // read to its end below
+	defer resp.Body.Close()
 	body, err := readBody(resp, maxPage)
 	if err != nil {
 		return wire.List{}, 0, fmt.Errorf("read list of %s: %w", st.set.id, err)
@@ -723,7 +723,7 @@ func (st *stream) watch(ctx context.Context, c Credential) error {
 	if err != nil {
 		return err
 	}
-	defer resp.Body.Close() //nolint:errcheck // a stream has no end to check
+	defer resp.Body.Close()
 	enc, err := encodingOf(resp.Header)
 	if err != nil {
 		return err

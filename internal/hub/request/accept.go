@@ -47,7 +47,7 @@ func Formats(h http.Header) []Format {
 	}
 	var found []weighted
 	for _, value := range values {
-		for _, clause := range strings.Split(value, ",") {
+		for clause := range strings.SplitSeq(value, ",") {
 			f, q, ok := parseClause(clause)
 			if !ok {
 				continue

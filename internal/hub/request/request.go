@@ -121,7 +121,7 @@ func listOptions(query url.Values) (*metainternalversion.ListOptions, error) {
 
 func isUpgrade(r *http.Request) bool {
 	for _, v := range r.Header.Values("Connection") {
-		for _, token := range strings.Split(v, ",") {
+		for token := range strings.SplitSeq(v, ",") {
 			if strings.EqualFold(strings.TrimSpace(token), "upgrade") {
 				return true
 			}
