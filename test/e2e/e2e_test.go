@@ -43,7 +43,7 @@ func run(m *testing.M) int {
 		return 1
 	}
 	lab, err = playground.Up(ctx, playground.Config{
-		Dir: dir, Topology: topology, Progress: playground.NewProgress(os.Stdout),
+		Dir: dir, Topology: topology, Wait: true, Progress: playground.NewProgress(os.Stdout),
 	})
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err, playground.Hint(err))
