@@ -299,7 +299,7 @@ func (q *query) get() error {
 		}
 		return obj.Write(q.w, q.r, q.formats)
 	case apierrors.IsNotFound(heldErr):
-		if err := q.may(q.r.Context(), true); err != nil {
+		if err := q.may(q.r.Context(), !obj.Borrowed()); err != nil {
 			return err
 		}
 		return heldErr

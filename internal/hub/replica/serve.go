@@ -213,7 +213,7 @@ type Object struct {
 func (r *Replica) Get(info request.Info, least uint64) (*Object, error) {
 	key := keyOf(info.Namespace, info.Name)
 	scope := Scope{Resource: info.Resource, Namespace: info.Namespace, Fields: "metadata.name=" + info.Name}
-	absent := false
+	var absent *Object
 	ahead := false
 	for _, st := range r.all() {
 		s := st.set
@@ -231,15 +231,15 @@ func (r *Replica) Get(info request.Info, least uint64) (*Object, error) {
 			return nil, err
 		case held:
 			return obj, nil
-		case s.scope.covers(scope):
-			absent = true
+		case s.scope.covers(scope) && (absent == nil || absent.Borrowed()):
+			absent = &Object{set: s}
 		}
 	}
 	switch {
 	case ahead:
 		return nil, ErrAhead
-	case absent:
-		return nil, apierrors.NewNotFound(info.Resource.GroupResource(), info.Name)
+	case absent != nil:
+		return absent, apierrors.NewNotFound(info.Resource.GroupResource(), info.Name)
 	}
 	return nil, fmt.Errorf("%s: %w", info, ErrNotHeld)
 }
