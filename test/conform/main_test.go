@@ -3,6 +3,7 @@ package conform
 import (
 	"context"
 	"embed"
+	"errors"
 	"fmt"
 	"net/http"
 	"os"
@@ -10,7 +11,10 @@ import (
 	"time"
 
 	authenticationv1 "k8s.io/api/authentication/v1"
+	coordinationv1 "k8s.io/api/coordination/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
 
@@ -59,7 +63,14 @@ func run(m *testing.M) (int, error) {
 	if err != nil {
 		return 0, err
 	}
+	beating := make(chan error, 1)
+	ctx, cancel = context.WithCancel(ctx)
+	go func() { beating <- shared.heartbeats(ctx) }() // ends with ctx
 	code := m.Run()
+	cancel()
+	if err := <-beating; err != nil {
+		return 0, err
+	}
 	if code == 0 {
 		return 0, os.RemoveAll(dir)
 	}
@@ -88,6 +99,38 @@ func newWorld(ctx context.Context, b *bed.Bed) (*world, error) {
 		}
 	}
 	return w, nil
+}
+
+// heartbeats keeps the nodes alive for the controllers, which else would write
+// to them while tests compare them.
+func (w *world) heartbeats(ctx context.Context) error {
+	nodes, leases := w.admin.CoreV1().Nodes(), w.admin.CoordinationV1().Leases("kube-node-lease")
+	ready := []byte(`{"status":{"conditions":[{"type":"Ready","status":"True","reason":"Test"}]}}`)
+	tick := time.NewTicker(10 * time.Second)
+	defer tick.Stop()
+	for first := true; ; first = false {
+		for _, node := range []string{"edge-1", "edge-2"} {
+			var err error
+			if first {
+				if _, err = nodes.Patch(ctx, node, types.StrategicMergePatchType, ready, metav1.PatchOptions{}, "status"); err == nil {
+					_, err = leases.Create(ctx, &coordinationv1.Lease{ObjectMeta: metav1.ObjectMeta{Name: node}}, metav1.CreateOptions{})
+				}
+			} else {
+				now, err2 := metav1.NowMicro().MarshalJSON()
+				patch := []byte(`{"spec":{"renewTime":` + string(now) + `}}`)
+				_, err = leases.Patch(ctx, node, types.MergePatchType, patch, metav1.PatchOptions{})
+				err = errors.Join(err, err2)
+			}
+			if err != nil && ctx.Err() == nil && !apierrors.IsAlreadyExists(err) {
+				return fmt.Errorf("heartbeat of %s: %w", node, err)
+			}
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		}
+	}
 }
 
 // token makes a ServiceAccount token, bound to the pod unless that is "".
@@ -140,14 +183,18 @@ func await(ctx context.Context, try func(context.Context) error) error {
 	defer cancel()
 	tick := time.NewTicker(20 * time.Millisecond)
 	defer tick.Stop()
+	var last error
 	for {
 		err := try(ctx)
 		if err == nil {
 			return nil
 		}
+		if last == nil || ctx.Err() == nil {
+			last = err // not that the time is over
+		}
 		select {
 		case <-ctx.Done():
-			return fmt.Errorf("not within %s: %w", patience, err)
+			return fmt.Errorf("not within %s: %w", patience, last)
 		case <-tick.C:
 		}
 	}
@@ -185,4 +232,14 @@ func (w *world) sides(t *testing.T, hub *bed.Hub, account string) (server, edge 
 		t.Fatal(err)
 	}
 	return newSide(t, "API server", cfg), newSide(t, "hub", through)
+}
+
+// mustThrough is the configuration of a client of the shared hub.
+func mustThrough(t *testing.T, token string) *rest.Config {
+	t.Helper()
+	cfg, err := shared.Hub.RESTConfig(shared.config(token))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return cfg
 }
