@@ -287,6 +287,8 @@ func (q *query) get() error {
 		}
 	}
 	switch {
+	case obj != nil && !latest && !obj.Current() && q.hub.link.Online():
+		return errCloud
 	case heldErr == nil:
 		if err := q.may(q.r.Context(), !obj.Borrowed()); err != nil {
 			return err
@@ -370,6 +372,9 @@ func (q *query) list() error {
 		}
 	}
 	q.use(held)
+	if !latest && !held.Current() && q.hub.link.Online() {
+		return errCloud // it was paused, or catches up just now
+	}
 	if latest {
 		q.warn(held.Contact())
 	}

@@ -378,6 +378,10 @@ func (sl *Slice) Contact() time.Time {
 	return s.contact
 }
 
+// Current reports whether the slice follows the cloud. While the link is up a
+// slice that does not is older than the cloud's own answer would be.
+func (sl *Slice) Current() bool { return sl.stream.set.current() }
+
 // Borrowed reports whether the slice came by a caller's right and not by the
 // node's own.
 func (sl *Slice) Borrowed() bool { return sl.stream.set.isBorrowed() }

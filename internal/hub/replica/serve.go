@@ -213,7 +213,7 @@ type Object struct {
 func (r *Replica) Get(info request.Info, least uint64) (*Object, error) {
 	key := keyOf(info.Namespace, info.Name)
 	scope := Scope{Resource: info.Resource, Namespace: info.Namespace, Fields: "metadata.name=" + info.Name}
-	var absent *Object
+	var found, absent *Object
 	ahead := false
 	for _, st := range r.all() {
 		s := st.set
@@ -230,12 +230,19 @@ func (r *Replica) Get(info request.Info, least uint64) (*Object, error) {
 		case err != nil:
 			return nil, err
 		case held:
-			return obj, nil
+			// Several scopes may hold it; the one that follows the cloud
+			// best knows it best.
+			if found == nil || (!found.Current() && obj.Current()) ||
+				(found.Current() == obj.Current() && obj.Version > found.Version) {
+				found = obj
+			}
 		case s.scope.covers(scope) && (absent == nil || absent.Borrowed()):
 			absent = &Object{set: s}
 		}
 	}
 	switch {
+	case found != nil:
+		return found, nil
 	case ahead:
 		return nil, ErrAhead
 	case absent != nil:
@@ -282,6 +289,9 @@ func (o *Object) Custom() bool { return o.Kind.Encoding == wire.JSON }
 
 // Custom is [Object.Custom] for the slice.
 func (sl *Slice) Custom() bool { return sl.stream.set.encoding() == wire.JSON }
+
+// Current reports whether the scope that holds the object follows the cloud.
+func (o *Object) Current() bool { return o.set.current() }
 
 // Borrowed reports whether the object came by a caller's right and not by the
 // node's own.

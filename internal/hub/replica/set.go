@@ -87,6 +87,7 @@ type set struct {
 	changed chan struct{} // closed and replaced whenever an event is added
 
 	contact  time.Time // when the cloud last proved the set current
+	followed bool      // a watch of the upstream is open
 	used     time.Time // when a caller last asked
 	flushed  time.Time // when the position was last written
 	watchers int
@@ -155,6 +156,23 @@ func (s *set) load(p position) error {
 		s.lost = fmt.Errorf("%d objects of %s were damaged: %w", missing, s.id, store.ErrDamaged)
 	}
 	return nil
+}
+
+// currentGrace is how long a set counts as current after its last contact
+// without an open watch: a list is followed by one, and a watch by the next.
+const currentGrace = 5 * time.Second
+
+// current reports whether the set follows the upstream, as far as it knows.
+func (s *set) current() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.followed || time.Since(s.contact) < currentGrace
+}
+
+func (s *set) unfollowed() {
+	s.mu.Lock()
+	s.followed = false
+	s.mu.Unlock()
 }
 
 // read appends the bytes of an entry to dst.

@@ -719,6 +719,7 @@ func (st *stream) watch(ctx context.Context, c Credential) error {
 	query.Set("timeoutSeconds", strconv.Itoa(1800+rand.IntN(1800)))
 	watching, cancel := context.WithCancel(ctx)
 	defer cancel()
+	defer s.unfollowed()
 	resp, err := st.do(watching, c, query)
 	if err != nil {
 		return err
@@ -729,6 +730,7 @@ func (st *stream) watch(ctx context.Context, c Credential) error {
 		return err
 	}
 	s.mu.Lock()
+	s.followed = true
 	known := s.kind.Encoding
 	s.contact = time.Now()
 	s.mu.Unlock()
