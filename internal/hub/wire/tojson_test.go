@@ -4,7 +4,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"errors"
-	"math/rand"
+	"math/rand/v2"
 	"slices"
 	"strings"
 	"testing"
@@ -34,6 +34,13 @@ func protoKinds() []schema.GroupVersionKind {
 	slices.SortFunc(out, func(a, b schema.GroupVersionKind) int { return strings.Compare(a.String(), b.String()) })
 	return out
 }
+
+// source is a generator in the form that the fuzzers of apimachinery want.
+type source struct{ *rand.PCG }
+
+func (s source) Int63() int64 { return int64(s.Uint64() >> 1) }
+
+func (s source) Seed(seed int64) { s.PCG.Seed(uint64(seed), 0) }
 
 func newFiller(seed int64) *randfill.Filler {
 	codecs := serializer.NewCodecFactory(kinds())
@@ -75,7 +82,7 @@ func newFiller(seed int64) *randfill.Filler {
 					}
 				},
 			}
-		}), rand.NewSource(seed), codecs).NilChance(0.3).NumElements(1, 2)
+		}), source{rand.NewPCG(uint64(seed), 0)}, codecs).NilChance(0.3).NumElements(1, 2)
 }
 
 // typedJSON is what ToJSON must equal.
