@@ -49,6 +49,7 @@ const (
 
 // answer is one remembered answer of the cloud.
 type answer struct {
+	Accept      string    `json:"accept,omitempty"` // of the request
 	ContentType string    `json:"contentType"`
 	ETag        string    `json:"etag,omitempty"`
 	At          time.Time `json:"at"`
@@ -187,13 +188,24 @@ func (a *answers) keep(bucket, key string) link.Keep {
 		if resp.StatusCode != http.StatusOK {
 			return nil
 		}
-		contentType, packed := resp.Header.Get("Content-Type"), resp.Header.Get("Content-Encoding")
-		etag := resp.Header.Get("Etag")
-		return func(body []byte) { a.remember(bucket, key, contentType, packed, etag, body) }
+		packed := resp.Header.Get("Content-Encoding")
+		known := answer{ContentType: resp.Header.Get("Content-Type"), ETag: resp.Header.Get("Etag")}
+		if resp.Request != nil {
+			known.Accept = acceptOf(resp.Request.Header)
+		}
+		return func(body []byte) { a.remember(bucket, key, packed, known, body) }
 	}
 }
 
-func (a *answers) remember(bucket, key, contentType, packed, etag string, body []byte) {
+// acceptOf returns what a request accepts, as one line.
+func acceptOf(h http.Header) string {
+	if accept := strings.Join(h.Values("Accept"), ","); accept != "" {
+		return accept
+	}
+	return "*/*"
+}
+
+func (a *answers) remember(bucket, key, packed string, known answer, body []byte) {
 	if packed == "gzip" {
 		r, err := gzip.NewReader(bytes.NewReader(body))
 		if err != nil {
@@ -206,8 +218,8 @@ func (a *answers) remember(bucket, key, contentType, packed, etag string, body [
 		return
 	}
 	if bucket == documentBucket {
-		key += " " + contentType
-	} else if !isObject(contentType, body) {
+		key += " " + known.ContentType
+	} else if !isObject(known.ContentType, body) {
 		return
 	}
 	sum := sha256.Sum256(body)
@@ -219,8 +231,9 @@ func (a *answers) remember(bucket, key, contentType, packed, etag string, body [
 		return
 	}
 	if old, err := a.load(bucket, key); err != nil || old.Hash != hash {
+		known.At, known.Hash, known.Body = time.Now(), hash, body
 		select {
-		case a.queue <- remembered{bucket: bucket, key: key, answer: answer{ContentType: contentType, ETag: etag, At: time.Now(), Hash: hash, Body: body}}:
+		case a.queue <- remembered{bucket: bucket, key: key, answer: known}:
 		default:
 			return // the disk is slow; it is remembered the next time
 		}
@@ -298,15 +311,19 @@ func (a *answers) document(u *url.URL, h http.Header) (answer, error) {
 	if err != nil && !errors.Is(err, errStop) {
 		return answer{}, err
 	}
-	accept := strings.Join(h.Values("Accept"), ",")
-	if accept == "" {
-		accept = "*/*"
-	}
+	accept := acceptOf(h)
 	for _, clause := range strings.Split(accept, ",") {
 		for _, have := range types {
 			if accepts(clause, have) {
 				return a.load(documentBucket, prefix+have)
 			}
+		}
+	}
+	// OpenAPI comes under types that nobody asks for by that name: what
+	// answered the same header before will do.
+	for _, have := range types {
+		if held, err := a.load(documentBucket, prefix+have); err == nil && held.Accept == accept {
+			return held, nil
 		}
 	}
 	return answer{}, store.ErrNotFound

@@ -113,9 +113,9 @@ func TestPackedAnswersAreUnpacked(t *testing.T) {
 		w := gzip.NewWriter(&packed)
 		_, _ = io.WriteString(w, "text")
 		_ = w.Close()
-		a.remember(documentBucket, "/a", "text/plain", "gzip", "", packed.Bytes())
-		a.remember(documentBucket, "/b", "text/plain", "br", "", packed.Bytes())
-		a.remember(documentBucket, "/c", "text/plain", "gzip", "", []byte("not packed"))
+		a.remember(documentBucket, "/a", "gzip", answer{ContentType: "text/plain"}, packed.Bytes())
+		a.remember(documentBucket, "/b", "br", answer{ContentType: "text/plain"}, packed.Bytes())
+		a.remember(documentBucket, "/c", "gzip", answer{ContentType: "text/plain"}, []byte("not packed"))
 		synctest.Wait()
 		pass(time.Second)
 		for path, ok := range map[string]bool{"/a": true, "/b": false, "/c": false} {

@@ -39,7 +39,7 @@ func AsBearer() Credential { return Credential{cred: bearer, set: true} }
 func AsUser(u user.Info) Credential { return Credential{cred: node, set: true, user: u} }
 
 // KeepLimit is the largest body that Forward holds for a Keep.
-const KeepLimit = 1 << 20
+const KeepLimit = 4 << 20
 
 // Keep is asked about each response once its header has come in, before
 // the client gets it. It returns nil to let the body pass, or a function to
