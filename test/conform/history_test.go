@@ -127,7 +127,7 @@ func live(t *testing.T, w *world, seed uint64) {
 	defer running.Wait()
 	defer stop()
 	l.write(20)
-	for range 6 {
+	for range 5 {
 		l.step()
 	}
 	// All is well again; the last change is one that all can wait for.

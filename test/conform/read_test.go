@@ -181,6 +181,7 @@ func TestListVersionsOnline(t *testing.T) {
 	server, edge := shared.sides(t, shared.Hub, "reader")
 	for _, k := range kinds {
 		t.Run(k.name, func(t *testing.T) {
+			t.Parallel() // they wait more than they work
 			warm(t, edge, k.collection)
 			at, err := server.mustAsk(t, question{k.collection, "", inJSON}).listVersion()
 			if err != nil {

@@ -1,0 +1,252 @@
+package conform
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"k8s.io/client-go/tools/clientcmd"
+	clientcmdapi "k8s.io/client-go/tools/clientcmd/api"
+
+	"github.com/yurt-edge/yurt/test/bed"
+)
+
+// documents say the same to everybody.
+var documents = []question{
+	{path: "/version"},
+	{path: "/api", accept: inJSON},
+	{path: "/apis", accept: inJSON},
+	{path: "/apis", accept: inProto},
+	{path: "/api", accept: inJSON + ";g=apidiscovery.k8s.io;v=v2;as=APIGroupDiscoveryList"},
+	{path: "/apis", accept: inJSON + ";g=apidiscovery.k8s.io;v=v2;as=APIGroupDiscoveryList"},
+	{path: "/apis", accept: inJSON + ";g=apidiscovery.k8s.io;v=v2;as=APIGroupDiscoveryList," + inJSON + ";g=apidiscovery.k8s.io;v=v2beta1;as=APIGroupDiscoveryList," + inJSON},
+	{path: "/api/v1", accept: inJSON},
+	{path: "/apis/apps", accept: inJSON},
+	{path: "/apis/apps/v1", accept: inJSON},
+	{path: "/apis/conform.example.com/v1", accept: inJSON},
+	{path: "/openapi/v2", accept: inJSON},
+	{path: "/openapi/v2", accept: "application/com.github.proto-openapi.spec.v2@v1.0+protobuf"},
+	{path: "/openapi/v3", accept: inJSON},
+	{path: "/openapi/v3/api/v1", accept: inJSON},
+	{path: "/openapi/v3/apis/conform.example.com/v1", accept: inJSON},
+}
+
+// TestDocuments compares discovery, OpenAPI and the version, online and as
+// remembered.
+func TestDocuments(t *testing.T) {
+	server, edge := shared.sides(t, shared.Hub, "reader")
+	wants := make([]answer, len(documents))
+	for i, q := range documents {
+		if err := same(t.Context(), server, edge, q); err != nil {
+			t.Errorf("%s: %v", q, err)
+		}
+		wants[i] = server.mustAsk(t, q)
+	}
+	cut(t, shared.Link, edge, bed.Down)
+	for i, q := range documents {
+		got := edge.mustAsk(t, q)
+		if got.code != http.StatusOK || !bytes.Equal(wants[i].body, got.body) || wants[i].media() != got.media() {
+			t.Errorf("offline: %s: %d %s, %d bytes, want %s, %d bytes", q, got.code, got.media(), len(got.body), wants[i].media(), len(wants[i].body))
+		}
+		if !got.old() {
+			t.Errorf("offline: %s: warning is %q", q, got.header.Get("Warning"))
+		}
+		if want := wants[i].header.Get("Etag"); got.header.Get("Etag") != want {
+			t.Errorf("offline: %s: Etag %q, want %q", q, got.header.Get("Etag"), want)
+		}
+	}
+	if a := edge.mustAsk(t, question{path: "/apis/batch/v1", accept: inJSON}); a.code != http.StatusServiceUnavailable {
+		t.Errorf("what nobody asked before: %d %s", a.code, a.body)
+	}
+}
+
+// kubectl is the command with a kubeconfig and a home of its own.
+type kubectl struct{ binary, config, home string }
+
+func newKubectl(t *testing.T, s *side, token string) kubectl {
+	t.Helper()
+	bundle, err := os.ReadFile(filepath.Join(shared.Hub.Dir, "pki", "ca-bundle.crt"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	k := kubectl{binary: shared.Cloud.Binaries.Path("kubectl"), home: t.TempDir()}
+	k.config = filepath.Join(k.home, "config")
+	err = clientcmd.WriteToFile(clientcmdapi.Config{
+		Clusters:       map[string]*clientcmdapi.Cluster{"c": {Server: s.base, CertificateAuthorityData: bundle}},
+		AuthInfos:      map[string]*clientcmdapi.AuthInfo{"u": {Token: token}},
+		Contexts:       map[string]*clientcmdapi.Context{"x": {Cluster: "c", AuthInfo: "u", Namespace: "conform-a"}},
+		CurrentContext: "x",
+	}, k.config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return k
+}
+
+func (k kubectl) command(ctx context.Context, args ...string) *exec.Cmd {
+	cmd := exec.CommandContext(ctx, k.binary, append([]string{"--kubeconfig", k.config}, args...)...)
+	cmd.Env = append(os.Environ(), "HOME="+k.home, "KUBECACHEDIR="+filepath.Join(k.home, "cache"))
+	return cmd
+}
+
+func (k kubectl) run(ctx context.Context, args ...string) (stdout, stderr string, err error) {
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	var out, errs bytes.Buffer
+	cmd := k.command(ctx, args...)
+	cmd.Stdout, cmd.Stderr = &out, &errs
+	err = cmd.Run()
+	return out.String(), errs.String(), err
+}
+
+// TestKubectl compares what kubectl shows a person, through the hub and
+// without it, online and offline.
+func TestKubectl(t *testing.T) {
+	server, edge := shared.sides(t, shared.Hub, "reader")
+	direct := newKubectl(t, server, shared.tokens["reader"])
+	through := newKubectl(t, edge, shared.tokens["reader"])
+	for _, path := range []string{"/api/v1/pods", "/api/v1/nodes", "/api/v1/namespaces", "/api/v1/services", "/apis/conform.example.com/v1/gadgets"} {
+		warm(t, edge, path)
+	}
+	commands := []string{
+		"get pods -o wide --all-namespaces",
+		"get pods,services -l app=web",
+		"get pod web-1 -o yaml",
+		"get nodes -o json",
+		"get services -o name",
+		"describe pod web-2",
+		"explain pods.spec.nodeName",
+		"explain gadgets.spec",
+		"api-resources",
+		"version -o json",
+	}
+	wants := map[string]string{}
+	compare := func(when, line, want string) {
+		t.Helper()
+		out, errs, err := through.run(t.Context(), strings.Fields(line)...)
+		if err != nil {
+			t.Errorf("%s: kubectl %s: %v: %s", when, line, err, errs)
+			return
+		}
+		if got := still(out); got != want {
+			t.Errorf("%s: kubectl %s:\n%s\nwant\n%s", when, line, got, want)
+		}
+		if strings.Contains(line, "get") && strings.Contains(errs, "the cloud cannot be reached") != (when == "offline") {
+			t.Errorf("%s: kubectl %s: standard error is %q", when, line, errs)
+		}
+	}
+	for _, line := range append(commands, "get gadgets -A", "get gd lamp -o wide", "get events") {
+		out, errs, err := direct.run(t.Context(), strings.Fields(line)...)
+		if err != nil {
+			t.Fatalf("kubectl %s: %v: %s", line, err, errs)
+		}
+		wants[line] = still(out)
+		compare("online", line, wants[line])
+	}
+	watching(t, through, edge)
+	cut(t, shared.Link, edge, bed.Blackhole)
+	for _, line := range commands {
+		compare("offline", line, wants[line])
+	}
+	out, _, err := through.run(t.Context(), "get", "gadgets")
+	if err != nil || !strings.Contains(out, "lamp") || !strings.Contains(out, "motor") {
+		t.Errorf("offline: kubectl get gadgets: %v\n%s", err, out)
+	}
+}
+
+// still is output without what grows older.
+func still(out string) string {
+	fields := strings.Fields(out)
+	for i, f := range fields {
+		if ages.MatchString(`"` + f + `"`) {
+			fields[i] = "AGE"
+		}
+	}
+	return strings.Join(fields, " ")
+}
+
+// watching follows a kubectl get --watch through a change, and makes that
+// change by kubectl as well.
+func watching(t *testing.T, reader kubectl, edge *side) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	warm(t, edge, "/api/v1/configmaps")
+	watch := reader.command(ctx, "get", "configmaps", "--watch-only", "-o", "name")
+	out, err := watch.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := watch.Start(); err != nil {
+		t.Fatal(err)
+	}
+	writer := reader
+	writer.config = filepath.Join(writer.home, "writer")
+	cfg, err := clientcmd.LoadFromFile(reader.config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if cfg.AuthInfos["u"].Token, err = writerToken(ctx); err != nil {
+		t.Fatal(err)
+	}
+	if err := clientcmd.WriteToFile(*cfg, writer.config); err != nil {
+		t.Fatal(err)
+	}
+	// The watch may begin after the first change: there are more.
+	seen := make(chan string, 1)
+	go func() { // ends with the command
+		buf := make([]byte, 4<<10)
+		n, _ := out.Read(buf)
+		seen <- string(buf[:n])
+	}()
+	manifest := filepath.Join(writer.home, "manifest.yaml")
+	for i := 0; ; i++ {
+		text := fmt.Sprintf("apiVersion: v1\nkind: ConfigMap\nmetadata: {name: by-kubectl, namespace: conform-a}\ndata: {i: \"%d\"}\n", i)
+		if err := os.WriteFile(manifest, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if _, errs, err := writer.run(ctx, "apply", "-f", manifest); err != nil {
+			t.Fatalf("kubectl apply: %v: %s", err, errs)
+		}
+		select {
+		case line := <-seen:
+			if !strings.Contains(line, "configmap/by-kubectl") {
+				t.Errorf("kubectl get --watch said %q", line)
+			}
+			if _, errs, err := writer.run(ctx, "delete", "configmap", "by-kubectl"); err != nil {
+				t.Errorf("kubectl delete: %v: %s", err, errs)
+			}
+			cancel()
+			_ = watch.Wait() // it was killed
+			return
+		case <-ctx.Done():
+			t.Fatal("kubectl get --watch saw nothing")
+		default:
+		}
+	}
+}
+
+// writerToken is that of an account that may change config maps.
+func writerToken(ctx context.Context) (string, error) {
+	err := shared.Cloud.Apply(ctx, `
+apiVersion: v1
+kind: ServiceAccount
+metadata: {name: writer, namespace: conform-a}
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: RoleBinding
+metadata: {name: writer, namespace: conform-a}
+roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: edit}
+subjects: [{kind: ServiceAccount, name: writer, namespace: conform-a}]
+`)
+	if err != nil {
+		return "", err
+	}
+	return shared.token(ctx, "conform-a", "writer", "")
+}
