@@ -305,7 +305,7 @@ func (q *query) get() error {
 			return err
 		}
 		return heldErr
-	case !q.hub.link.Online():
+	case v == 0 && !q.hub.link.Online(): // nobody knows how new a remembered one is
 		a, err := q.remembered()
 		if err != nil {
 			return heldErr
