@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"net/http"
 	"net/http/pprof"
+	"net/url"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus/promhttp"
@@ -83,6 +84,7 @@ type Report struct {
 	EventsPending int              `json:"eventsPending"`
 	StoreBytes    int64            `json:"storeBytes"`
 	StoreHealth   string           `json:"storeHealth"`
+	Discovery     bool             `json:"discovery"` // kubectl can work without the cloud
 	Scopes        []replica.Status `json:"scopes"`
 }
 
@@ -93,6 +95,8 @@ func (h *Hub) report() Report {
 		StoreBytes: h.store.Stats().DiskBytes, StoreHealth: "ok", Scopes: h.replica.Status(),
 	}
 	out.StatusPending, out.EventsPending = h.journal.Depth()
+	_, err := h.answers.document(&url.URL{Path: "/apis"}, http.Header{})
+	out.Discovery = err == nil
 	if err := h.store.Health(); err != nil {
 		out.StoreHealth = err.Error()
 	}

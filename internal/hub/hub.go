@@ -50,12 +50,16 @@ const (
 	// resource version before the cloud is asked.
 	awaitBudget = time.Second
 
+	// settleBudget is how long a start waits to learn whether the link is up.
+	settleBudget = 100 * time.Millisecond
+
 	minTokenLife = 2 * time.Minute
 	stopGrace    = 3 * time.Second
 )
 
 var (
 	podsResource        = schema.GroupVersionResource{Version: "v1", Resource: "pods"}
+	nodesResource       = schema.GroupVersionResource{Version: "v1", Resource: "nodes"}
 	signatureAlgorithms = []jose.SignatureAlgorithm{jose.RS256, jose.RS384, jose.RS512, jose.ES256, jose.ES384, jose.ES512}
 )
 
@@ -134,7 +138,10 @@ func Run(ctx context.Context, cfg Config) error {
 		daemon.Watchdog(h.log, h.alive),
 	}
 	for _, s := range servers {
-		runs = append(runs, s.Run)
+		runs = append(runs, func(ctx context.Context) error {
+			h.settle(ctx)
+			return s.Run(ctx)
+		})
 	}
 	return daemon.Group(ctx, runs...)
 }
@@ -230,8 +237,17 @@ func (h *Hub) build() error {
 		return err
 	}
 	h.journal.Show()
+	// What this node needs to run its pods is fetched without being asked,
+	// so that a hub that lost its store has it again before anybody asks.
+	pinned := []replica.Scope{
+		{Resource: podsResource, Fields: "spec.nodeName=" + cfg.NodeName},
+		{Resource: nodesResource, Fields: "metadata.name=" + cfg.NodeName},
+	}
 	for _, r := range cfg.Pinned {
-		if err := h.replica.Pin(replica.Scope{Resource: r}); err != nil {
+		pinned = append(pinned, replica.Scope{Resource: r})
+	}
+	for _, scope := range pinned {
+		if err := h.replica.Pin(scope); err != nil {
 			return err
 		}
 	}
@@ -324,6 +340,23 @@ func (h *Hub) listen(ctx context.Context) ([]*httpx.Server, error) {
 		return fail(err)
 	}
 	return append(servers, &httpx.Server{Listener: l, Handler: h.health(), Grace: stopGrace, Log: h.log}), nil
+}
+
+// settle waits for the first verdict on the link, but not for long: a hub that
+// has just started would otherwise refuse what the cloud could answer. Clients
+// that come meanwhile wait in the listener's queue.
+func (h *Hub) settle(ctx context.Context) {
+	changed := h.link.Changed()
+	if h.link.Online() {
+		return
+	}
+	timer := time.NewTimer(settleBudget)
+	defer timer.Stop()
+	select {
+	case <-ctx.Done():
+	case <-changed:
+	case <-timer.C:
+	}
 }
 
 // certified starts a run once the hub has a certificate: before, the cloud

@@ -292,11 +292,13 @@ func (r *Replica) Open(ctx context.Context, scope Scope, c Credential) (*Slice, 
 		held.Touch()
 		return held, nil
 	}
-	st, err := r.stream(scope)
+	st, err := r.streamFor(scope)
 	if err != nil {
 		return nil, err
 	}
-	st.offer(c)
+	if st.set.scope == scope {
+		st.offer(c)
+	}
 	st.touch()
 	for again := true; again; {
 		// Who joins an attempt on its way to fail may have brought what
@@ -309,10 +311,25 @@ func (r *Replica) Open(ctx context.Context, scope Scope, c Credential) (*Slice, 
 		case <-try.done:
 		}
 		if err = try.err; err == nil {
-			return &Slice{stream: st, scope: scope}, nil
+			m, _ := newMatcher(st.set.scope, scope)
+			return &Slice{stream: st, scope: scope, match: m}, nil
 		}
 	}
 	return nil, fmt.Errorf("sync %s: %w", scope.ID(), err)
+}
+
+// streamFor returns the stream of the scope; while a wider one that is there
+// for good still syncs, that one, so that nothing is fetched twice.
+func (r *Replica) streamFor(scope Scope) (*stream, error) {
+	r.mu.Lock()
+	for wide, st := range r.streams {
+		if st.pinned && wide.covers(scope) {
+			r.mu.Unlock()
+			return st, nil
+		}
+	}
+	r.mu.Unlock()
+	return r.stream(scope)
 }
 
 // Slice is what a held scope holds for one, possibly narrower, scope.

@@ -700,11 +700,18 @@ func (w *watcher) follow(ctx context.Context, start watchStart, end <-chan time.
 	s, seq := w.slice.stream.set, start.seq
 	bookmarks := time.NewTicker(bookmarkEvery - rand.N(bookmarkEvery/4))
 	defer bookmarks.Stop()
+	defer func() {
+		s.mu.Lock()
+		delete(s.window.taken, w)
+		s.mu.Unlock()
+	}()
 	for {
 		s.mu.Lock()
 		events, ok := s.window.from(seq)
 		events = append([]*event(nil), events...)
 		changed := s.changed
+		s.window.taken[w] = s.window.next
+		s.window.trim()
 		ok = ok && s.synced && s.recalls == start.calls && s.window.tells(start.after, start.seq)
 		s.mu.Unlock()
 		if !ok {

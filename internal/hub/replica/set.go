@@ -117,8 +117,9 @@ func newSet(s *store.Store, scope Scope, overlay OverlayFunc) *set {
 	return &set{
 		scope: scope, id: scope.ID(), store: s, overlay: overlay,
 		changed: make(chan struct{}), dirty: map[string]struct{}{}, bases: map[string]*entry{},
-		used: time.Now(),
-		drop: true, // the store may hold what an earlier life left behind
+		used:   time.Now(),
+		window: window{taken: map[*watcher]uint64{}},
+		drop:   true, // the store may hold what an earlier life left behind
 	}
 }
 

@@ -13,6 +13,10 @@ const (
 	// windowBytes bounds what one set's window keeps. A watcher that falls
 	// further behind is cut off, as the API server does.
 	windowBytes = 2 << 20
+	// windowMost bounds it while a watcher has yet to take what it holds: a
+	// relist, or what the cloud sends after a cut, comes faster than clients
+	// read.
+	windowMost = 16 << 20
 	// eventBytes is what an event takes beside its objects.
 	eventBytes = 1 << 10
 	// maxGaps bounds the relists that a window remembers.
@@ -108,6 +112,18 @@ type window struct {
 	// was restored from a backup). What is above the set's own version and
 	// not above lost is of that history.
 	lost uint64
+	// taken are the sequence numbers that watchers want next.
+	taken map[*watcher]uint64
+}
+
+// slowest returns the sequence number before which every watcher has taken
+// all events.
+func (w *window) slowest() uint64 {
+	least := w.next
+	for _, seq := range w.taken {
+		least = min(least, seq)
+	}
+	return least
 }
 
 func (w *window) add(e *event, position uint64) {
@@ -115,8 +131,17 @@ func (w *window) add(e *event, position uint64) {
 	w.next++
 	w.events = append(w.events, e)
 	w.bytes += e.size()
+	w.trim()
+}
+
+// trim drops the oldest events beyond the window's bounds.
+func (w *window) trim() {
+	if w.bytes <= windowBytes {
+		return
+	}
+	wanted := w.slowest()
 	drop := 0
-	for w.bytes > windowBytes && drop < len(w.events)-1 {
+	for w.bytes > windowBytes && drop < len(w.events)-1 && (w.bytes > windowMost || w.events[drop].seq < wanted) {
 		w.bytes -= w.events[drop].size()
 		w.start = w.events[drop].position
 		drop++
@@ -144,7 +169,7 @@ func (w *window) skip(from, to uint64) {
 // reset forgets all history, because the set begins anew. Every watcher is
 // too far behind then.
 func (w *window) reset() {
-	*w = window{next: w.next + 1, lost: w.lost}
+	*w = window{next: w.next + 1, lost: w.lost, taken: w.taken}
 }
 
 // since returns the sequence number of the first event after version. It
