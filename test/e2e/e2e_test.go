@@ -1,7 +1,9 @@
 package e2e
 
 import (
+	"bytes"
 	"context"
+	"encoding/json"
 	"fmt"
 	"maps"
 	"os"
@@ -13,6 +15,8 @@ import (
 	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
+	"k8s.io/client-go/tools/clientcmd"
+	clientcmdapi "k8s.io/client-go/tools/clientcmd/api"
 
 	"github.com/yurt-edge/yurt/playground"
 	"github.com/yurt-edge/yurt/playground/demo"
@@ -150,6 +154,7 @@ func params(dir string, vars map[string]string) testscript.Params {
 			"inpod":      simple(2, inPod),
 			"load":       simple(2, load),
 			"serving":    simple(1, serving),
+			"settled":    simple(1, settled),
 			"nodeis":     simple(2, nodeIs),
 			"eventually": simple(1, eventually),
 			"remember":   remember,
@@ -222,8 +227,12 @@ func sigkill(ctx context.Context, args []string) (string, error) {
 	return lab.Exec(ctx, args[0], "systemctl", "kill", "--signal=KILL", "--kill-who=main", args[1])
 }
 
-// operatorToken returns a token of a cluster admin's ServiceAccount.
-func operatorToken(ctx context.Context) (string, error) {
+// operatorConfig is a kubeconfig on a machine by which an operator, a cluster
+// admin with a ServiceAccount token, talks to the machine's hub.
+const operatorConfig = "/run/operator.kubeconfig"
+
+// operators puts operatorConfig onto the machine.
+func operators(ctx context.Context, machine string) error {
 	err := lab.Apply(ctx, `
 apiVersion: v1
 kind: ServiceAccount
@@ -236,70 +245,81 @@ roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: cluster-
 subjects: [{kind: ServiceAccount, name: operator, namespace: kube-system}]
 `)
 	if err != nil {
-		return "", err
+		return err
 	}
 	token, err := lab.Kubectl(ctx, "create", "token", "operator", "-n", "kube-system")
-	return strings.TrimSpace(token), err
+	if err != nil {
+		return err
+	}
+	text, err := clientcmd.Write(clientcmdapi.Config{
+		Clusters: map[string]*clientcmdapi.Cluster{"hub": {
+			Server: "https://127.0.0.1:10268", CertificateAuthority: "/var/lib/yurthub/pki/ca-bundle.crt",
+		}},
+		AuthInfos:      map[string]*clientcmdapi.AuthInfo{"operator": {Token: strings.TrimSpace(token)}},
+		Contexts:       map[string]*clientcmdapi.Context{"hub": {Cluster: "hub", AuthInfo: "operator"}},
+		CurrentContext: "hub",
+	})
+	if err != nil {
+		return err
+	}
+	// Through standard input: an error quotes a command line.
+	cmd, err := lab.ExecCommand(ctx, machine, "sh", "-c", "umask 077; cat > "+operatorConfig)
+	if err != nil {
+		return err
+	}
+	cmd.Stdin = bytes.NewReader(text)
+	return cmd.Run()
 }
 
-// viaHub is a shell prefix that makes kubectl on a machine talk to its hub
-// with the token.
-func viaHub(token string) string {
-	return "TOKEN=" + token + ` k() { kubectl --server https://127.0.0.1:10268 ` +
-		`--certificate-authority /var/lib/yurthub/pki/ca-bundle.crt --token $TOKEN "$@"; }; `
-}
-
-// operator [spdy] MACHINE ARGS...: kubectl on the machine through its hub, as
-// an operator with a token. Upgrades go over WebSocket unless spdy is asked
-// for.
-func operator(ctx context.Context, args []string) (string, error) {
-	prefix := ""
+// onMachine takes the machine's name from the arguments, and the wish for
+// SPDY, in which kubectl then upgrades connections in place of WebSocket.
+func onMachine(ctx context.Context, args []string) (machine, env string, rest []string, err error) {
 	if args[0] == "spdy" {
-		prefix = "export KUBECTL_REMOTE_COMMAND_WEBSOCKETS=false KUBECTL_PORT_FORWARD_WEBSOCKETS=false; "
+		env = "export KUBECTL_REMOTE_COMMAND_WEBSOCKETS=false KUBECTL_PORT_FORWARD_WEBSOCKETS=false; "
 		args = args[1:]
 	}
-	token, err := operatorToken(ctx)
+	return args[0], env, args[1:], operators(ctx, args[0])
+}
+
+// operator [spdy] MACHINE ARGS...: kubectl on the machine through its hub.
+func operator(ctx context.Context, args []string) (string, error) {
+	machine, env, args, err := onMachine(ctx, args)
 	if err != nil {
 		return "", err
 	}
-	return lab.Exec(ctx, args[0], "sh", "-c", prefix+viaHub(token)+"k "+quote(args[1:])+" 2>&1")
+	return lab.Exec(ctx, machine, "sh", "-c", env+"kubectl --kubeconfig "+operatorConfig+" "+quote(args)+" 2>&1")
 }
 
 // forwarded [spdy] MACHINE TARGET: a port-forward through the hub to a web
 // server answers.
 func forwarded(ctx context.Context, args []string) (string, error) {
-	prefix := ""
-	if args[0] == "spdy" {
-		prefix = "export KUBECTL_PORT_FORWARD_WEBSOCKETS=false; "
-		args = args[1:]
-	}
-	token, err := operatorToken(ctx)
+	machine, env, args, err := onMachine(ctx, args)
 	if err != nil {
 		return "", err
 	}
 	// The forwarder says when it listens; that line is waited for.
-	return lab.Exec(ctx, args[0], "bash", "-c", prefix+viaHub(token)+
-		`exec 3< <(k port-forward `+args[1]+` 18080:8080 2>&1); read -t 20 -u 3 line; echo "$line"; `+
-		`curl -sf --max-time 5 http://127.0.0.1:18080/; rc=$?; pkill -f "port-forward `+args[1]+`"; exit $rc`)
+	return lab.Exec(ctx, machine, "bash", "-c", env+
+		`exec 3< <(kubectl --kubeconfig `+operatorConfig+` port-forward `+args[0]+` 18080:8080 2>&1); `+
+		`read -t 20 -u 3 line; echo "$line"; curl -sf --max-time 5 http://127.0.0.1:18080/; rc=$?; `+
+		`pkill -f "port-forward `+args[0]+`"; exit $rc`)
 }
 
-// inPod MACHINE ARGS...: the web program with these arguments in a web pod of
-// the machine, started by the machine's own runtime: the cloud may be away.
+// inPod MACHINE ARGS...: the web program with these arguments inside a web pod
+// of the machine. The machine does it by itself: the cloud may be away.
 func inPod(ctx context.Context, args []string) (string, error) {
-	return lab.Exec(ctx, args[0], "sh", "-c", `id=$(ctr -n k8s.io containers ls 'image~=web' -q | while read c; do `+
-		`ctr -n k8s.io tasks ls -q | grep -qx "$c" && echo "$c" && break; done); `+
-		`ctr -n k8s.io tasks exec --exec-id probe "$id" /web `+quote(args[1:])+` 2>&1`)
+	return lab.Exec(ctx, args[0], "sh", "-c", `nsenter -t $(pgrep -x web | head -1) -m -n /web `+quote(args[1:])+` 2>&1`)
 }
 
-// load MACHINE N: N lists and gets through the hub at the same time, none of
-// which may be answered wrongly; errors are allowed, for hubs that die.
+// load MACHINE N: N lists through the hub at the same time, again and again,
+// by the unit "load". Errors are allowed, for hubs that die.
 func load(ctx context.Context, args []string) (string, error) {
-	token, err := operatorToken(ctx)
+	machine, _, args, err := onMachine(ctx, args)
 	if err != nil {
 		return "", err
 	}
-	_, err = lab.Exec(ctx, args[0], "systemd-run", "--unit=load", "--collect", "bash", "-c",
-		viaHub(token)+`while :; do for i in $(seq `+args[1]+`); do k get pods -A --request-timeout=3s >/dev/null 2>&1 & done; wait; done`)
+	_, err = lab.Exec(ctx, machine, "systemd-run", "--unit=load", "bash", "-c",
+		`while :; do for i in $(seq `+args[0]+`); do kubectl --kubeconfig `+operatorConfig+
+			` get pods -A --request-timeout=3s >/dev/null 2>&1 & done; wait; done`)
 	return "", err
 }
 
@@ -319,6 +339,49 @@ func serving(ctx context.Context, args []string) (string, error) {
 		return "", err
 	}
 	return "", demo.AwaitServing(ctx, lab, args[0], count, time.Time{})
+}
+
+// settled MACHINE: the machine's hub is online and holds what the next outage
+// will need.
+func settled(ctx context.Context, args []string) (string, error) {
+	if err := operators(ctx, args[0]); err != nil {
+		return "", err
+	}
+	return "", poll(ctx, func() error {
+		out, err := lab.Exec(ctx, args[0], "sh", "-c", `curl -sf --max-time 3 -H "Authorization: Bearer $(sed -n 's/ *token: //p' `+
+			operatorConfig+`)" http://127.0.0.1:10267/v1/status`)
+		if err != nil {
+			return err
+		}
+		var report struct {
+			Online, Discovery bool
+			Scopes            []struct {
+				Scope  string
+				Synced bool
+			}
+		}
+		if err := json.Unmarshal([]byte(out), &report); err != nil {
+			return err
+		}
+		if !report.Online || !report.Discovery {
+			return fmt.Errorf("hub of %s is not ready for an outage", args[0])
+		}
+		// Every pod mounts this ConfigMap, so the kubelet follows it once it
+		// has found the hub again.
+		for _, needed := range []string{"/v1/pods?fields=spec.nodeName", "kube-root-ca.crt"} {
+			held := slices.ContainsFunc(report.Scopes, func(s struct {
+				Scope  string
+				Synced bool
+			},
+			) bool {
+				return s.Synced && strings.Contains(s.Scope, needed)
+			})
+			if !held {
+				return fmt.Errorf("hub of %s does not hold %s", args[0], needed)
+			}
+		}
+		return nil
+	})
 }
 
 // nodeis MACHINE True|False|Unknown: the node's Ready condition in the cloud.
