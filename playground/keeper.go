@@ -43,11 +43,22 @@ func (r reply) err() error {
 	return err
 }
 
+// reportFD is where the keeper's starter reads how far it is.
+const reportFD = 3
+
 // RunKeeper brings a playground up, serves orders from other processes until
-// ctx ends, and takes the playground down. The starter reads from report: lines
-// of progress, then one line that begins with a NUL byte and holds the outcome
-// as JSON, then the end.
-func RunKeeper(ctx context.Context, cfg Config, report io.WriteCloser) error {
+// ctx ends, and takes the playground down. The process must have been started
+// by [Spawn], which reads from its file descriptor 3: lines of progress, then
+// one line that begins with a NUL byte and holds the outcome as JSON, then the
+// end.
+func RunKeeper(ctx context.Context, cfg Config) error {
+	// The children must not hold it open: its end tells the starter that the
+	// playground is up.
+	syscall.CloseOnExec(reportFD)
+	report := os.NewFile(reportFD, "report")
+	if report == nil {
+		return errors.New("a keeper must be started by Spawn")
+	}
 	cfg.Progress = NewProgress(report)
 	p, err := Up(ctx, cfg)
 	var l net.Listener
@@ -146,10 +157,10 @@ func orderKeeper(ctx context.Context, dir string, c Command) error {
 	return r.err()
 }
 
-// Spawn starts cmd, whose program must call [RunKeeper] with the file
-// descriptor 3 as report, apart from this process and its terminal. It copies
-// progress to out and returns when the playground is up or has failed. When
-// ctx ends first the keeper is told to stop.
+// Spawn starts cmd, whose program must call [RunKeeper], apart from this
+// process and its terminal. It copies progress to out and returns when the
+// playground is up or has failed. When ctx ends first the keeper is told to
+// stop.
 func Spawn(ctx context.Context, cmd *exec.Cmd, out io.Writer) error {
 	read, write, err := os.Pipe()
 	if err != nil {
@@ -216,6 +227,16 @@ func Attach(dir string) (*Playground, error) {
 // whoever owns it and however far it came, and removes every trace of it. It
 // is no error when there is nothing to remove.
 func Down(ctx context.Context, dir string) error {
+	t, err := DefaultTopology()
+	if err != nil {
+		return err
+	}
+	return down(ctx, dir, lockAddress, t.Name)
+}
+
+// down is Down for the playground that holds lock. When its folder does not
+// tell its name any more, the name is prefix.
+func down(ctx context.Context, dir, lock, prefix string) error {
 	dir, err := filepath.Abs(orDefault(dir, DefaultDir))
 	if err != nil {
 		return err
@@ -223,33 +244,29 @@ func Down(ctx context.Context, dir string) error {
 	if err := checkRoot(os.Geteuid()); err != nil {
 		return err
 	}
-	h, err := lockHolder(lockAddress)
+	h, err := lockHolder(lock)
 	if err == nil && h.dir != dir {
 		return WithHint(fmt.Errorf("a playground runs in %s, not in %s (process %d)", h.dir, dir, h.pid),
 			"add --dir "+h.dir)
 	}
 	if err == nil {
-		if err := endOwner(ctx, h.pid); err != nil {
+		if err := endOwner(ctx, lock, h.pid); err != nil {
 			return err
 		}
 	}
-	release, err := acquire(lockAddress, dir)
+	release, err := acquire(lock, dir)
 	if err != nil {
 		return err
 	}
 	defer release()
-	t, err := DefaultTopology()
-	if err != nil {
-		return err
-	}
-	return sweep(ctx, dir, t.Name)
+	return sweep(ctx, dir, prefix)
 }
 
 // endOwner ends the process that owns the playground: kindly, so that it takes
 // the playground down in good order, or else at once.
-func endOwner(ctx context.Context, pid int) error {
+func endOwner(ctx context.Context, lock string, pid int) error {
 	gone := func() (bool, error) {
-		h, err := lockHolder(lockAddress)
+		h, err := lockHolder(lock)
 		return err != nil || h.pid != pid, nil
 	}
 	for _, try := range []struct {

@@ -44,10 +44,14 @@ type Config struct {
 	Progress Progress
 	// Log takes what happens while the playground runs; nil discards it.
 	Log *slog.Logger
+
+	// lockAddress is for tests whose topology shares no name with another.
+	lockAddress string
 }
 
 func (c Config) withDefaults() (Config, error) {
 	c.Dir = orDefault(c.Dir, DefaultDir)
+	c.lockAddress = orDefault(c.lockAddress, lockAddress)
 	dir, err := filepath.Abs(c.Dir)
 	if err != nil {
 		return c, err
@@ -145,9 +149,9 @@ func Up(ctx context.Context, cfg Config) (_ *Playground, err error) {
 
 func (c Config) lock(ctx context.Context) (func(), error) {
 	if c.Wait {
-		return acquireWait(ctx, lockAddress, c.Dir)
+		return acquireWait(ctx, c.lockAddress, c.Dir)
 	}
-	return acquire(lockAddress, c.Dir)
+	return acquire(c.lockAddress, c.Dir)
 }
 
 // build makes everything that is kept between playgrounds and returns the
@@ -346,7 +350,37 @@ func sweep(ctx context.Context, dir, prefix string) error {
 		// What is still mounted must not be deleted through its mount.
 		return err
 	}
-	return os.RemoveAll(dir)
+	return removeDir(dir)
+}
+
+// removeDir deletes the folder of a playground, and refuses to delete any
+// other: the name may be a slip of the pen. The topology is what tells them
+// apart, so it goes last.
+func removeDir(dir string) error {
+	entries, err := os.ReadDir(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	marker := filepath.Join(dir, topologyFile)
+	if _, err := os.Stat(marker); err != nil && len(entries) > 0 {
+		return WithHint(fmt.Errorf("%s is not empty and is not the folder of a playground", dir),
+			"name an empty or a new folder with --dir")
+	}
+	for _, e := range entries {
+		if e.Name() == topologyFile {
+			continue
+		}
+		if err := os.RemoveAll(filepath.Join(dir, e.Name())); err != nil {
+			return err
+		}
+	}
+	if err := os.Remove(marker); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return os.Remove(dir)
 }
 
 func savedTopology(dir string) (Topology, error) {

@@ -3,6 +3,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 
@@ -16,7 +17,12 @@ import (
 func main() {
 	ctx, stop := daemon.SignalContext(context.Background())
 	defer stop()
-	if err := command().ExecuteContext(ctx); err != nil {
+	err := command().ExecuteContext(ctx)
+	var exit *playgroundcli.ExitError
+	if errors.As(err, &exit) {
+		os.Exit(exit.Code)
+	}
+	if err != nil {
 		fmt.Fprintln(os.Stderr, "yurtadm:", err)
 		if hint := playground.Hint(err); hint != "" {
 			fmt.Fprintln(os.Stderr, "hint:", hint)

@@ -11,7 +11,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"syscall"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -132,15 +131,9 @@ func (g *global) keeper() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			// What the keeper starts must not hold the starter's pipe open.
-			syscall.CloseOnExec(3)
-			report := os.NewFile(3, "report")
-			if report == nil {
-				return errors.New("keeper must be started by up")
-			}
 			return playground.RunKeeper(cmd.Context(), playground.Config{
 				Dir: g.dir, Topology: t, WithoutHub: f.withoutHub, Log: logger,
-			}, report)
+			})
 		},
 	}
 	f.add(cmd)

@@ -7,6 +7,7 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -26,8 +27,6 @@ import (
 	proxy "k8s.io/kubernetes/cmd/kube-proxy/app"
 	scheduler "k8s.io/kubernetes/cmd/kube-scheduler/app"
 	kubelet "k8s.io/kubernetes/cmd/kubelet/app"
-
-	"context"
 )
 
 func main() {
@@ -58,8 +57,8 @@ func run() int {
 	return cli.Run(commands()[name]())
 }
 
-// commands are built on demand: constructing one parses nothing but registers
-// metrics and flags of that component only.
+// commands are built on demand: to make one registers its flags and metrics,
+// which must not meet those of another.
 func commands() map[string]func() *cobra.Command {
 	return map[string]func() *cobra.Command{
 		"kube-apiserver":          apiserver.NewAPIServerCommand,
