@@ -244,6 +244,7 @@ func (a *Authenticator) certificate(state *tls.ConnectionState) (*Caller, error)
 	for _, c := range chains[0] {
 		ttl = min(ttl, time.Until(c.NotAfter))
 	}
+	caller.remember()
 	a.certificates.Add(key, caller, ttl)
 	return caller, nil
 }
@@ -297,6 +298,9 @@ func (a *Authenticator) decide(ctx context.Context, token string, d digest, admi
 		v, ttl, err := a.judge(ctx, token, d, admit)
 		if err != nil {
 			return nil, err
+		}
+		if v.caller != nil {
+			v.caller.remember()
 		}
 		a.tokens.Add(d, v, ttl)
 		return v, nil

@@ -281,6 +281,9 @@ func wider(a Attributes) []Attributes {
 // userDigest stands for everything about a caller that authorizers may look at,
 // except for what differs between two tokens of one ServiceAccount.
 func userDigest(c *Caller) digest {
+	if c.user != nil {
+		return *c.user
+	}
 	b := appendList(make([]byte, 0, 256), c.Name)
 	b = appendList(b, slices.Sorted(slices.Values(c.Groups))...)
 	for _, k := range slices.Sorted(maps.Keys(c.Extra)) {

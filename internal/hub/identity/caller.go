@@ -41,6 +41,15 @@ type Caller struct {
 	// Local says that Token was signed by this hub. Only this hub accepts it:
 	// it is useless upstream.
 	Local bool
+
+	user *digest // of userDigest, for callers that are cached; nil: not yet
+}
+
+// remember computes once what every question about the caller needs. The
+// caller must not be shared yet, nor change later.
+func (c *Caller) remember() {
+	d := userDigest(c)
+	c.user = &d
 }
 
 // String names the caller and its groups, without any secret.

@@ -94,9 +94,9 @@ func Resolve(r *http.Request) (Info, error) {
 	if !info.Reads() {
 		return info, nil
 	}
-	query := r.URL.Query()
-	info.Options, err = listOptions(query)
-	if err != nil {
+	if r.URL.RawQuery == "" {
+		info.Options = &metainternalversion.ListOptions{}
+	} else if info.Options, err = listOptions(r.URL.Query()); err != nil {
 		return info, err
 	}
 	// A list or watch by metadata.name carries its name in Name too, as the
