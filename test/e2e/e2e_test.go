@@ -299,9 +299,8 @@ func forwarded(ctx context.Context, args []string) (string, error) {
 	}
 	// The forwarder says when it listens; that line is waited for.
 	return lab.Exec(ctx, machine, "bash", "-c", env+
-		`exec 3< <(kubectl --kubeconfig `+operatorConfig+` port-forward `+args[0]+` 18080:8080 2>&1); `+
-		`read -t 20 -u 3 line; echo "$line"; curl -sf --max-time 5 http://127.0.0.1:18080/; rc=$?; `+
-		`pkill -f "port-forward `+args[0]+`"; exit $rc`)
+		`exec 3< <(exec kubectl --kubeconfig `+operatorConfig+` port-forward `+args[0]+` 18080:8080 2>&1); `+
+		`read -t 20 -u 3 line; echo "$line"; curl -sf --max-time 5 http://127.0.0.1:18080/; rc=$?; kill $!; exit $rc`)
 }
 
 // inPod MACHINE ARGS...: the web program with these arguments inside a web pod
