@@ -1,6 +1,7 @@
 package playground
 
 import (
+	"context"
 	"crypto/tls"
 	"fmt"
 	"net"
@@ -10,14 +11,14 @@ import (
 
 // freePorts returns n TCP ports that nobody listens on at ip. They are all
 // held open until the last is found, so that they differ.
-func freePorts(ip string, n int) ([]int, error) {
+func freePorts(ctx context.Context, ip string, n int) ([]int, error) {
 	var ports []int
 	for range n {
-		l, err := net.Listen("tcp", net.JoinHostPort(ip, "0"))
+		l, err := (&net.ListenConfig{}).Listen(ctx, "tcp", net.JoinHostPort(ip, "0"))
 		if err != nil {
 			return nil, fmt.Errorf("find a free port at %s: %w", ip, err)
 		}
-		defer l.Close()
+		defer l.Close() //nolint:errcheck // only its port was wanted
 		addr, err := netip.ParseAddrPort(l.Addr().String())
 		if err != nil {
 			return nil, err

@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/x509"
 	"encoding/pem"
+	"errors"
 	"fmt"
 	"log/slog"
 	"slices"
@@ -76,7 +77,7 @@ func (a *approver) review(ctx context.Context, csr *certificatesv1.CertificateSi
 func (a *approver) acceptable(csr *certificatesv1.CertificateSigningRequest) error {
 	block, _ := pem.Decode(csr.Spec.Request)
 	if block == nil {
-		return fmt.Errorf("request is not PEM")
+		return errors.New("request is not PEM")
 	}
 	request, err := x509.ParseCertificateRequest(block.Bytes)
 	if err != nil {
@@ -111,7 +112,7 @@ func (a *approver) acceptable(csr *certificatesv1.CertificateSigningRequest) err
 		}
 	}
 	if len(request.EmailAddresses)+len(request.URIs) > 0 {
-		return fmt.Errorf("only names and addresses are signed")
+		return errors.New("only names and addresses are signed")
 	}
 	return nil
 }

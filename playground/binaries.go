@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -200,7 +201,7 @@ func (p part) build(ctx context.Context, src, dir string, progress Progress) err
 	if err != nil {
 		return step.Fail(err)
 	}
-	defer os.RemoveAll(temp)
+	defer os.RemoveAll(temp) //nolint:errcheck // renamed when all went well
 	if err := os.Chmod(temp, 0o755); err != nil {
 		return step.Fail(err)
 	}
@@ -236,9 +237,7 @@ func (p part) link(dir, bin string) error {
 	for _, out := range p.outputs {
 		links[out] = filepath.Join(dir, out)
 	}
-	for name, target := range p.links {
-		links[name] = target
-	}
+	maps.Copy(links, p.links)
 	for name, target := range links {
 		path := filepath.Join(bin, name)
 		if have, err := os.Readlink(path); err == nil && have == target {
@@ -304,8 +303,8 @@ func lockFile(ctx context.Context, path string) (unlock func(), err error) {
 		return err == nil, err
 	})
 	if err != nil {
-		file.Close()
+		_ = file.Close()
 		return nil, fmt.Errorf("lock %s: %w", path, err)
 	}
-	return func() { file.Close() }, nil
+	return func() { _ = file.Close() }, nil
 }

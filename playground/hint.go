@@ -9,8 +9,7 @@ func WithHint(err error, hint string) error { return &hinted{err: err, hint: hin
 // Hint returns the hint of err or of the first error below it that has one,
 // and the empty string when there is none.
 func Hint(err error) string {
-	var h *hinted
-	if errors.As(err, &h) {
+	if h, ok := errors.AsType[*hinted](err); ok {
 		return h.hint
 	}
 	return ""

@@ -73,12 +73,12 @@ func RunKeeper(ctx context.Context, cfg Config) error {
 		return jsonErr
 	}
 	fmt.Fprintf(report, "\x00%s\n", outcome)
-	report.Close()
+	_ = report.Close()
 	if err != nil {
 		return err
 	}
 	server := &http.Server{Handler: p.orders(), ReadHeaderTimeout: 5 * time.Second}
-	stopped := context.AfterFunc(ctx, func() { server.Close() })
+	stopped := context.AfterFunc(ctx, func() { _ = server.Close() })
 	defer stopped()
 	serveErr := server.Serve(l)
 	if errors.Is(serveErr, http.ErrServerClosed) {
@@ -166,12 +166,11 @@ func Spawn(ctx context.Context, cmd *exec.Cmd, out io.Writer) error {
 	if err != nil {
 		return err
 	}
-	defer read.Close()
+	defer read.Close() //nolint:errcheck // read only
 	cmd.ExtraFiles = []*os.File{write}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	err = cmd.Start()
-	write.Close()
-	if err != nil {
+	if err := errors.Join(err, write.Close()); err != nil {
 		return fmt.Errorf("start keeper: %w", err)
 	}
 	stop := context.AfterFunc(ctx, func() { _ = cmd.Process.Signal(syscall.SIGTERM) })
@@ -244,7 +243,7 @@ func down(ctx context.Context, dir, lock, prefix string) error {
 	if err := checkRoot(os.Geteuid()); err != nil {
 		return err
 	}
-	h, err := lockHolder(lock)
+	h, err := lockHolder(ctx, lock)
 	if err == nil && h.dir != dir {
 		return WithHint(fmt.Errorf("a playground runs in %s, not in %s (process %d)", h.dir, dir, h.pid),
 			"add --dir "+h.dir)
@@ -254,7 +253,7 @@ func down(ctx context.Context, dir, lock, prefix string) error {
 			return err
 		}
 	}
-	release, err := acquire(lock, dir)
+	release, err := acquire(ctx, lock, dir)
 	if err != nil {
 		return err
 	}
@@ -266,8 +265,8 @@ func down(ctx context.Context, dir, lock, prefix string) error {
 // the playground down in good order, or else at once.
 func endOwner(ctx context.Context, lock string, pid int) error {
 	gone := func() (bool, error) {
-		h, err := lockHolder(lock)
-		return err != nil || h.pid != pid, nil
+		h, err := lockHolder(ctx, lock)
+		return err != nil || h.pid != pid, nil //nolint:nilerr // nobody holds it
 	}
 	for _, try := range []struct {
 		signal syscall.Signal

@@ -27,10 +27,10 @@ type holder struct {
 }
 
 // acquire takes the host's lock for the playground in dir.
-func acquire(address, dir string) (release func(), err error) {
-	l, err := net.Listen("unix", address)
+func acquire(ctx context.Context, address, dir string) (release func(), err error) {
+	l, err := (&net.ListenConfig{}).Listen(ctx, "unix", address)
 	if errors.Is(err, syscall.EADDRINUSE) {
-		h, err := lockHolder(address)
+		h, err := lockHolder(ctx, address)
 		if err != nil {
 			return nil, ErrRunning
 		}
@@ -48,16 +48,16 @@ func acquire(address, dir string) (release func(), err error) {
 			}
 			_ = conn.SetDeadline(time.Now().Add(time.Second))
 			fmt.Fprintf(conn, "%d %s\n", os.Getpid(), dir)
-			conn.Close()
+			_ = conn.Close()
 		}
 	}()
-	return func() { l.Close() }, nil
+	return func() { _ = l.Close() }, nil
 }
 
 // acquireWait is acquire that waits for the playground of somebody else to end.
 func acquireWait(ctx context.Context, address, dir string) (release func(), err error) {
 	err = poll(ctx, lockPoll, func() (bool, error) {
-		release, err = acquire(address, dir)
+		release, err = acquire(ctx, address, dir)
 		if errors.Is(err, ErrRunning) {
 			return false, nil
 		}
@@ -68,12 +68,12 @@ func acquireWait(ctx context.Context, address, dir string) (release func(), err 
 
 // lockHolder asks the holder of the lock who it is. It returns an error when
 // nobody holds the lock.
-func lockHolder(address string) (holder, error) {
-	conn, err := net.DialTimeout("unix", address, time.Second)
+func lockHolder(ctx context.Context, address string) (holder, error) {
+	conn, err := (&net.Dialer{Timeout: time.Second}).DialContext(ctx, "unix", address)
 	if err != nil {
 		return holder{}, err
 	}
-	defer conn.Close()
+	defer conn.Close() //nolint:errcheck // read only
 	_ = conn.SetDeadline(time.Now().Add(time.Second))
 	text, err := io.ReadAll(conn)
 	if err != nil {

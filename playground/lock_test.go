@@ -17,11 +17,11 @@ func testLock(t *testing.T) string {
 
 func TestLockNamesItsHolder(t *testing.T) {
 	address := testLock(t)
-	release, err := acquire(address, "/somewhere else")
+	release, err := acquire(t.Context(), address, "/somewhere else")
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, err = acquire(address, "/here")
+	_, err = acquire(t.Context(), address, "/here")
 	if !errors.Is(err, ErrRunning) {
 		t.Fatalf("second lock: want ErrRunning, got %v", err)
 	}
@@ -34,19 +34,19 @@ func TestLockNamesItsHolder(t *testing.T) {
 		t.Errorf("want a hint about down, got %q", hint)
 	}
 	release()
-	again, err := acquire(address, "/here")
+	again, err := acquire(t.Context(), address, "/here")
 	if err != nil {
 		t.Fatalf("lock after its release: %v", err)
 	}
 	again()
-	if h, err := lockHolder(address); err == nil {
+	if h, err := lockHolder(t.Context(), address); err == nil {
 		t.Errorf("a released lock has holder %+v", h)
 	}
 }
 
 func TestLockIsWaitedFor(t *testing.T) {
 	address := testLock(t)
-	release, err := acquire(address, "/first")
+	release, err := acquire(t.Context(), address, "/first")
 	if err != nil {
 		t.Fatal(err)
 	}

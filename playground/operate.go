@@ -425,7 +425,7 @@ func (p *Playground) loadImage(ctx context.Context, name, archive string) error 
 	if err != nil {
 		return err
 	}
-	defer file.Close()
+	defer file.Close() //nolint:errcheck // read only
 	cmd, err := p.ExecCommand(ctx, name, "ctr", "-n", "k8s.io", "images", "import", "--local", "-")
 	if err != nil {
 		return err

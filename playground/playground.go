@@ -137,7 +137,7 @@ func Up(ctx context.Context, cfg Config) (_ *Playground, err error) {
 	if err := sweep(ctx, cfg.Dir, cfg.Topology.Name); err != nil {
 		return nil, fmt.Errorf("remove what an earlier playground left: %w", err)
 	}
-	if err := preflight(cfg.Dir, cfg.Topology); err != nil {
+	if err := preflight(ctx, cfg.Dir, cfg.Topology); err != nil {
 		return nil, err
 	}
 	base, err := p.build(ctx, cfg.Progress)
@@ -151,7 +151,7 @@ func (c Config) lock(ctx context.Context) (func(), error) {
 	if c.Wait {
 		return acquireWait(ctx, c.lockAddress, c.Dir)
 	}
-	return acquire(c.lockAddress, c.Dir)
+	return acquire(ctx, c.lockAddress, c.Dir)
 }
 
 // build makes everything that is kept between playgrounds and returns the
@@ -394,6 +394,7 @@ func savedTopology(dir string) (Topology, error) {
 func (p *Playground) controlPlaneDir() string       { return filepath.Join(p.dir, "controlplane") }
 func (p *Playground) imagesDir() string             { return filepath.Join(p.dir, "images") }
 func (p *Playground) machineDir(name string) string { return filepath.Join(p.dir, "machines", name) }
+
 func (p *Playground) kubeconfig() string {
 	return filepath.Join(p.controlPlaneDir(), "admin.kubeconfig")
 }

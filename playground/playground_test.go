@@ -158,8 +158,8 @@ func TestDownAfterAKilledKeeper(t *testing.T) {
 		if err := p.Heal(ctx, edge.Name); err != nil {
 			t.Fatal(err)
 		}
-		if !reaches() {
-			t.Errorf("machine does not reach the API server after the heal of a cut (%s)", mode)
+		if err := poll(ctx, waitPoll, func() (bool, error) { return reaches(), nil }); err != nil {
+			t.Fatalf("machine does not reach the API server after the heal of a cut (%s): %v", mode, err)
 		}
 	}
 	if err := p.Cut(ctx, "nowhere", network.LinkDown); err == nil || !strings.Contains(Hint(err), edge.Name) {
@@ -210,7 +210,7 @@ func TestDownAfterAKilledKeeper(t *testing.T) {
 		t.Error(err)
 	}
 
-	h, err := lockHolder(smallLock)
+	h, err := lockHolder(ctx, smallLock)
 	if err != nil || h.dir != dir {
 		t.Fatalf("want the keeper of %s to hold the lock, got %+v, %v", dir, h, err)
 	}

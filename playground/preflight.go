@@ -2,6 +2,7 @@ package playground
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"net"
@@ -35,11 +36,11 @@ func tools() map[string]string {
 }
 
 // preflight returns why this host cannot run the topology. It changes nothing.
-func preflight(dir string, t Topology) error {
+func preflight(ctx context.Context, dir string, t Topology) error {
 	for _, check := range []func() error{
 		func() error { return checkRoot(os.Geteuid()) },
 		func() error { return checkTools(exec.LookPath) },
-		checkKernel,
+		func() error { return checkKernel(ctx) },
 		func() error { return checkDisk(dir, diskNeeded, freeBytes) },
 		func() error { return checkAddresses(t) },
 	} {
@@ -74,14 +75,14 @@ func checkTools(look func(string) (string, error)) error {
 
 // checkKernel looks for what machines and their network are made of, by
 // making it where nothing else can tell.
-func checkKernel() error {
+func checkKernel(ctx context.Context) error {
 	if err := checkOverlay(); err != nil {
 		return err
 	}
 	if _, err := os.Stat("/dev/net/tun"); err != nil {
 		return WithHint(errors.New("the kernel has no TUN devices (/dev/net/tun)"), "modprobe tun")
 	}
-	if out, err := exec.Command("nft", "list", "tables").CombinedOutput(); err != nil {
+	if out, err := exec.CommandContext(ctx, "nft", "list", "tables").CombinedOutput(); err != nil {
 		return WithHint(fmt.Errorf("nftables does not work: %s", bytes.TrimSpace(out)), "modprobe nf_tables")
 	}
 	for _, kind := range []string{"veth", "bridge"} {

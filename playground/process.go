@@ -40,7 +40,7 @@ func (c component) start(dir string) (*process, error) {
 	if err != nil {
 		return nil, err
 	}
-	cmd := exec.Command(c.path, c.args...)
+	cmd := exec.Command(c.path, c.args...) //nolint:noctx // stop and kill end it
 	cmd.Env = append(os.Environ(), c.env...)
 	cmd.Stdout, cmd.Stderr = log, log
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Setpgid: true}
@@ -50,7 +50,7 @@ func (c component) start(dir string) (*process, error) {
 		// process: this thread must live until the child has ended.
 		runtime.LockOSThread()
 		defer runtime.UnlockOSThread()
-		defer log.Close()
+		defer log.Close() //nolint:errcheck // the child has its own descriptor
 		err := cmd.Start()
 		if err == nil {
 			p.pid = cmd.Process.Pid

@@ -18,8 +18,7 @@ func main() {
 	ctx, stop := daemon.SignalContext(context.Background())
 	defer stop()
 	err := command().ExecuteContext(ctx)
-	var exit *playgroundcli.ExitError
-	if errors.As(err, &exit) {
+	if exit, ok := errors.AsType[*playgroundcli.ExitError](err); ok {
 		os.Exit(exit.Code)
 	}
 	if err != nil {

@@ -106,7 +106,8 @@ func (g *global) spawn(cmd *cobra.Command, f upFlags) error {
 	out := cmd.OutOrStdout()
 	// Not CommandContext: the keeper takes down what it made when it is told
 	// to stop, and must not be killed at that.
-	if err := playground.Spawn(cmd.Context(), exec.Command(exe, args...), out); err != nil {
+	keeper := exec.Command(exe, args...) //nolint:noctx // see above
+	if err := playground.Spawn(cmd.Context(), keeper, out); err != nil {
 		return err
 	}
 	fmt.Fprintln(out, "The playground is up. Try:\n  yurtadm playground status\n  yurtadm playground kubectl get nodes")
@@ -126,7 +127,7 @@ func (g *global) keeper() *cobra.Command {
 				return err
 			}
 			log := &lateFile{path: filepath.Join(g.dir, "keeper.log")}
-			defer log.Close()
+			defer log.Close() //nolint:errcheck // nobody is left to be told
 			logger, err := daemon.NewLogger(log, daemon.LogConfig{})
 			if err != nil {
 				return err
@@ -370,8 +371,7 @@ func (g *global) kubectl() *cobra.Command {
 func foreground(cmd *exec.Cmd) error {
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
 	err := cmd.Run()
-	var exit *exec.ExitError
-	if errors.As(err, &exit) {
+	if exit, ok := errors.AsType[*exec.ExitError](err); ok {
 		return &ExitError{Code: exit.ExitCode()}
 	}
 	return err

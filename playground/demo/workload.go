@@ -218,8 +218,7 @@ func Containers(ctx context.Context, p *playground.Playground, machines ...strin
 			continue
 		}
 		for _, c := range pod.Status.ContainerStatuses {
-			found[pod.Spec.NodeName+" "+pod.Namespace+"/"+pod.Name+"/"+c.Name] =
-				fmt.Sprintf("%s, %d restarts", c.ContainerID, c.RestartCount)
+			found[pod.Spec.NodeName+" "+pod.Namespace+"/"+pod.Name+"/"+c.Name] = fmt.Sprintf("%s, %d restarts", c.ContainerID, c.RestartCount)
 		}
 	}
 	return found, nil

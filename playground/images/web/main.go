@@ -35,7 +35,7 @@ type answer struct {
 func main() {
 	if err := run(); err != nil {
 		fmt.Fprintln(os.Stderr, "web:", err)
-		os.Exit(1)
+		os.Exit(1) //nolint:forbidigo // this is main
 	}
 }
 
