@@ -210,6 +210,12 @@ func (r *Replica) retire(ctx context.Context) {
 		return
 	}
 	r.mu.Lock()
+	// With little room left, what nobody uses makes place for what somebody
+	// will ask for.
+	dropAfter := dropAfter
+	if len(r.streams) > r.cfg.MaxScopes*3/4 {
+		dropAfter = pauseAfter
+	}
 	var drop []*stream
 	for scope, st := range r.streams {
 		idle := st.set.idle()
