@@ -119,6 +119,9 @@ func Up(ctx context.Context, cfg Config) (_ *Playground, err error) {
 	if err := checkRoot(os.Geteuid()); err != nil {
 		return nil, err
 	}
+	if err := checkFolder(cfg.Dir); err != nil {
+		return nil, err
+	}
 	release, err := cfg.lock(ctx)
 	if err != nil {
 		return nil, err
@@ -357,17 +360,15 @@ func sweep(ctx context.Context, dir, prefix string) error {
 // other: the name may be a slip of the pen. The topology is what tells them
 // apart, so it goes last.
 func removeDir(dir string) error {
+	if err := checkFolder(dir); err != nil {
+		return err
+	}
 	entries, err := os.ReadDir(dir)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
 	if err != nil {
 		return err
-	}
-	marker := filepath.Join(dir, topologyFile)
-	if _, err := os.Stat(marker); err != nil && len(entries) > 0 {
-		return WithHint(fmt.Errorf("%s is not empty and is not the folder of a playground", dir),
-			"name an empty or a new folder with --dir")
 	}
 	for _, e := range entries {
 		if e.Name() == topologyFile {
@@ -377,10 +378,27 @@ func removeDir(dir string) error {
 			return err
 		}
 	}
-	if err := os.Remove(marker); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	if err := os.Remove(filepath.Join(dir, topologyFile)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
 	return os.Remove(dir)
+}
+
+// checkFolder returns an error when dir holds anything but a playground.
+func checkFolder(dir string) error {
+	entries, err := os.ReadDir(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	ours := func(e fs.DirEntry) bool { return e.Name() == topologyFile }
+	if len(entries) == 0 || slices.ContainsFunc(entries, ours) {
+		return nil
+	}
+	return WithHint(fmt.Errorf("%s is not empty and is not the folder of a playground", dir),
+		"name an empty or a new folder with --dir")
 }
 
 func savedTopology(dir string) (Topology, error) {
