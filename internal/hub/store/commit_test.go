@@ -79,7 +79,8 @@ func TestFirstSubmitDoesNotWaitAndLaterOnesShare(t *testing.T) {
 		if worst > 2*time.Second || commits > 7 {
 			t.Errorf("10 s of batches: %d commits, up to %v late", commits, worst)
 		}
-		if d := time.Since(start); d != 10*time.Second {
+		// The last Commit may wait for its own MaxDelay.
+		if d := time.Since(start); d < 10*time.Second || d > 10*time.Second+100*time.Millisecond {
 			t.Errorf("took %v", d)
 		}
 	})

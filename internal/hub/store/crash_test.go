@@ -293,7 +293,7 @@ func limits(path string) error {
 	if err := put(n); err != nil {
 		return err
 	}
-	for page := uint64(0); page < 80; page++ {
+	for page := range uint64(80) {
 		for _, part := range []uint64{0, 100} {
 			if err := limitFiles(page*pageSize + part); err != nil {
 				return err

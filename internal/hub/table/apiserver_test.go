@@ -504,7 +504,11 @@ func (s *server) watch(t *testing.T, r resource, enc wire.Encoding, accept strin
 		}
 		events = append(events, ev)
 		if ev.Type == "BOOKMARK" {
-			return seen.Bytes(), events
+			raw = seen.Bytes()
+			if enc == wire.JSON && !bytes.HasSuffix(raw, []byte("\n")) {
+				raw = append(raw, '\n') // it may come a moment after the object
+			}
+			return raw, events
 		}
 	}
 }

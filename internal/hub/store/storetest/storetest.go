@@ -37,7 +37,7 @@ func Run(t *testing.T, open func(t *testing.T, path string) *store.Store) {
 			b := &bed{path: t.TempDir() + "/store", open: open}
 			b.reopen(t)
 			c.test(t, b)
-			if err := b.Store.Close(); err != nil {
+			if err := b.Close(); err != nil {
 				t.Fatal(err)
 			}
 		})
@@ -54,7 +54,7 @@ type bed struct {
 func (b *bed) reopen(t *testing.T) {
 	t.Helper()
 	if b.Store != nil {
-		if err := b.Store.Close(); err != nil {
+		if err := b.Close(); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -229,7 +229,7 @@ func scanStopsAtError(t *testing.T, b *bed) {
 	defer sn.Close()
 	stop, calls := errors.New("stop"), 0
 	err := sn.Scan("b", "", func(string, store.Header) error { calls++; return stop })
-	if err != stop || calls != 1 {
+	if !errors.Is(err, stop) || calls != 1 {
 		t.Errorf("%v after %d calls", err, calls)
 	}
 }
@@ -240,7 +240,7 @@ func snapshotStandsStill(t *testing.T, b *bed) {
 	for i := range 50 {
 		b.commit(t, func(batch *store.Batch) {
 			batch.Put("b", "k", store.Record{Data: []byte("new")})
-			batch.Put("b", fmt.Sprint(i), store.Record{Data: bytes.Repeat([]byte{byte(i)}, 10_000)})
+			batch.Put("b", strconv.Itoa(i), store.Record{Data: bytes.Repeat([]byte{byte(i)}, 10_000)})
 			batch.Put("c", "k", store.Record{})
 		})
 	}
@@ -264,7 +264,7 @@ func readersMayWriteAndNest(t *testing.T, b *bed) {
 	noise := make([]byte, 1<<20)
 	_, _ = rand.NewChaCha8([32]byte{2}).Read(noise)
 	for i := range 20 {
-		b.commit(t, func(batch *store.Batch) { batch.Put("b", fmt.Sprint(i), store.Record{Data: noise}) })
+		b.commit(t, func(batch *store.Batch) { batch.Put("b", strconv.Itoa(i), store.Record{Data: noise}) })
 	}
 	inner := b.snapshot(t)
 	defer inner.Close()
@@ -340,7 +340,7 @@ func submitKeepsOrder(t *testing.T, b *bed) {
 	for i := range 300 {
 		batch := store.NewBatch()
 		batch.Put("b", "k", store.Record{Version: uint64(i)})
-		batch.Put("b", fmt.Sprint(i), store.Record{Data: make([]byte, i*10)})
+		batch.Put("b", strconv.Itoa(i), store.Record{Data: make([]byte, i*10)})
 		err := b.Submit(t.Context(), batch, func(err error) {
 			if err != nil {
 				t.Error(err)
@@ -365,7 +365,7 @@ func submitKeepsOrder(t *testing.T, b *bed) {
 func closeWritesTheQueue(t *testing.T, b *bed) {
 	for i := range 20 {
 		batch := store.NewBatch()
-		batch.Put("b", fmt.Sprint(i), store.Record{})
+		batch.Put("b", strconv.Itoa(i), store.Record{})
 		if err := b.Submit(t.Context(), batch, nil); err != nil {
 			t.Fatal(err)
 		}
@@ -395,7 +395,7 @@ func randomHistory(t *testing.T, b *bed) {
 	for round := range 150 {
 		b.commit(t, func(batch *store.Batch) {
 			for range rng.IntN(40) {
-				bucket, key := fmt.Sprint(rng.IntN(4)), fmt.Sprint(rng.IntN(200))
+				bucket, key := strconv.Itoa(rng.IntN(4)), strconv.Itoa(rng.IntN(200))
 				switch n := rng.IntN(100); {
 				case n == 0:
 					batch.Drop(bucket)
