@@ -117,6 +117,10 @@ func TestMachineBootsRebootsAndLosesPower(t *testing.T) {
 	if _, err := Exec(ctx, spec.Name, "systemd-run", "--unit=busy", "sh", "-c", "while :; do echo x >> /root/busy; done"); err != nil {
 		t.Fatal(err)
 	}
+	await(t, ctx, "the busy loop to write", func() bool {
+		_, err := Exec(ctx, spec.Name, "test", "-s", "/root/busy")
+		return err == nil
+	})
 	if err := PowerOff(ctx, spec.Name); err != nil {
 		t.Fatal(err)
 	}
