@@ -47,7 +47,6 @@ func (a *AccessRecorder) Write(p []byte) (int, error) {
 // Flush implements [http.Flusher] for callers that do not use
 // [http.ResponseController].
 func (a *AccessRecorder) Flush() {
-	//nolint:errcheck // Flusher has no error; FlushError has.
 	_ = a.FlushError()
 }
 

@@ -39,7 +39,7 @@ func WriteStatus(w http.ResponseWriter, r *http.Request, err error) {
 		h.Set("Retry-After", strconv.Itoa(int(d.RetryAfterSeconds)))
 	}
 	w.WriteHeader(int(status.Code))
-	//nolint:errcheck // The client is gone; there is nobody to tell.
+	// The client is gone on an error; there is nobody to tell.
 	_, _ = w.Write(body)
 }
 

@@ -312,7 +312,7 @@ func (a *answers) document(u *url.URL, h http.Header) (answer, error) {
 		return answer{}, err
 	}
 	accept := acceptOf(h)
-	for _, clause := range strings.Split(accept, ",") {
+	for clause := range strings.SplitSeq(accept, ",") {
 		for _, have := range types {
 			if accepts(clause, have) {
 				return a.load(documentBucket, prefix+have)

@@ -142,7 +142,8 @@ func TestObjectsAreForOneIdentity(t *testing.T) {
 			t.Fatal(err)
 		}
 		for _, other := range []*identity.Caller{
-			{Name: "bob", UID: "1", Groups: alice.Groups}, {Name: "alice", UID: "2", Groups: alice.Groups},
+			{Name: "bob", UID: "1", Groups: alice.Groups},
+			{Name: "alice", UID: "2", Groups: alice.Groups},
 			{Name: "alice", UID: "1", Groups: []string{"a"}},
 		} {
 			if _, err := a.object(other, info); !errors.Is(err, store.ErrNotFound) {
@@ -261,7 +262,7 @@ func TestPrefetch(t *testing.T) {
 		cloud := roundTripper(func(r *http.Request) (*http.Response, error) {
 			asked++
 			return &http.Response{
-				StatusCode: 200, Header: http.Header{"Content-Type": {r.Header.Get("Accept")}}, Body: io.NopCloser(strings.NewReader(r.URL.Path)),
+				StatusCode: http.StatusOK, Header: http.Header{"Content-Type": {r.Header.Get("Accept")}}, Body: io.NopCloser(strings.NewReader(r.URL.Path)),
 			}, nil
 		})
 		for range 3 {

@@ -1,6 +1,7 @@
 package hub
 
 import (
+	"errors"
 	"fmt"
 	"net"
 	"net/url"
@@ -61,10 +62,10 @@ func (f *Flags) Config() (Config, error) {
 		DecisionAge: f.decisionAge, Profiling: f.profiling,
 	}
 	if cfg.NodeName == "" {
-		return cfg, fmt.Errorf("--node-name is empty: give the name of this node")
+		return cfg, errors.New("--node-name is empty: give the name of this node")
 	}
 	if len(f.servers) == 0 && f.bootstrap == "" {
-		return cfg, fmt.Errorf("--server-addr is empty: give the URL of an API server, as https://10.0.0.1:6443")
+		return cfg, errors.New("--server-addr is empty: give the URL of an API server, as https://10.0.0.1:6443")
 	}
 	for _, text := range f.servers {
 		u, err := url.Parse(strings.TrimSpace(text))

@@ -275,7 +275,7 @@ func (h *Hub) RESTConfig(cfg *rest.Config) (*rest.Config, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read the hub's CA bundle: %w", err)
 	}
-	out.TLSClientConfig.CAFile, out.TLSClientConfig.CAData = "", bundle
+	out.CAFile, out.CAData = "", bundle
 	return out, nil
 }
 

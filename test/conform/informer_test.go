@@ -86,10 +86,10 @@ func informed(t *testing.T) {
 		t.Helper()
 		for name, i := range all {
 			gvr, namespace, opts := configmaps, "", metav1.ListOptions{}
-			switch {
-			case name == "custom":
+			switch name {
+			case "custom":
 				gvr = gadgets
-			case name == "selected protobuf" || name == "selected JSON":
+			case "selected protobuf", "selected JSON":
 				namespace, opts.LabelSelector = "conform-b", "app"
 			}
 			if err := await(ctx, func(ctx context.Context) error { return holds(ctx, i, gvr, namespace, opts) }); err != nil {

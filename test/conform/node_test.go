@@ -82,7 +82,7 @@ func TestNodeWrites(t *testing.T) {
 	lease.Spec.RenewTime = &now
 	renewed, err := leases.Update(ctx, lease, metav1.UpdateOptions{})
 	must(err)
-	if !renewed.Spec.RenewTime.Time.Equal(now.Time.Truncate(1000)) && !renewed.Spec.RenewTime.Equal(&now) {
+	if !renewed.Spec.RenewTime.Time.Equal(now.Truncate(1000)) && !renewed.Spec.RenewTime.Equal(&now) {
 		t.Errorf("lease renewed at %s, answered %s", now, renewed.Spec.RenewTime)
 	}
 	if _, err = leases.Create(ctx, &coordinationv1.Lease{ObjectMeta: metav1.ObjectMeta{Name: "edge-1"}}, metav1.CreateOptions{}); !apierrors.IsAlreadyExists(err) {

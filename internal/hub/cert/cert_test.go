@@ -58,8 +58,10 @@ type signer struct {
 func newSigner(t testing.TB) *signer {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	must(t, err)
-	template := &x509.Certificate{SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "kubernetes"}, NotBefore: time.Now().Add(-time.Hour),
-		NotAfter: time.Now().Add(100000 * time.Hour), IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign}
+	template := &x509.Certificate{
+		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "kubernetes"}, NotBefore: time.Now().Add(-time.Hour),
+		NotAfter: time.Now().Add(100000 * time.Hour), IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
+	}
 	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
 	must(t, err)
 	cert, err := x509.ParseCertificate(der)
@@ -86,8 +88,10 @@ func (s *signer) sign(t testing.TB, template *x509.Certificate, public any) []by
 func (s *signer) pair(t testing.TB, path, name string, life time.Duration) {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	must(t, err)
-	cert := s.sign(t, &x509.Certificate{Subject: pkix.Name{CommonName: name, Organization: []string{"system:nodes"}},
-		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(life), ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}}, key.Public())
+	cert := s.sign(t, &x509.Certificate{
+		Subject:   pkix.Name{CommonName: name, Organization: []string{"system:nodes"}},
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(life), ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
+	}, key.Public())
 	_, err = storePair(path, cert, key)
 	must(t, err)
 }
@@ -123,8 +127,10 @@ func newCluster(t testing.TB) *cluster {
 	must(t, err)
 	pool := x509.NewCertPool()
 	pool.AddCert(c.cert)
-	leaf := c.sign(t, &x509.Certificate{Subject: pkix.Name{CommonName: "kube-apiserver"}, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(1000 * time.Hour),
-		IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}}, key.Public())
+	leaf := c.sign(t, &x509.Certificate{
+		Subject: pkix.Name{CommonName: "kube-apiserver"}, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(1000 * time.Hour),
+		IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
+	}, key.Public())
 	keyPEM, err := encodeKey(key)
 	must(t, err)
 	pair, err := tls.X509KeyPair(leaf, keyPEM)
@@ -212,8 +218,10 @@ func (c *cluster) issue(csr *certificatesv1.CertificateSigningRequest) {
 	default:
 		c.t.Errorf("signer %s", csr.Spec.SignerName)
 	}
-	csr.Status.Certificate = c.sign(c.t, &x509.Certificate{Subject: request.Subject, NotBefore: time.Now().Add(-5 * time.Minute), NotAfter: time.Now().Add(c.life),
-		DNSNames: request.DNSNames, IPAddresses: request.IPAddresses, ExtKeyUsage: []x509.ExtKeyUsage{usage}}, request.PublicKey)
+	csr.Status.Certificate = c.sign(c.t, &x509.Certificate{
+		Subject: request.Subject, NotBefore: time.Now().Add(-5 * time.Minute), NotAfter: time.Now().Add(c.life),
+		DNSNames: request.DNSNames, IPAddresses: request.IPAddresses, ExtKeyUsage: []x509.ExtKeyUsage{usage},
+	}, request.PublicKey)
 }
 
 func (c *cluster) set(change func()) {
@@ -242,8 +250,10 @@ users: [{name: other, user: {token: wrong}}, {name: u, user: {token: %s}}]
 
 func (c *cluster) config(t testing.TB) Config {
 	dir := t.TempDir()
-	return Config{Dir: filepath.Join(dir, "pki"), NodeName: testNode, BootstrapKubeconfig: c.kubeconfig(dir, c.pem),
-		DummyIP: net.IPv4(169, 254, 2, 1), NodeIPs: []net.IP{net.IPv4(10, 0, 0, 5)}, ServerIPs: []net.IP{net.IPv4(10, 96, 0, 1)}, Log: slog.New(slog.DiscardHandler)}
+	return Config{
+		Dir: filepath.Join(dir, "pki"), NodeName: testNode, BootstrapKubeconfig: c.kubeconfig(dir, c.pem),
+		DummyIP: net.IPv4(169, 254, 2, 1), NodeIPs: []net.IP{net.IPv4(10, 0, 0, 5)}, ServerIPs: []net.IP{net.IPv4(10, 96, 0, 1)}, Log: slog.New(slog.DiscardHandler),
+	}
 }
 
 func open(t testing.TB, cfg Config) *Certificates {
@@ -642,8 +652,10 @@ func TestLocalCertificateAndTime(t *testing.T) {
 func TestKubeletCertificate(t *testing.T) {
 	cluster := newCluster(t)
 	dir := t.TempDir()
-	cfg := Config{Dir: filepath.Join(dir, "pki"), NodeName: testNode, Mode: ModeKubelet, Servers: []string{cluster.URL},
-		KubeletCert: filepath.Join(dir, "kubelet.pem"), ClusterCAFile: filepath.Join(dir, "ca.crt"), Log: slog.New(slog.DiscardHandler)}
+	cfg := Config{
+		Dir: filepath.Join(dir, "pki"), NodeName: testNode, Mode: ModeKubelet, Servers: []string{cluster.URL},
+		KubeletCert: filepath.Join(dir, "kubelet.pem"), ClusterCAFile: filepath.Join(dir, "ca.crt"), Log: slog.New(slog.DiscardHandler),
+	}
 	must(t, os.WriteFile(cfg.ClusterCAFile, cluster.pem, 0o600))
 	c := open(t, cfg)
 	stop := run(t, c)

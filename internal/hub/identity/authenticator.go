@@ -257,8 +257,7 @@ func certificateMessage(err error) string {
 	if errors.As(err, &invalid) && invalid.Reason == x509.IncompatibleUsage {
 		return "the certificate is not for clients"
 	}
-	var unknown x509.UnknownAuthorityError
-	if errors.As(err, &unknown) {
+	if _, ok := errors.AsType[x509.UnknownAuthorityError](err); ok {
 		return "the client certificate is signed by an unknown authority"
 	}
 	return "the client certificate is not valid"

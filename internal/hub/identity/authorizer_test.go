@@ -86,8 +86,10 @@ func TestAccessReviewCarriesEverything(t *testing.T) {
 	r := got.ResourceAttributes
 	text := fmt.Sprint(got.User, got.UID, got.Groups, got.Extra, r.Verb, r.Group, r.Version, r.Resource, r.Subresource, r.Namespace, r.Name,
 		r.FieldSelector.Requirements, r.LabelSelector.Requirements)
-	for _, want := range []string{"system:node:edge-1u[system:nodes] map[k:[v]]watchappsv1podsstatusnx", "{spec.nodeName In [edge-1]}", "{metadata.name NotIn [y]}",
-		"{app In [a b]}", "{old DoesNotExist []}", "{new Exists []}"} {
+	for _, want := range []string{
+		"system:node:edge-1u[system:nodes] map[k:[v]]watchappsv1podsstatusnx", "{spec.nodeName In [edge-1]}", "{metadata.name NotIn [y]}",
+		"{app In [a b]}", "{old DoesNotExist []}", "{new Exists []}",
+	} {
 		if !strings.Contains(text, want) {
 			t.Errorf("%q lacks %q", text, want)
 		}

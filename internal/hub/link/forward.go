@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net/http"
 	"net/textproto"
 	"net/url"
@@ -108,9 +109,7 @@ func (l *Link) reply(w http.ResponseWriter, r *http.Request, resp *http.Response
 		}
 		panic(http.ErrAbortHandler)
 	}
-	for name, values := range resp.Trailer {
-		h[name] = values
-	}
+	maps.Copy(h, resp.Trailer)
 	if kept != nil && whole {
 		kept(body)
 	}
@@ -147,7 +146,7 @@ func copyBody(dst io.Writer, src io.Reader, flush func() error, keep bool) (body
 				return nil, false, fmt.Errorf("%w: %w", errClient, err)
 			}
 		}
-		if readErr == io.EOF { //nolint:errorlint // Read returns it bare.
+		if readErr == io.EOF {
 			return body, whole, nil
 		}
 		if readErr != nil {

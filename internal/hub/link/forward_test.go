@@ -113,7 +113,8 @@ func TestForwardChoosesIdentity(t *testing.T) {
 	}{
 		{"node", AsNode(), 200, http.Header{"Certificate": {hub}}},
 		{"bearer", AsBearer(), 200, http.Header{
-			"Authorization": {"Bearer t"}, "Impersonate-User": {"admin"}, "Impersonate-Group": {"system:masters"}}},
+			"Authorization": {"Bearer t"}, "Impersonate-User": {"admin"}, "Impersonate-Group": {"system:masters"},
+		}},
 		{"user", AsUser(&user.DefaultInfo{
 			Name: "alice", UID: "7", Groups: []string{"dev", "system:authenticated"},
 			Extra: map[string][]string{"example.com/a b": {"1", "2"}},

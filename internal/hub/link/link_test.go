@@ -110,8 +110,10 @@ func TestIdleBlackHoleIsSeenByPings(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			w := newWire(t, u.addr())
 			r := newRig(t, ca, func(c *Config) {
-				c.Budgets = Budgets{Idle: 300 * time.Millisecond, Ping: 300 * time.Millisecond,
-					Stall: 300 * time.Millisecond, Connect: 300 * time.Millisecond, Answer: 300 * time.Millisecond}
+				c.Budgets = Budgets{
+					Idle: 300 * time.Millisecond, Ping: 300 * time.Millisecond,
+					Stall: 300 * time.Millisecond, Connect: 300 * time.Millisecond, Answer: 300 * time.Millisecond,
+				}
 			}, w.addr)
 			r.waitUp(t)
 			if path != "" {

@@ -106,8 +106,7 @@ func (l *Link) ping(ctx context.Context, i int) bool {
 		}
 		req.Host = l.servers[i].url.Host
 		resp, err := s.by[cred].stream.RoundTrip(req)
-		var missing *credentialError
-		if errors.As(err, &missing) {
+		if _, ok := errors.AsType[*credentialError](err); ok {
 			continue
 		}
 		if err != nil {

@@ -308,7 +308,7 @@ func selects(s Scope, th *thing) bool {
 	if sel, err := labels.Parse(s.Labels); err != nil || !sel.Matches(labels.Set(th.labels)) {
 		return false
 	}
-	for _, term := range strings.Split(s.Fields, ",") {
+	for term := range strings.SplitSeq(s.Fields, ",") {
 		if term == "" {
 			continue
 		}

@@ -120,10 +120,10 @@ func (f form) object(dst, data []byte, withType bool) ([]byte, error) {
 		}
 		data, apiVersion, kind, withType = partial, metaAPIVersion, metadataKind, true
 	}
-	switch {
-	case f.Encoding == f.kind.Encoding:
+	switch f.Encoding {
+	case f.kind.Encoding:
 		return append(dst, data...), nil
-	case f.Encoding == wire.JSON:
+	case wire.JSON:
 		return wire.ToJSON(dst, apiVersion, kind, data, withType)
 	}
 	out, err := wire.FromJSON(apiVersion, kind, data)

@@ -95,8 +95,12 @@ func FuzzEventReader(f *testing.F) {
 func FuzzToJSON(f *testing.F) {
 	seed(f)
 	kinds := [][2]string{
-		{"v1", "Pod"}, {"v1", "Secret"}, {"apps/v1", "StatefulSet"}, {"discovery.k8s.io/v1", "EndpointSlice"},
-		{"authentication.k8s.io/v1", "TokenReview"}, {"apiextensions.k8s.io/v1", "CustomResourceDefinition"},
+		{"v1", "Pod"},
+		{"v1", "Secret"},
+		{"apps/v1", "StatefulSet"},
+		{"discovery.k8s.io/v1", "EndpointSlice"},
+		{"authentication.k8s.io/v1", "TokenReview"},
+		{"apiextensions.k8s.io/v1", "CustomResourceDefinition"},
 	}
 	f.Fuzz(func(t *testing.T, object []byte) {
 		for _, k := range kinds {

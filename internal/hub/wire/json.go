@@ -125,8 +125,8 @@ func (s *scanner) value() ([]byte, error) {
 func (s *scanner) skip() error {
 	var stack []byte // '{' or '[' for each open level
 	for {
-		switch c := s.peek(); {
-		case c == '{' || c == '[':
+		switch c := s.peek(); c {
+		case '{', '[':
 			if len(stack) == maxDepth {
 				return s.fail("nested too deeply")
 			}
@@ -141,19 +141,19 @@ func (s *scanner) skip() error {
 				continue
 			}
 			s.pos++
-		case c == '"':
+		case '"':
 			if _, err := s.rawString(); err != nil {
 				return err
 			}
-		case c == 't':
+		case 't':
 			if err := s.literal("true"); err != nil {
 				return err
 			}
-		case c == 'f':
+		case 'f':
 			if err := s.literal("false"); err != nil {
 				return err
 			}
-		case c == 'n':
+		case 'n':
 			if err := s.literal("null"); err != nil {
 				return err
 			}

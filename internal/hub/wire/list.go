@@ -3,6 +3,7 @@ package wire
 import (
 	"bytes"
 	"fmt"
+	"slices"
 	"strconv"
 
 	"google.golang.org/protobuf/encoding/protowire"
@@ -49,7 +50,7 @@ func readListProto(body []byte) (l List, err error) {
 		case num == 1:
 			return l.readProtoMeta(b)
 		case num == 2:
-			l.Items = append(l.Items, b[:len(b):len(b)])
+			l.Items = append(l.Items, slices.Clip(b))
 		}
 		return nil
 	})
@@ -85,7 +86,7 @@ func readListJSON(body []byte) (l List, err error) {
 			l.Items = nil
 			err = s.array(func() error {
 				v, err := s.value()
-				l.Items = append(l.Items, v[:len(v):len(v)])
+				l.Items = append(l.Items, slices.Clip(v))
 				return err
 			})
 		default:

@@ -2,6 +2,7 @@ package wire
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"reflect"
 	"strconv"
@@ -127,8 +128,7 @@ func (p *plans) message(typ reflect.Type) (*message, error) {
 	}
 	m := &message{}
 	p.byType[typ] = m
-	for i := range typ.NumField() {
-		sf := typ.Field(i)
+	for sf := range typ.Fields() {
 		if sf.Type == reflect.TypeFor[metav1.TypeMeta]() {
 			continue // not on the wire
 		}
@@ -149,7 +149,7 @@ func (p *plans) message(typ reflect.Type) (*message, error) {
 func (p *plans) field(parent reflect.Type, sf reflect.StructField) (num int, f member, err error) {
 	parts := strings.Split(sf.Tag.Get("protobuf"), ",")
 	if len(parts) < 2 {
-		return 0, member{}, fmt.Errorf("no protobuf tag")
+		return 0, member{}, errors.New("no protobuf tag")
 	}
 	num, err = strconv.Atoi(parts[1])
 	if err != nil || num < 1 || num > 1000 {
@@ -172,7 +172,7 @@ func (p *plans) field(parent reflect.Type, sf reflect.StructField) (num int, f m
 	typ := sf.Type
 	if f.shape == inline {
 		if typ.Kind() != reflect.Struct || !sf.Anonymous || name != "" {
-			return 0, member{}, fmt.Errorf("unusual inline field")
+			return 0, member{}, errors.New("unusual inline field")
 		}
 	} else if name == "" || name == "-" {
 		return 0, member{}, fmt.Errorf("json name %q", name)
