@@ -84,7 +84,7 @@ func (s *Server) Run(ctx context.Context) error {
 	if errors.Is(err, context.DeadlineExceeded) {
 		err = srv.Close()
 	}
-	<-done
+	<-done //nolint:errcheck // http.ErrServerClosed, since it was told to stop
 	if err != nil {
 		return fmt.Errorf("stop serving on %s: %w", s.Listener.Addr(), err)
 	}

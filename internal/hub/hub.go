@@ -127,7 +127,7 @@ func Run(ctx context.Context, cfg Config) error {
 		// little of it buys a tenth of the time per request.
 		debug.SetGCPercent(gcPercent)
 	}
-	h, err := open(cfg)
+	h, err := open(cfg) //nolint:contextcheck // it waits for the disk only
 	if err != nil {
 		return err
 	}

@@ -257,10 +257,8 @@ func (h *Hub) event(w http.ResponseWriter, r *http.Request, as link.Credential) 
 	}
 	enc := wire.JSON
 	if formats := request.Formats(r.Header); len(formats) > 0 && formats[0].Encoding == wire.Protobuf {
-		if enc = wire.Protobuf; err == nil {
-			out, err = wire.FromJSON(apiVersion, kind.Kind, out)
-		}
-		if err != nil {
+		enc = wire.Protobuf
+		if out, err = wire.FromJSON(apiVersion, kind.Kind, out); err != nil {
 			httpx.WriteStatus(w, r, apierrors.NewInternalError(err))
 			return
 		}
@@ -294,7 +292,7 @@ func (h *Hub) token(w http.ResponseWriter, r *http.Request, as link.Credential) 
 		return
 	}
 	key := tokenKey(info, wanted)
-	keep := func(resp *http.Response) func([]byte) {
+	keep := func(resp *http.Response) func([]byte) { //nolint:contextcheck // kept even when the client has left
 		if resp.StatusCode != http.StatusCreated {
 			return nil
 		}
@@ -358,7 +356,10 @@ func (h *Hub) keepToken(key string, answer []byte) {
 		return
 	}
 	if len(got.Spec.Audiences) == 0 {
-		h.authn.Learn(got.Status.Token) // it names the API's own audiences
+		// It names the API's own audiences.
+		if err := h.authn.Learn(got.Status.Token); err != nil {
+			h.log.Debug("audiences not learned", "err", err)
+		}
 	}
 	kept := storedToken{Status: got.Status, ServiceAccountUID: serviceAccountUID(got.Status.Token)}
 	text, err := json.Marshal(kept)
@@ -445,7 +446,7 @@ func (h *Hub) review(w http.ResponseWriter, r *http.Request, as link.Credential)
 		httpx.WriteStatus(w, r, apierrors.NewInternalError(err))
 		return
 	}
-	keep := func(resp *http.Response) func([]byte) {
+	keep := func(resp *http.Response) func([]byte) { //nolint:contextcheck // kept even when the client has left
 		if resp.StatusCode != http.StatusCreated {
 			return nil
 		}

@@ -152,6 +152,7 @@ func (l *lanes) enter(who string, watch, node bool) (leave func()) {
 	}
 }
 
+//nolint:contextcheck // life ends what r's own context does not
 func (h *Hub) limit(life context.Context) func(http.Handler) http.Handler {
 	return func(next http.Handler) http.Handler {
 		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -234,11 +235,16 @@ func (h *Hub) nodeRoute(info request.Info) func(http.ResponseWriter, *http.Reque
 		return h.register
 	case info.Subresource == "status" && info.Verb == "patch" && journal.HasStatus(info.Resource):
 		return h.patchStatus
-	case info.Verb == "create" && ((group == "authorization.k8s.io" && resource == "subjectaccessreviews") ||
-		(group == "authentication.k8s.io" && resource == "tokenreviews")):
+	case info.Verb == "create" && isReview(info):
 		return h.review
 	}
 	return nil
+}
+
+func isReview(info request.Info) bool {
+	group, resource := info.Resource.Group, info.Resource.Resource
+	return group == "authorization.k8s.io" && resource == "subjectaccessreviews" ||
+		group == "authentication.k8s.io" && resource == "tokenreviews"
 }
 
 func isEvent(info request.Info) bool {

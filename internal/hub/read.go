@@ -54,9 +54,9 @@ func (h *Hub) read(w http.ResponseWriter, r *http.Request, c *identity.Caller, a
 	case len(q.formats) == 0:
 		err = replica.ErrFormat
 	case q.info.Verb == "get":
-		err = q.get()
+		err = q.get() //nolint:contextcheck // it has r
 	default:
-		err = q.many()
+		err = q.many() //nolint:contextcheck // it has r
 	}
 	if err == nil {
 		return
@@ -267,7 +267,7 @@ func (q *query) warn(contact time.Time) {
 		contact.UTC().Format(time.RFC3339), time.Since(contact).Round(time.Second)))
 }
 
-func (q *query) get() error {
+func (q *query) get() error { //nolint:gocyclo // the rules for a get, one after the other
 	v, err := q.version()
 	if err != nil {
 		return err
@@ -325,7 +325,7 @@ func (q *query) remembered() (answer, error) {
 	return q.hub.answers.object(q.caller, q.info)
 }
 
-func (q *query) list() error {
+func (q *query) list() error { //nolint:gocyclo // the API's rules for a list, one after the other
 	opts := q.info.Options
 	scope := replica.ScopeOf(q.info)
 	held, ok := q.hub.replica.Held(scope)

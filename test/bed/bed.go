@@ -142,7 +142,7 @@ func NewHub(ctx context.Context, cloud *playground.ControlPlane, binary, node, d
 	if err != nil {
 		return nil, fmt.Errorf("prepare hub: %w", err)
 	}
-	proxy, health, err := freePorts()
+	proxy, health, err := freePorts(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("prepare hub: %w", err)
 	}
@@ -159,14 +159,16 @@ func NewHub(ctx context.Context, cloud *playground.ControlPlane, binary, node, d
 	}, nil
 }
 
-func freePorts() (int, int, error) {
+func freePorts(ctx context.Context) (int, int, error) {
 	var ports [2]int
+	var cfg net.ListenConfig
 	for i := range ports {
-		l, err := net.Listen("tcp", "127.0.0.1:0")
+		l, err := cfg.Listen(ctx, "tcp", "127.0.0.1:0")
 		if err != nil {
 			return 0, 0, err
 		}
 		defer l.Close() //nolint:errcheck // it only reserved a port
+		//nolint:errcheck // it listens on TCP
 		ports[i] = l.Addr().(*net.TCPAddr).Port
 	}
 	return ports[0], ports[1], nil
@@ -187,6 +189,7 @@ func (h *Hub) Launch() error {
 		return fmt.Errorf("start hub: %w", err)
 	}
 	defer log.Close() //nolint:errcheck // the child has its own descriptor
+	//nolint:noctx // it outlives the call; Stop and Kill end it
 	cmd := exec.Command(h.binary, slices.Concat(h.args, h.Args)...)
 	cmd.Stdout, cmd.Stderr = log, log
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
@@ -318,7 +321,7 @@ func NewLink(url string) (*Link, error) {
 	l := &Link{target: trimScheme(url), conns: map[net.Conn]struct{}{}}
 	l.waiting = sync.NewCond(&l.mu)
 	var err error
-	if l.listener, err = net.Listen("tcp", "127.0.0.1:0"); err != nil {
+	if l.listener, err = net.Listen("tcp", "127.0.0.1:0"); err != nil { //nolint:noctx // to listen takes no time
 		return nil, fmt.Errorf("open link: %w", err)
 	}
 	l.address = l.listener.Addr().String()
@@ -366,7 +369,7 @@ func (l *Link) Cut(m Mode) error {
 func (l *Link) Heal() error { return l.Cut(Whole) }
 
 func (l *Link) reopenLocked() error {
-	listener, err := net.Listen("tcp", l.address)
+	listener, err := net.Listen("tcp", l.address) //nolint:noctx // to listen takes no time
 	if err != nil {
 		return fmt.Errorf("reopen link: %w", err)
 	}
@@ -409,7 +412,7 @@ func (l *Link) serve(c net.Conn) {
 	if !l.pass(c, nil, nil) {
 		return
 	}
-	cloud, err := net.Dial("tcp", l.target)
+	cloud, err := net.Dial("tcp", l.target) //nolint:noctx // on this machine: answered at once
 	if err != nil {
 		return
 	}

@@ -204,7 +204,7 @@ func (b *bench) kills(ctx context.Context) error {
 		}
 		written <- err
 	}()
-	defer func() { stop(); <-written }()
+	defer func() { stop(); <-written }() //nolint:errcheck // stop cuts the last write short
 	wrong, refused := 0, 0
 	for i := range kills {
 		// In half of the rounds the kill falls into the first sync, in the

@@ -26,6 +26,7 @@ type watcher struct {
 // answered; seen is called on the watcher's goroutine until ctx ends.
 func (t target) watch(ctx context.Context, path, version string, seen func(update int)) (*watcher, error) {
 	w := &watcher{conn: t.connect(), done: make(chan struct{})}
+	//nolint:bodyclose // the goroutine below closes it
 	resp, err := w.conn.open(ctx, http.MethodGet, path+"?watch=1&resourceVersion="+version, protobuf+";stream=watch", nil, "")
 	if err != nil {
 		return nil, err

@@ -127,7 +127,7 @@ func (a answer) plain() (string, error) {
 	case a.code != http.StatusOK:
 		s, err := a.status()
 		if err != nil {
-			return head + string(a.body), nil // the API server has errors in plain text, too
+			return head + string(a.body), nil //nolint:nilerr // the API server has errors in plain text, too
 		}
 		s.Message = digits.ReplaceAllString(s.Message, "N")
 		text, err := json.Marshal(s)

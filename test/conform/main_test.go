@@ -161,22 +161,6 @@ func (w *world) config(token string) *rest.Config {
 	}
 }
 
-// addHub starts a hub of its own for a test.
-func (w *world) addHub(t *testing.T, node string) (*bed.Hub, *bed.Link) {
-	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
-	defer cancel()
-	hub, link, err := w.AddHub(ctx, node)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		hub.Kill()
-		link.Close()
-	})
-	return hub, link
-}
-
 // await repeats try until it succeeds or patience is over.
 func await(ctx context.Context, try func(context.Context) error) error {
 	ctx, cancel := context.WithTimeout(ctx, patience)

@@ -117,7 +117,7 @@ func TestWatchModes(t *testing.T) {
 
 // history makes and changes objects in all the ways that move them into and
 // out of selections. It returns the resource versions it went through.
-func history(t *testing.T, client dynamic.ResourceInterface, make func(name string, labels map[string]any) *unstructured.Unstructured) []string {
+func history(t *testing.T, client dynamic.ResourceInterface, object func(name string, labels map[string]any) *unstructured.Unstructured) []string {
 	t.Helper()
 	var versions []string
 	ctx := t.Context()
@@ -142,16 +142,16 @@ func history(t *testing.T, client dynamic.ResourceInterface, make func(name stri
 		}
 	}
 	for _, name := range []string{"h-1", "h-2"} {
-		note(client.Create(ctx, make(name, map[string]any{"app": "web"}), metav1.CreateOptions{}))
+		note(client.Create(ctx, object(name, map[string]any{"app": "web"}), metav1.CreateOptions{}))
 	}
-	note(client.Create(ctx, make("h-3", nil), metav1.CreateOptions{}))
+	note(client.Create(ctx, object("h-3", nil), metav1.CreateOptions{}))
 	relabel("h-1", "job")
 	relabel("h-2", "job")
 	relabel("h-1", "web")
 	relabel("h-3", "web")
 	drop("h-1") // as a member
 	drop("h-2") // while it is none
-	note(client.Create(ctx, make("h-1", map[string]any{"app": "web", "again": "yes"}), metav1.CreateOptions{}))
+	note(client.Create(ctx, object("h-1", map[string]any{"app": "web", "again": "yes"}), metav1.CreateOptions{}))
 	relabel("h-3", "other")
 	drop("h-3")
 	relabel("h-1", "last")

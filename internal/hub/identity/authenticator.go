@@ -213,7 +213,7 @@ func (a *Authenticator) certificate(state *tls.ConnectionState) (*Caller, error)
 	leaf := state.PeerCertificates[0]
 	key := certificateKey{leaf: sha256.Sum256(leaf.Raw), pool: a.cfg.ClusterCAs()}
 	if c, ok := a.certificates.Get(key); ok {
-		return c.(*Caller), nil //nolint:forcetypeassert // only callers go in
+		return c.(*Caller), nil //nolint:errcheck // only callers go in
 	}
 	if key.pool == nil {
 		// A nil pool would mean the system's roots.
@@ -268,7 +268,7 @@ func certificateMessage(err error) string {
 func (a *Authenticator) token(ctx context.Context, token, host string) (verdict, error) {
 	d := digest(sha256.Sum256([]byte(token)))
 	if cached, ok := a.tokens.Get(d); ok {
-		v := cached.(verdict) //nolint:forcetypeassert // only verdicts go in
+		v := cached.(verdict) //nolint:errcheck // only verdicts go in
 		if !v.refresh.IsZero() && time.Now().After(v.refresh) && a.cfg.Online() {
 			a.decide(ctx, token, d, nil) // not waited for
 		}
@@ -283,7 +283,7 @@ func (a *Authenticator) token(ctx context.Context, token, host string) (verdict,
 		if result.Err != nil {
 			return verdict{}, result.Err
 		}
-		return result.Val.(verdict), nil //nolint:forcetypeassert // see decide
+		return result.Val.(verdict), nil //nolint:errcheck // see decide
 	case <-ctx.Done():
 		return verdict{}, unauthorized("the request ended before its token was checked")
 	}
@@ -306,6 +306,7 @@ func (a *Authenticator) decide(ctx context.Context, token string, d digest, admi
 	})
 }
 
+//nolint:gocyclo // who vouches for a token, in the order of their word
 func (a *Authenticator) judge(ctx context.Context, token string, d digest, admit func() bool) (verdict, time.Duration, error) {
 	t := a.trust.Load()
 	w := parseToken(token)
@@ -398,7 +399,7 @@ func (a *Authenticator) limiter(host string) *rate.Limiter {
 	a.limitersMu.Lock()
 	defer a.limitersMu.Unlock()
 	if l, ok := a.limiters.Get(host); ok {
-		return l.(*rate.Limiter) //nolint:forcetypeassert // only limiters go in
+		return l.(*rate.Limiter) //nolint:errcheck // only limiters go in
 	}
 	l := rate.NewLimiter(reviewRate, reviewBurst)
 	a.limiters.Add(host, l, 10*time.Minute)

@@ -66,6 +66,7 @@ func (b *bed) want(t testing.TB, r *http.Request, name string) *Caller {
 }
 
 func TestAuthenticate(t *testing.T) {
+	t.Parallel()
 	other := newKey(t)
 	tests := []struct {
 		name string

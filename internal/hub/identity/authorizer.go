@@ -126,7 +126,7 @@ func (z *Authorizer) Authorize(ctx context.Context, c *Caller, a Attributes) (De
 	}
 	select {
 	case result := <-z.decide(ctx, c, user, q, a):
-		return result.Val.(Decision), nil //nolint:forcetypeassert // see decide
+		return result.Val.(Decision), nil //nolint:errcheck // see decide
 	case <-ctx.Done():
 		return Decision{}, context.Cause(ctx)
 	}
@@ -136,11 +136,11 @@ func (z *Authorizer) Authorize(ctx context.Context, c *Caller, a Attributes) (De
 // was allowed.
 func (z *Authorizer) cached(q, user digest, a Attributes) (ruling, bool) {
 	if r, ok := z.cache.Get(q); ok {
-		return r.(ruling), true //nolint:forcetypeassert // only rulings go in
+		return r.(ruling), true //nolint:errcheck // only rulings go in
 	}
 	for _, w := range wider(a) {
 		if v, ok := z.cache.Get(questionDigest(user, w)); ok {
-			if r := v.(ruling); r.Allowed { //nolint:forcetypeassert // see above
+			if r := v.(ruling); r.Allowed { //nolint:errcheck // see above
 				r.refresh = time.Time{} // that is for those who ask the wider one
 				return r, true
 			}

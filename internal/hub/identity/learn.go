@@ -11,7 +11,7 @@ func (z *Authorizer) Learn(c *Caller, a Attributes, allowed bool) {
 	user := userDigest(c)
 	q := questionDigest(user, a)
 	if v, ok := z.cache.Get(q); ok {
-		if r := v.(ruling); r.Allowed == allowed && !r.Remembered { //nolint:forcetypeassert // only rulings go in
+		if r := v.(ruling); r.Allowed == allowed && !r.Remembered { //nolint:errcheck // only rulings go in
 			return
 		}
 	}

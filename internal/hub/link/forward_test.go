@@ -126,6 +126,7 @@ func TestForwardChoosesIdentity(t *testing.T) {
 		{"none", Credential{}, 500, nil},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
+			t.Parallel()
 			h := r.hub(t, tc.as, nil)
 			req, err := http.NewRequest(http.MethodGet, h.URL+"/api", nil)
 			if err != nil {

@@ -108,6 +108,7 @@ func TestIdleBlackHoleIsSeenByPings(t *testing.T) {
 	})
 	for name, path := range map[string]string{"with a watch": "/api/v1/pods?watch=true", "with nothing": ""} {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			w := newWire(t, u.addr())
 			r := newRig(t, ca, func(c *Config) {
 				c.Budgets = Budgets{
@@ -197,6 +198,7 @@ func TestWhoIsNoAPIServerIsNotUp(t *testing.T) {
 	})
 
 	t.Run("page", func(t *testing.T) {
+		t.Parallel()
 		u := newUpstream(t, ca, hello)
 		u.ready.Store(&portal)
 		r := newRig(t, ca, quick, u.addr())
@@ -208,6 +210,7 @@ func TestWhoIsNoAPIServerIsNotUp(t *testing.T) {
 		r.waitUp(t)
 	})
 	t.Run("not ready", func(t *testing.T) {
+		t.Parallel()
 		u := newUpstream(t, ca, hello)
 		u.ready.Store(&fail)
 		r := newRig(t, ca, quick, u.addr())
@@ -217,6 +220,7 @@ func TestWhoIsNoAPIServerIsNotUp(t *testing.T) {
 		}
 	})
 	t.Run("certificate", func(t *testing.T) {
+		t.Parallel()
 		u := newUpstream(t, newAuthority(t), hello)
 		r := newRig(t, ca, quick, u.addr())
 		waitFor(t, func() bool { return u.dials.Load() >= 3 })
@@ -225,6 +229,7 @@ func TestWhoIsNoAPIServerIsNotUp(t *testing.T) {
 		}
 	})
 	t.Run("anonymous refused", func(t *testing.T) {
+		t.Parallel()
 		u := newUpstream(t, ca, hello)
 		unauthorized := http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 			w.WriteHeader(http.StatusUnauthorized)
@@ -235,7 +240,7 @@ func TestWhoIsNoAPIServerIsNotUp(t *testing.T) {
 	})
 }
 
-func TestRequestsMoveToAnotherServer(t *testing.T) {
+func TestRequestsMoveToAnotherServer(t *testing.T) { //nolint:tparallel // the subtests cut and heal one wire
 	t.Parallel()
 	ca := newAuthority(t)
 	name := func(s string) http.HandlerFunc {

@@ -88,7 +88,9 @@ func newCodec(key []byte) (*codec, error) {
 	}, nil
 }
 
-func (c *codec) get() *scratch { return c.scratch.Get().(*scratch) }
+func (c *codec) get() *scratch {
+	return c.scratch.Get().(*scratch) //nolint:errcheck // the pool holds nothing else
+}
 
 func (c *codec) put(s *scratch) {
 	if cap(s.buf) > keepScratch {

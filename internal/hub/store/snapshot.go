@@ -8,6 +8,7 @@ import (
 	"slices"
 
 	bolt "go.etcd.io/bbolt"
+	berrors "go.etcd.io/bbolt/errors"
 )
 
 // Snapshot is the state of the store at one commit. It is for one goroutine
@@ -34,7 +35,7 @@ func (s *Store) Snapshot() (sn *Snapshot, err error) {
 	}
 	err = s.guard("read", func() error {
 		tx, err := s.db.Begin(false)
-		if errors.Is(err, bolt.ErrDatabaseNotOpen) {
+		if errors.Is(err, berrors.ErrDatabaseNotOpen) {
 			return ErrClosed
 		}
 		sn = &Snapshot{s: s, tx: tx}

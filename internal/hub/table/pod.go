@@ -17,15 +17,15 @@ func podColumns() []metav1.TableColumnDefinition {
 		column("Status", "string", "The aggregate status of the containers in this pod."),
 		column("Restarts", "string", "The number of times the containers in this pod have been restarted and when the last container in this pod has restarted."),
 		ageColumn(),
-		wide("IP", "string", status["podIP"]),
-		wide("Node", "string", spec["nodeName"]),
-		wide("Nominated Node", "string", status["nominatedNodeName"]),
-		wide("Readiness Gates", "string", spec["readinessGates"]),
+		wide("IP", status["podIP"]),
+		wide("Node", spec["nodeName"]),
+		wide("Nominated Node", status["nominatedNodeName"]),
+		wide("Readiness Gates", spec["readinessGates"]),
 	}
 }
 
 func podConditions(pod *corev1.Pod) []metav1.TableRowCondition {
-	message := ""
+	var message string
 	switch pod.Status.Phase {
 	case corev1.PodSucceeded:
 		message = "The pod has completed successfully."

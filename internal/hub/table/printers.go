@@ -170,11 +170,11 @@ func nodeColumns() columns {
 		column("Roles", "string", "The roles of the node"),
 		ageColumn(),
 		column("Version", "string", info["kubeletVersion"]),
-		wide("Internal-IP", "string", status["addresses"]),
-		wide("External-IP", "string", status["addresses"]),
-		wide("OS-Image", "string", info["osImage"]),
-		wide("Kernel-Version", "string", info["kernelVersion"]),
-		wide("Container-Runtime", "string", info["containerRuntimeVersion"]),
+		wide("Internal-IP", status["addresses"]),
+		wide("External-IP", status["addresses"]),
+		wide("OS-Image", info["osImage"]),
+		wide("Kernel-Version", info["kernelVersion"]),
+		wide("Container-Runtime", info["containerRuntimeVersion"]),
 	}
 }
 
@@ -242,11 +242,11 @@ func eventColumns() columns {
 		column("Type", "string", doc["type"]),
 		column("Reason", "string", doc["reason"]),
 		column("Object", "string", doc["involvedObject"]),
-		wide("Subobject", "string", corev1.ObjectReference{}.SwaggerDoc()["fieldPath"]),
-		wide("Source", "string", doc["source"]),
+		wide("Subobject", corev1.ObjectReference{}.SwaggerDoc()["fieldPath"]),
+		wide("Source", doc["source"]),
 		column("Message", "string", doc["message"]),
-		wide("First Seen", "string", doc["firstTimestamp"]),
-		wide("Count", "string", doc["count"]),
+		wide("First Seen", doc["firstTimestamp"]),
+		wide("Count", doc["count"]),
 		name,
 	}
 }
@@ -297,7 +297,7 @@ func serviceColumns() columns {
 		column("External-IP", "string", doc["externalIPs"]),
 		column("Port(s)", "string", doc["ports"]),
 		ageColumn(),
-		wide("Selector", "string", doc["selector"]),
+		wide("Selector", doc["selector"]),
 	}
 }
 
@@ -411,9 +411,9 @@ func deploymentColumns() columns {
 		column("Up-to-date", "string", doc["updatedReplicas"]),
 		column("Available", "string", doc["availableReplicas"]),
 		ageColumn(),
-		wide("Containers", "string", containersHelp),
-		wide("Images", "string", imagesHelp),
-		wide("Selector", "string", appsv1.DeploymentSpec{}.SwaggerDoc()["selector"]),
+		wide("Containers", containersHelp),
+		wide("Images", imagesHelp),
+		wide("Selector", appsv1.DeploymentSpec{}.SwaggerDoc()["selector"]),
 	}
 }
 
@@ -437,9 +437,9 @@ func replicaSetColumns() columns {
 		column("Current", "integer", status["replicas"]),
 		column("Ready", "integer", status["readyReplicas"]),
 		ageColumn(),
-		wide("Containers", "string", containersHelp),
-		wide("Images", "string", imagesHelp),
-		wide("Selector", "string", spec["selector"]),
+		wide("Containers", containersHelp),
+		wide("Images", imagesHelp),
+		wide("Selector", spec["selector"]),
 	}
 }
 
@@ -462,9 +462,9 @@ func daemonSetColumns() columns {
 		column("Available", "integer", doc["numberAvailable"]),
 		column("Node Selector", "string", corev1.PodSpec{}.SwaggerDoc()["nodeSelector"]),
 		ageColumn(),
-		wide("Containers", "string", containersHelp),
-		wide("Images", "string", imagesHelp),
-		wide("Selector", "string", appsv1.DaemonSetSpec{}.SwaggerDoc()["selector"]),
+		wide("Containers", containersHelp),
+		wide("Images", imagesHelp),
+		wide("Selector", appsv1.DaemonSetSpec{}.SwaggerDoc()["selector"]),
 	}
 }
 
@@ -483,8 +483,8 @@ func statefulSetColumns() columns {
 		nameColumn(),
 		column("Ready", "string", "Number of the pod with ready state"),
 		ageColumn(),
-		wide("Containers", "string", containersHelp),
-		wide("Images", "string", imagesHelp),
+		wide("Containers", containersHelp),
+		wide("Images", imagesHelp),
 	}
 }
 
@@ -502,9 +502,9 @@ func jobColumns() columns {
 		column("Completions", "string", batchv1.JobStatus{}.SwaggerDoc()["succeeded"]),
 		column("Duration", "string", "Time required to complete the job."),
 		ageColumn(),
-		wide("Containers", "string", containersHelp),
-		wide("Images", "string", imagesHelp),
-		wide("Selector", "string", batchv1.JobSpec{}.SwaggerDoc()["selector"]),
+		wide("Containers", containersHelp),
+		wide("Images", imagesHelp),
+		wide("Selector", batchv1.JobSpec{}.SwaggerDoc()["selector"]),
 	}
 }
 
@@ -566,9 +566,9 @@ func cronJobColumns() columns {
 		column("Active", "integer", status["active"]),
 		column("Last Schedule", "string", status["lastScheduleTime"]),
 		ageColumn(),
-		wide("Containers", "string", containersHelp),
-		wide("Images", "string", imagesHelp),
-		wide("Selector", "string", batchv1.JobSpec{}.SwaggerDoc()["selector"]),
+		wide("Containers", containersHelp),
+		wide("Images", imagesHelp),
+		wide("Selector", batchv1.JobSpec{}.SwaggerDoc()["selector"]),
 	}
 }
 
@@ -605,7 +605,7 @@ func volumeColumns() columns {
 		column("VolumeAttributesClass", "string", "VolumeAttributesClass of the pv"),
 		column("Reason", "string", status["reason"]),
 		ageColumn(),
-		wide("VolumeMode", "string", spec["volumeMode"]),
+		wide("VolumeMode", spec["volumeMode"]),
 	}
 }
 
@@ -641,7 +641,7 @@ func claimColumns() columns {
 		column("StorageClass", "string", "StorageClass of the pvc"),
 		column("VolumeAttributesClass", "string", "VolumeAttributesClass of the pvc"),
 		ageColumn(),
-		wide("VolumeMode", "string", spec["volumeMode"]),
+		wide("VolumeMode", spec["volumeMode"]),
 	}
 }
 

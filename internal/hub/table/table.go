@@ -129,7 +129,7 @@ func (b *Builder) embedded(enc wire.Encoding, object []byte, include metav1.Incl
 	case metav1.IncludeNone:
 		// The last bookmark of the initial events keeps its annotation.
 		if _, end, err := wire.ReadBookmark(enc, object); err != nil || !end {
-			return []byte("null"), nil
+			return []byte("null"), nil //nolint:nilerr // then it is no bookmark
 		}
 	case metav1.IncludeObject:
 		if enc == wire.JSON {
@@ -239,8 +239,8 @@ func column(name, typ, description string) metav1.TableColumnDefinition {
 }
 
 // wide is a column that kubectl shows with -o wide only.
-func wide(name, typ, description string) metav1.TableColumnDefinition {
-	return metav1.TableColumnDefinition{Name: name, Type: typ, Description: description, Priority: 1}
+func wide(name, description string) metav1.TableColumnDefinition {
+	return metav1.TableColumnDefinition{Name: name, Type: "string", Description: description, Priority: 1}
 }
 
 func nameColumn() metav1.TableColumnDefinition {

@@ -150,7 +150,7 @@ func (er *EventReader) readJSON() (Event, error) {
 
 // document reads one JSON object; it only counts braces, the grammar is
 // checked later.
-func (er *EventReader) document() ([]byte, error) {
+func (er *EventReader) document() ([]byte, error) { //nolint:gocyclo // a state machine, without a call per byte
 	// A rare large event must not be held for the life of the watch.
 	if cap(er.text) > 1<<20 {
 		er.text = nil

@@ -141,24 +141,8 @@ func (s *scanner) skip() error {
 				continue
 			}
 			s.pos++
-		case '"':
-			if _, err := s.rawString(); err != nil {
-				return err
-			}
-		case 't':
-			if err := s.literal("true"); err != nil {
-				return err
-			}
-		case 'f':
-			if err := s.literal("false"); err != nil {
-				return err
-			}
-		case 'n':
-			if err := s.literal("null"); err != nil {
-				return err
-			}
 		default:
-			if err := s.number(); err != nil {
+			if err := s.scalar(c); err != nil {
 				return err
 			}
 		}
@@ -186,6 +170,22 @@ func (s *scanner) skip() error {
 			break
 		}
 	}
+}
+
+// scalar passes over the string, literal or number that c begins.
+func (s *scanner) scalar(c byte) error {
+	switch c {
+	case '"':
+		_, err := s.rawString()
+		return err
+	case 't':
+		return s.literal("true")
+	case 'f':
+		return s.literal("false")
+	case 'n':
+		return s.literal("null")
+	}
+	return s.number()
 }
 
 func (s *scanner) memberName() error {

@@ -101,7 +101,7 @@ type plans struct {
 // of returns a kind's plan, nil if its type needs the typed path.
 func (p *plans) of(gvk schema.GroupVersionKind) (*message, error) {
 	if m, ok := p.byKind.Load(gvk); ok {
-		return m.(*message), nil
+		return m.(*message), nil //nolint:errcheck // only messages go in
 	}
 	typ, ok := kinds().AllKnownTypes()[gvk]
 	if !ok {
@@ -156,18 +156,8 @@ func (p *plans) field(parent reflect.Type, sf reflect.StructField) (num int, f m
 		return 0, member{}, fmt.Errorf("protobuf number %q", parts[1])
 	}
 	name, options, _ := strings.Cut(sf.Tag.Get("json"), ",")
-	for option := range strings.SplitSeq(options, ",") {
-		switch option {
-		case "":
-		case "omitempty":
-			f.omitEmpty = true
-		case "omitzero":
-			f.omitZero = true
-		case "inline":
-			f.shape = inline
-		default:
-			return 0, member{}, fmt.Errorf("json option %q", option)
-		}
+	if err := f.set(options); err != nil {
+		return 0, member{}, err
 	}
 	typ := sf.Type
 	if f.shape == inline {
@@ -193,24 +183,56 @@ func (p *plans) field(parent reflect.Type, sf reflect.StructField) (num int, f m
 		return 0, member{}, err
 	}
 	f.value.wire = f.value.op.wire()
-	switch {
-	case f.shape == mapping && f.value.wire != protowire.BytesType:
-		return 0, member{}, fmt.Errorf("map of %s", typ)
-	case f.shape == list && (f.value.op == opBytes || f.value.op == opItems || f.value.op == opFloat64):
-		return 0, member{}, fmt.Errorf("list of %s", typ)
-	case f.omitZero && f.value.op != opTime:
-		return 0, member{}, fmt.Errorf("omitzero of %s", typ)
+	if err := f.check(typ); err != nil {
+		return 0, member{}, err
 	}
-	if sf.Name == "VolumeClaimTemplates" {
-		switch parent {
-		case reflect.TypeFor[appsv1.StatefulSetSpec](), reflect.TypeFor[appsv1beta1.StatefulSetSpec](),
-			reflect.TypeFor[appsv1beta2.StatefulSetSpec]():
-			// The API server sets the type of these, alone of all nested
-			// objects, on their way out of its internal version.
-			f.value.prefix = appendJSONType(nil, "v1", "PersistentVolumeClaim")
+	f.value.prefix = prefixOf(parent, sf.Name)
+	return num, f, nil
+}
+
+// prefixOf returns the type of claim templates: the API server sets it, alone
+// of all nested objects, on their way out of its internal version.
+func prefixOf(parent reflect.Type, field string) []byte {
+	if field != "VolumeClaimTemplates" {
+		return nil
+	}
+	switch parent {
+	case reflect.TypeFor[appsv1.StatefulSetSpec](), reflect.TypeFor[appsv1beta1.StatefulSetSpec](),
+		reflect.TypeFor[appsv1beta2.StatefulSetSpec]():
+		return appendJSONType(nil, "v1", "PersistentVolumeClaim")
+	}
+	return nil
+}
+
+// set takes the options of a json tag.
+func (f *member) set(options string) error {
+	for option := range strings.SplitSeq(options, ",") {
+		switch option {
+		case "":
+		case "omitempty":
+			f.omitEmpty = true
+		case "omitzero":
+			f.omitZero = true
+		case "inline":
+			f.shape = inline
+		default:
+			return fmt.Errorf("json option %q", option)
 		}
 	}
-	return num, f, nil
+	return nil
+}
+
+// check refuses what the transcoder cannot write.
+func (f *member) check(typ reflect.Type) error {
+	switch {
+	case f.shape == mapping && f.value.wire != protowire.BytesType:
+		return fmt.Errorf("map of %s", typ)
+	case f.shape == list && (f.value.op == opBytes || f.value.op == opItems || f.value.op == opFloat64):
+		return fmt.Errorf("list of %s", typ)
+	case f.omitZero && f.value.op != opTime:
+		return fmt.Errorf("omitzero of %s", typ)
+	}
+	return nil
 }
 
 // isObject says whether a registered type is an object with a Protobuf form;

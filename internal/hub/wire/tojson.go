@@ -50,11 +50,11 @@ func ToJSON(dst []byte, apiVersion, kind string, object []byte, withType bool) (
 	if withType {
 		prefix = appendJSONType(prefix, apiVersion, kind)
 	}
-	out := dst
+	var out []byte
 	if plan == nil {
 		out, err = typedToJSON(dst, apiVersion, kind, object, withType)
 	} else {
-		t := c.pool.Get().(*transcoder)
+		t := c.pool.Get().(*transcoder) //nolint:errcheck // the pool holds nothing else
 		out, err = t.message(dst, plan, prefix, object, 0)
 		t.reset()
 		c.pool.Put(t)
