@@ -24,7 +24,6 @@ type Step struct {
 	// hand. Zero means that there is nothing to compare with.
 	Took   time.Duration `json:"took"`
 	Beside time.Duration `json:"beside,omitempty"`
-	Note   string        `json:"note,omitempty"`
 }
 
 // Report is the outcome of a demo.
@@ -94,14 +93,11 @@ func (d *run) fail(format string, args ...any) {
 	d.say("FAIL: %s", text)
 }
 
-func (d *run) note(what string, took, beside time.Duration, note string) {
-	d.report.Steps = append(d.report.Steps, Step{What: what, Took: took, Beside: beside, Note: note})
+func (d *run) note(what string, took, beside time.Duration) {
+	d.report.Steps = append(d.report.Steps, Step{What: what, Took: took, Beside: beside})
 	line := fmt.Sprintf("%s: %.1f s", what, took.Seconds())
 	if beside > 0 {
 		line += fmt.Sprintf(" (without a hub, API server at hand: %.1f s)", beside.Seconds())
-	}
-	if note != "" {
-		line += ", " + note
 	}
 	d.say("%s", line)
 }
@@ -121,7 +117,7 @@ func (d *run) deploy(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	d.note("web servers run in every pool", took, 0, "")
+	d.note("web servers run in every pool", took, 0)
 	out, err := d.p.Kubectl(ctx, "get", "pods", "-o", "wide")
 	if err != nil {
 		return err
@@ -194,7 +190,7 @@ func (d *run) powerCut(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("power cut of %s: %w", d.victim, err)
 	}
-	d.note("power on to pods serving, cut off from the cloud", took, d.beside(), "")
+	d.note("power on to pods serving, cut off from the cloud", took, d.beside())
 	return nil
 }
 
@@ -211,7 +207,7 @@ func (d *run) lookInside(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("kubectl through the hub: %w", err)
 	}
-	d.note("kubectl get pods on the cut machine", took, 0, "")
+	d.note("kubectl get pods on the cut machine", took, 0)
 	fmt.Fprintf(d.out, "%s:~# %s\n%s\n", d.victim, strings.Join(args[:1], " ")+" "+strings.Join(args[4:], " "), out)
 	if !strings.Contains(out, "the cloud cannot be reached") {
 		d.fail("kubectl through the hub gave no warning that its answer is old")
@@ -229,7 +225,7 @@ func (d *run) heal(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("heal %s: %w", d.victim, err)
 	}
-	d.note("link healed to node and pods ready in the cloud", took, 0, "")
+	d.note("link healed to node and pods ready in the cloud", took, 0)
 	return d.judge(ctx, 1)
 }
 
@@ -299,7 +295,7 @@ func (d *run) restarts(ctx context.Context) error {
 		if err != nil {
 			return fmt.Errorf("restart %s on %s: %w", unit, d.victim, err)
 		}
-		d.note("restart of "+unit+" while cut off, pods serving", took, 0, "")
+		d.note("restart of "+unit+" while cut off, pods serving", took, 0)
 	}
 	return nil
 }
@@ -314,7 +310,7 @@ func (d *run) converge(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("heal %s: %w", d.victim, err)
 	}
-	d.note("link healed again to everything converged", took, 0, "")
+	d.note("link healed again to everything converged", took, 0)
 	return d.judge(ctx, 1)
 }
 

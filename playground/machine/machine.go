@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -126,6 +127,7 @@ func boot(ctx context.Context, spec Spec) (int, error) {
 	}
 	defer console.Close() //nolint:errcheck // the child has its own descriptor
 
+	//nolint:noctx // wait ends it with ctx, in its own way
 	cmd := exec.Command("/bin/sh", append([]string{"-c", enterScript, "sh", strings.Join(groups, " ")}, nspawn(spec, root)...)...)
 	cmd.Env = append(os.Environ(), "SYSTEMD_NSPAWN_API_VFS_WRITABLE=1")
 	cmd.Stdout, cmd.Stderr = console, console
@@ -397,9 +399,9 @@ func unmountBelow(dir string) error {
 			targets = append(targets, fields[4])
 		}
 	}
-	for i := len(targets) - 1; i >= 0; i-- {
-		if err := unix.Unmount(targets[i], unix.MNT_DETACH); err != nil && !errors.Is(err, unix.EINVAL) {
-			return fmt.Errorf("unmount %s: %w", targets[i], err)
+	for _, target := range slices.Backward(targets) {
+		if err := unix.Unmount(target, unix.MNT_DETACH); err != nil && !errors.Is(err, unix.EINVAL) {
+			return fmt.Errorf("unmount %s: %w", target, err)
 		}
 	}
 	return nil

@@ -61,7 +61,7 @@ func prepareCuts(ctx context.Context, ns string) error {
 			tx.Add(&knftables.Chain{
 				Name:     "drop-" + set,
 				Type:     knftables.PtrTo(knftables.FilterType),
-				Hook:     knftables.PtrTo(c.hook),
+				Hook:     new(c.hook),
 				Priority: knftables.PtrTo(knftables.BaseChainPriority("0")),
 			})
 			tx.Add(&knftables.Rule{

@@ -100,7 +100,7 @@ func last(p netip.Prefix) netip.Addr {
 }
 
 // Validate returns every fault of the plan.
-func (p Plan) Validate() error {
+func (p Plan) Validate() error { //nolint:gocyclo // one check after the other
 	var errs []error
 	bad := func(format string, args ...any) {
 		errs = append(errs, fmt.Errorf(format, args...))

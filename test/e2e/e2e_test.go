@@ -40,7 +40,7 @@ func run(m *testing.M) int {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}
-	defer os.RemoveAll(dir) //nolint:errcheck // left for the temp cleaner
+	defer os.RemoveAll(dir)
 	topology, err := playground.DefaultTopology()
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
@@ -197,7 +197,7 @@ func quote(args []string) string {
 // targetsKey is the key of the targets that a script has cut.
 type targetsKey struct{}
 
-// cut TARGET [down|blackhole]
+// cut is the command cut TARGET [down|blackhole].
 func cut(ts *testscript.TestScript, neg bool, args []string) {
 	if targets, ok := ts.Value(targetsKey{}).(map[string]bool); ok && len(args) > 0 {
 		targets[args[0]] = true
@@ -211,7 +211,7 @@ func cut(ts *testscript.TestScript, neg bool, args []string) {
 	})(ts, neg, args)
 }
 
-// restart MACHINE UNIT|machine
+// restart is the command restart MACHINE UNIT|machine.
 func restart(ctx context.Context, args []string) (string, error) {
 	if args[1] != "machine" {
 		return lab.Exec(ctx, args[0], "systemctl", "restart", args[1])
