@@ -412,9 +412,12 @@ func (q *query) watch() error {
 	fresh := opts.ResourceVersion == "" || opts.ResourceVersion == "0" ||
 		(opts.SendInitialEvents != nil && *opts.SendInitialEvents)
 	if !ok {
-		if !fresh {
+		if !fresh && !q.hub.isLocal(q.caller) {
 			return errCloud
 		}
+		// A caller on this node that resumes what the hub does not hold was
+		// served by a hub that has lost its store since. The cloud has the
+		// history for it; the replica is filled for the next outage.
 		var err error
 		if held, err = q.open(scope); err != nil {
 			return err
