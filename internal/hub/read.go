@@ -8,6 +8,7 @@ import (
 	"strconv"
 	"time"
 
+	"golang.org/x/sync/errgroup"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/apis/meta/internalversion/validation"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -457,20 +458,27 @@ func (q *query) open(scope replica.Scope) (*replica.Slice, error) {
 	}
 	// Whoever is informed of this will want to read it in other ways while
 	// the cloud is away; what they may is asked while there is somebody to
-	// ask.
-	for _, verb := range []string{"get", "list", "watch"} {
-		other := q.info
-		other.Verb = verb
-		d, err := q.hub.authz.Authorize(ctx, q.caller, attributes(other))
-		if err != nil {
-			return nil, statusOf(err)
-		}
-		if verb != "get" && !d.Allowed {
-			return nil, errCloud // whose refusal is the right one
+	// ask, all at once: each question is a round trip.
+	var allowed, own [len(informing)]bool
+	questions, asking := errgroup.WithContext(ctx)
+	for i, verb := range informing {
+		info := q.info
+		info.Verb = verb
+		for who, answers := range map[*identity.Caller]*[len(informing)]bool{q.caller: &allowed, q.hub.self: &own} {
+			questions.Go(func() error {
+				d, err := q.hub.authz.Authorize(asking, who, attributes(info))
+				answers[i] = d.Allowed
+				return err
+			})
 		}
 	}
-	switch {
-	case q.hub.mayItself(ctx, q.info):
+	if err := questions.Wait(); err != nil {
+		return nil, statusOf(err)
+	}
+	switch list, watch := 0, 1; {
+	case !allowed[list] || !allowed[watch]:
+		return nil, errCloud // whose refusal is the right one
+	case own[list] && own[watch]:
 		return q.hub.replica.Open(ctx, scope, replica.Credential{})
 	case q.caller.Certificate:
 		return nil, errCloud // a certificate cannot be passed on
@@ -478,17 +486,9 @@ func (q *query) open(scope replica.Scope) (*replica.Slice, error) {
 	return q.hub.replica.Open(ctx, scope, replica.Credential{Token: q.caller.Token})
 }
 
-// mayItself reports whether the hub's own user may list and watch this.
-func (h *Hub) mayItself(ctx context.Context, info request.Info) bool {
-	for _, verb := range []string{"list", "watch"} {
-		info.Verb = verb
-		d, err := h.authz.Authorize(ctx, h.self, attributes(info))
-		if err != nil || !d.Allowed {
-			return false
-		}
-	}
-	return true
-}
+// informing are the verbs of a caller that is informed of something: the
+// first two it needs, the third it will want.
+var informing = [...]string{"list", "watch", "get"}
 
 // document answers discovery and the like, which say the same to everybody
 // who is authenticated.
