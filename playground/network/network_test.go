@@ -50,8 +50,12 @@ func hostState(t *testing.T) string {
 	t.Helper()
 	var b strings.Builder
 	for _, args := range [][]string{
-		{"ip", "-o", "link"}, {"ip", "-o", "addr"}, {"ip", "route", "show", "table", "all"},
-		{"ip", "rule"}, {"ip", "netns", "list"}, {"nft", "list", "ruleset"},
+		{"ip", "-o", "link"},
+		{"ip", "-o", "addr"},
+		{"ip", "route", "show", "table", "all"},
+		{"ip", "rule"},
+		{"ip", "netns", "list"},
+		{"nft", "list", "ruleset"},
 		{"sysctl", "net.ipv4.ip_forward", "net.ipv4.conf.all.rp_filter"},
 	} {
 		out, err := exec.CommandContext(t.Context(), args[0], args[1:]...).CombinedOutput()
@@ -277,7 +281,7 @@ func TestCutMachine(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer live.Close() //nolint:errcheck // test
+	defer live.Close()
 
 	must(t, n.Cut(t.Context(), "a1", LinkDown, Both))
 	n.expect(t, unreachable, "a1>host", "a1>a2", "a1>cloud")
@@ -378,7 +382,7 @@ func TestShape(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer c.Close() //nolint:errcheck // test
+	defer c.Close()
 	rtt := func() time.Duration {
 		t.Helper()
 		var all []time.Duration
@@ -451,7 +455,7 @@ func TestShapeLosesItsShare(t *testing.T) {
 		if err != nil {
 			return err
 		}
-		defer c.Close() //nolint:errcheck // test
+		defer c.Close()
 		// Bursts, until the relay has seen enough: a queue before it may
 		// drop some too.
 		await(t, func() bool {
