@@ -99,6 +99,13 @@ func (h *Hub) lease(w http.ResponseWriter, r *http.Request, as link.Credential) 
 		httpx.WriteStatus(w, r, err)
 		return
 	}
+	if r.Method == http.MethodPut && h.link.Online() && unversioned(body) {
+		// The kubelet made this lease while the cloud was away. Told of a
+		// conflict it reads the cloud's and goes on with that.
+		httpx.WriteStatus(w, r, apierrors.NewConflict(coordinationv1.Resource("leases"), h.cfg.NodeName,
+			errors.New("the lease was made while the cloud was away")))
+		return
+	}
 	keep := func(resp *http.Response) func([]byte) {
 		if resp.StatusCode/100 != 2 {
 			return nil
@@ -138,6 +145,34 @@ func (h *Hub) lease(w http.ResponseWriter, r *http.Request, as link.Credential) 
 	default:
 		link.Refuse(w, r, err)
 	}
+}
+
+func unversioned(body []byte) bool {
+	l := &coordinationv1.Lease{}
+	return decode(body, l) == nil && l.ResourceVersion == ""
+}
+
+// csiNode relays what the kubelet writes about its storage drivers and keeps
+// the answer: the kubelet asks for it when it boots alone, and is not ready
+// before it knows. The node's rights do not allow to follow it.
+func (h *Hub) csiNode(w http.ResponseWriter, r *http.Request, as link.Credential) {
+	caller, info := callerFrom(r.Context()), request.From(r.Context())
+	if !h.link.Online() {
+		httpx.WriteStatus(w, r, h.away(info))
+		return
+	}
+	if info.Verb == "create" {
+		info.Path += "/" + h.cfg.NodeName
+	}
+	keep := h.answers.keep(objectBucket, objectKey(caller, info))
+	h.link.Forward(w, r, as, func(resp *http.Response) func([]byte) {
+		if resp.StatusCode == http.StatusCreated {
+			created := *resp
+			created.StatusCode = http.StatusOK // as a get would answer
+			return keep(&created)
+		}
+		return keep(resp)
+	})
 }
 
 // heartbeat is the node's lease as last seen. It is not kept on disk: it

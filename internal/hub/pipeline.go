@@ -233,6 +233,9 @@ func (h *Hub) nodeRoute(info request.Info) func(http.ResponseWriter, *http.Reque
 		return h.token
 	case group == "" && resource == "nodes" && info.Verb == "create":
 		return h.register
+	case group == "storage.k8s.io" && resource == "csinodes" &&
+		(info.Verb == "create" || info.Verb == "update" || info.Verb == "patch"):
+		return h.csiNode
 	case info.Subresource == "status" && info.Verb == "patch" && journal.HasStatus(info.Resource):
 		return h.patchStatus
 	case info.Verb == "create" && isReview(info):
