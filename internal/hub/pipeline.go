@@ -233,8 +233,7 @@ func (h *Hub) nodeRoute(info request.Info) func(http.ResponseWriter, *http.Reque
 		return h.token
 	case group == "" && resource == "nodes" && info.Verb == "create":
 		return h.register
-	case group == "storage.k8s.io" && resource == "csinodes" &&
-		(info.Verb == "create" || info.Verb == "update" || info.Verb == "patch"):
+	case writesCSINode(info):
 		return h.csiNode
 	case info.Subresource == "status" && info.Verb == "patch" && journal.HasStatus(info.Resource):
 		return h.patchStatus
@@ -242,6 +241,11 @@ func (h *Hub) nodeRoute(info request.Info) func(http.ResponseWriter, *http.Reque
 		return h.review
 	}
 	return nil
+}
+
+func writesCSINode(info request.Info) bool {
+	return info.Resource.Group == "storage.k8s.io" && info.Resource.Resource == "csinodes" &&
+		(info.Verb == "create" || info.Verb == "update" || info.Verb == "patch")
 }
 
 func isReview(info request.Info) bool {
