@@ -65,9 +65,20 @@ func run(m *testing.M) int {
 	return m.Run()
 }
 
-// TestScenarios runs every script of testdata once.
+// TestScenarios runs every script of testdata, one after the other: they share
+// machines and cut the links of whole pools.
 func TestScenarios(t *testing.T) {
-	testscript.Run(t, params("testdata", nil))
+	files, err := filepath.Glob("testdata/*.txtar")
+	if err != nil || len(files) == 0 {
+		t.Fatalf("scripts: %v, %v", files, err)
+	}
+	for _, file := range files {
+		t.Run(filepath.Base(file), func(t *testing.T) {
+			p := params("", nil)
+			p.Files = []string{file}
+			testscript.Run(t, p)
+		})
+	}
 }
 
 // TestCuts runs one script for both kinds of cut, each restart and each
@@ -156,6 +167,7 @@ func params(dir string, vars map[string]string) testscript.Params {
 			"serving":    simple(1, serving),
 			"settled":    simple(1, settled),
 			"nodeis":     simple(2, nodeIs),
+			"waitlocal":  simple(2, waitLocal),
 			"eventually": simple(1, eventually),
 			"remember":   remember,
 			"untouched":  untouched,
@@ -365,9 +377,9 @@ func settled(ctx context.Context, args []string) (string, error) {
 		if !report.Online || !report.Discovery {
 			return fmt.Errorf("hub of %s is not ready for an outage", args[0])
 		}
-		// Every pod mounts this ConfigMap, so the kubelet follows it once it
-		// has found the hub again.
-		for _, needed := range []string{"/v1/pods?fields=spec.nodeName", "kube-root-ca.crt"} {
+		// The web pods mount this ConfigMap, so the kubelet follows it once it
+		// has found the hub again, which may take it half a minute.
+		for _, needed := range []string{"/v1/pods?fields=spec.nodeName", "kube-root-ca.crt&namespace=default"} {
 			held := slices.ContainsFunc(report.Scopes, func(s struct {
 				Scope  string
 				Synced bool
@@ -389,6 +401,19 @@ func nodeIs(ctx context.Context, args []string) (string, error) {
 		out, err := lab.Kubectl(ctx, "get", "node", args[0], "-o", `jsonpath={.status.conditions[?(@.type=="Ready")].status}`)
 		if err == nil && strings.TrimSpace(out) != args[1] {
 			err = fmt.Errorf("node %s is %s, want %s", args[0], out, args[1])
+		}
+		return err
+	})
+}
+
+// waitlocal MACHINE True|False: the node's Ready condition as the machine's
+// own hub shows it.
+func waitLocal(ctx context.Context, args []string) (string, error) {
+	return "", poll(ctx, func() error {
+		out, err := lab.Exec(ctx, args[0], demo.LocalKubectl("get", "node", args[0],
+			"-o", `jsonpath={.status.conditions[?(@.type=="Ready")].status}`)...)
+		if err == nil && strings.TrimSpace(out) != args[1] {
+			err = fmt.Errorf("node %s says of itself %q, want %s", args[0], out, args[1])
 		}
 		return err
 	})
