@@ -367,8 +367,8 @@ func settled(ctx context.Context, args []string) (string, error) {
 		var report struct {
 			Online, Discovery bool
 			Scopes            []struct {
-				Scope  string
-				Synced bool
+				Scope          string
+				Synced, Stored bool
 			}
 		}
 		if err := json.Unmarshal([]byte(out), &report); err != nil {
@@ -381,11 +381,11 @@ func settled(ctx context.Context, args []string) (string, error) {
 		// has found the hub again, which may take it half a minute.
 		for _, needed := range []string{"/v1/pods?fields=spec.nodeName", "kube-root-ca.crt&namespace=default"} {
 			held := slices.ContainsFunc(report.Scopes, func(s struct {
-				Scope  string
-				Synced bool
+				Scope          string
+				Synced, Stored bool
 			},
 			) bool {
-				return s.Synced && strings.Contains(s.Scope, needed)
+				return s.Synced && s.Stored && strings.Contains(s.Scope, needed)
 			})
 			if !held {
 				return fmt.Errorf("hub of %s does not hold %s", args[0], needed)

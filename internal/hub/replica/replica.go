@@ -428,6 +428,7 @@ type Status struct {
 	Objects  int       `json:"objects"`
 	Version  uint64    `json:"version"`
 	Synced   bool      `json:"synced"`
+	Stored   bool      `json:"stored"` // all of it would survive a power cut now
 	Watchers int       `json:"watchers"`
 	Contact  time.Time `json:"contact"`
 	Damage   string    `json:"damage,omitempty"`
@@ -441,7 +442,7 @@ func (r *Replica) Status() []Status {
 		s.mu.Lock()
 		status := Status{
 			Scope: s.id, Objects: s.index.Len(), Version: s.version, Synced: s.synced,
-			Watchers: s.watchers, Contact: s.contact,
+			Stored: s.persisted != 0 && len(s.dirty) == 0, Watchers: s.watchers, Contact: s.contact,
 		}
 		if s.lost != nil {
 			status.Damage = s.lost.Error()
