@@ -65,22 +65,6 @@ func run(m *testing.M) int {
 	return m.Run()
 }
 
-// TestScenarios runs every script of testdata, one after the other: they share
-// machines and cut the links of whole pools.
-func TestScenarios(t *testing.T) {
-	files, err := filepath.Glob("testdata/*.txtar")
-	if err != nil || len(files) == 0 {
-		t.Fatalf("scripts: %v, %v", files, err)
-	}
-	for _, file := range files {
-		t.Run(filepath.Base(file), func(t *testing.T) {
-			p := params("", nil)
-			p.Files = []string{file}
-			testscript.Run(t, p)
-		})
-	}
-}
-
 // TestCuts runs one script for both kinds of cut, each restart and each
 // moment of it. Machines take their share at the same time.
 func TestCuts(t *testing.T) {
@@ -104,6 +88,22 @@ func TestCuts(t *testing.T) {
 					testscript.Run(t, params("testdata/cuts", vars))
 				})
 			}
+		})
+	}
+}
+
+// TestScenarios runs every script of testdata, one after the other: they share
+// machines and cut the links of whole pools.
+func TestScenarios(t *testing.T) {
+	files, err := filepath.Glob("testdata/*.txtar")
+	if err != nil || len(files) == 0 {
+		t.Fatalf("scripts: %v, %v", files, err)
+	}
+	for _, file := range files {
+		t.Run(filepath.Base(file), func(t *testing.T) {
+			p := params("", nil)
+			p.Files = []string{file}
+			testscript.Run(t, p)
 		})
 	}
 }
