@@ -54,6 +54,9 @@ const (
 	// settleBudget is how long a start waits to learn whether the link is up.
 	settleBudget = 100 * time.Millisecond
 
+	// maxKept bounds the tokens and the reviews that are kept for an outage.
+	maxKept = 2000
+
 	gcPercent = 200 // of the live heap, before it is collected
 
 	minTokenLife = 2 * time.Minute
@@ -214,8 +217,9 @@ func (h *Hub) build() error {
 	if err != nil {
 		return err
 	}
-	h.tokens, h.reviews = memory{h.store, "tokens"}, memory{h.store, "reviews"}
-	remembered := memory{h.store, "identity"}
+	h.tokens = memory{store: h.store, bucket: "tokens", limit: maxKept}
+	h.reviews = memory{store: h.store, bucket: "reviews", limit: maxKept}
+	remembered := memory{store: h.store, bucket: "identity"}
 	if h.signer, err = identity.NewLocalSigner(cfg.NodeName, remembered); err != nil {
 		return err
 	}

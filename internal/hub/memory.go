@@ -1,8 +1,10 @@
 package hub
 
 import (
+	"cmp"
 	"context"
 	"errors"
+	"slices"
 	"time"
 
 	"github.com/yurt-edge/yurt/internal/hub/store"
@@ -16,6 +18,9 @@ const commitBudget = 5 * time.Second
 type memory struct {
 	store  *store.Store
 	bucket string
+	// limit bounds the records; the oldest go first. Zero is for a user that
+	// bounds its keys itself.
+	limit int
 }
 
 func (m memory) Load(key string) ([]byte, error) {
@@ -40,8 +45,43 @@ func (m memory) Save(key string, value []byte) error {
 	ctx, cancel := context.WithTimeout(context.Background(), commitBudget)
 	defer cancel()
 	batch := store.NewBatch()
-	batch.Put(m.bucket, key, store.Record{Data: value})
+	if m.limit > 0 {
+		if err := m.makeRoom(batch); err != nil {
+			return err
+		}
+	}
+	batch.Put(m.bucket, key, store.Record{Version: uint64(time.Now().Unix()), Data: value})
 	return m.store.Commit(ctx, batch)
+}
+
+// makeRoom drops the older half of the records when there are limit of them,
+// so that it has work to do once in many saves.
+func (m memory) makeRoom(batch *store.Batch) error {
+	snap, err := m.store.Snapshot()
+	if err != nil {
+		return err
+	}
+	defer snap.Close()
+	type record struct {
+		key string
+		at  uint64
+	}
+	var all []record
+	err = snap.Scan(m.bucket, "", func(key string, h store.Header) error {
+		all = append(all, record{key, h.Version})
+		return nil
+	})
+	if err != nil && !errors.Is(err, store.ErrDamaged) {
+		return err
+	}
+	if len(all) < m.limit {
+		return nil
+	}
+	slices.SortFunc(all, func(a, b record) int { return cmp.Compare(a.at, b.at) })
+	for _, r := range all[:len(all)-m.limit/2] {
+		batch.Delete(m.bucket, r.key)
+	}
+	return nil
 }
 
 func (m memory) Delete(key string) error {

@@ -487,12 +487,18 @@ func (h *Hub) review(w http.ResponseWriter, r *http.Request, as link.Credential)
 		}
 		return func(answer []byte) { h.keepReview(key, tokens, answer) }
 	}
-	if h.link.Try(w, r, as, keep, writeBudget) == nil {
+	tried := h.link.Try(w, r, as, keep, writeBudget)
+	if tried == nil {
 		return
 	}
 	text, err := h.reviews.Load(key)
 	if err != nil {
 		h.log.Warn("stored review unusable", "err", err)
+	}
+	if text == nil && h.link.Online() {
+		// Slow, not away: a denial would be cached, an error is asked again.
+		link.Refuse(w, r, tried)
+		return
 	}
 	if tokens {
 		if text == nil || json.Unmarshal(text, &token.Status) != nil {
