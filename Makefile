@@ -16,7 +16,7 @@ TESTFLAGS ?=
 export YURT_CACHE ?= $(CURDIR)/.cache
 
 # No target is a file: Go and the playground know what is up to date.
-.PHONY: help demo test check lint race e2e bench bin fmt vuln bin/controlplane packages setup generate verify clean
+.PHONY: help demo test check lint race e2e test-skew bench bin fmt vuln bin/controlplane packages setup generate verify clean
 
 help: ## Show this list.
 	@awk -F ':.*## ' '/^[a-z0-9\/-]+:.*## / {printf "  %-17s %s\n", $$1, $$2}' Makefile
@@ -45,6 +45,10 @@ race: packages ## Run RACE (./internal/... unless given) under the race detector
 
 e2e: setup ## Run the scenarios on a playground.
 	go test -count=1 -timeout 45m $(TESTFLAGS) ./test/e2e/...
+
+test-skew: setup ## Conformance and scenarios with older kubelets, and with an older API server.
+	YURT_KUBELET=1.34 go test -count=1 -timeout 20m $(TESTFLAGS) -run 'TestCuts|TestScenarios' ./test/e2e
+	YURT_KUBERNETES=1.35 YURT_KUBELET=1.35 go test -count=1 -p 1 -timeout 25m $(TESTFLAGS) ./test/conform ./test/e2e
 
 bench: setup ## Measure direct against through the hub (BENCHFLAGS=-short is quick).
 	go run ./test/bench $(BENCHFLAGS)

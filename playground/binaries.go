@@ -8,7 +8,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -18,8 +17,39 @@ import (
 	"syscall"
 )
 
-// KubernetesVersion is the version of the control plane and of the kubelets.
+// KubernetesVersion is the version of the control plane and of the nodes,
+// unless [Versions] says otherwise.
 const KubernetesVersion = "v1.36.3"
+
+// Versions are the releases of Kubernetes that a playground runs. Tests of
+// version skew choose them by the environment: YURT_KUBERNETES for the control
+// plane and YURT_KUBELET for kubelet and kube-proxy, each a minor version such
+// as 1.35.
+type Versions struct{ ControlPlane, Node string }
+
+// ChosenVersions returns the versions that the environment asks for. The error
+// names the versions that can be had.
+func ChosenVersions() (Versions, error) {
+	var v Versions
+	for variable, to := range map[string]*string{"YURT_KUBERNETES": &v.ControlPlane, "YURT_KUBELET": &v.Node} {
+		*to = KubernetesVersion
+		minor := os.Getenv(variable)
+		if minor == "" {
+			continue
+		}
+		var ok bool
+		if *to, ok = releases()[minor]; !ok {
+			return v, fmt.Errorf("%s=%q is not one of %s", variable, minor, strings.Join(sortedKeys(releases()), ", "))
+		}
+	}
+	return v, nil
+}
+
+// releases are the versions that playground/controlplane has a module file
+// for, by their minor version.
+func releases() map[string]string {
+	return map[string]string{"1.36": KubernetesVersion, "1.35": "v1.35.4", "1.34": "v1.34.4"}
+}
 
 const rootModule = "github.com/yurt-edge/yurt"
 
@@ -40,32 +70,18 @@ type part struct {
 	name    string
 	dir     string            // module folder below the checkout
 	target  string            // what to build, "tool" for a module's tool lines
+	modfile string            // in place of go.mod
 	tags    string            // build tags
 	ldflags string            // beside -s -w
 	outputs []string          // files that the build makes
-	links   map[string]string // further names of an output
+	links   map[string]string // names by which programs are found, and the output of each; the outputs' own if empty
 	inputs  []string          // globs of the files that the cache key covers
 }
 
-func parts() []part {
+func parts(v Versions) []part {
 	return []part{
-		{
-			name:    "controlplane",
-			dir:     "playground/controlplane",
-			target:  ".",
-			ldflags: versionFlags(KubernetesVersion),
-			outputs: []string{"controlplane"},
-			links: map[string]string{
-				"etcd":                    "controlplane",
-				"kube-apiserver":          "controlplane",
-				"kube-controller-manager": "controlplane",
-				"kube-scheduler":          "controlplane",
-				"kubectl":                 "controlplane",
-				"kubelet":                 "controlplane",
-				"kube-proxy":              "controlplane",
-			},
-			inputs: []string{"go.mod", "go.sum", "*.go"},
-		},
+		kubernetesPart(v.ControlPlane, "etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubectl"),
+		kubernetesPart(v.Node, "kubelet", "kube-proxy"),
 		{
 			name:    "containerd",
 			dir:     "playground/controlplane/containerd",
@@ -82,6 +98,29 @@ func parts() []part {
 			inputs:  []string{"go.mod", "go.sum", "*.go"},
 		},
 	}
+}
+
+// kubernetesPart is the control plane's binary in one version, under the names of
+// some of its programs.
+func kubernetesPart(version string, programs ...string) part {
+	p := part{
+		name:    "controlplane",
+		dir:     "playground/controlplane",
+		target:  ".",
+		ldflags: versionFlags(version),
+		outputs: []string{"controlplane"},
+		links:   map[string]string{},
+		inputs:  []string{"go.mod", "go.sum", "*.go"},
+	}
+	if version != KubernetesVersion {
+		module := "kubernetes-" + version[1:strings.LastIndex(version, ".")]
+		p.modfile = module + ".mod"
+		p.inputs = []string{p.modfile, module + ".sum", "*.go"}
+	}
+	for _, program := range programs {
+		p.links[program] = "controlplane"
+	}
+	return p
 }
 
 // versionFlags are linker flags without which version negotiation between
@@ -106,12 +145,20 @@ func versionFlags(version string) string {
 // files in $YURT_CACHE, or in .cache of the checkout, and may be called for by
 // several processes at once.
 func EnsureBinaries(ctx context.Context, progress Progress) (Binaries, error) {
-	return ensure(ctx, progress, parts())
+	v, err := ChosenVersions()
+	if err != nil {
+		return Binaries{}, err
+	}
+	return ensure(ctx, progress, parts(v))
 }
 
 // EnsureControlPlane is [EnsureBinaries] for those who need no machines.
 func EnsureControlPlane(ctx context.Context, progress Progress) (Binaries, error) {
-	return ensure(ctx, progress, parts()[:1])
+	v, err := ChosenVersions()
+	if err != nil {
+		return Binaries{}, err
+	}
+	return ensure(ctx, progress, parts(v)[:1])
 }
 
 func ensure(ctx context.Context, progress Progress, wanted []part) (Binaries, error) {
@@ -197,6 +244,13 @@ func (p part) complete(dir string) bool {
 // either holds all of them or does not exist.
 func (p part) build(ctx context.Context, src, dir string, progress Progress) error {
 	step := progress.Start("build " + strings.Join(append(slices.Clone(p.outputs), sortedKeys(p.links)...), ", "))
+	args := []string{
+		"build", "-v", "-trimpath", "-buildvcs=false",
+		"-tags", p.tags, "-ldflags", "-s -w " + p.ldflags,
+	}
+	if p.modfile != "" {
+		args = append(args, "-modfile="+p.modfile)
+	}
 	temp, err := os.MkdirTemp(filepath.Dir(dir), p.name+"-build-")
 	if err != nil {
 		return step.Fail(err)
@@ -205,8 +259,7 @@ func (p part) build(ctx context.Context, src, dir string, progress Progress) err
 	if err := os.Chmod(temp, 0o755); err != nil {
 		return step.Fail(err)
 	}
-	cmd := exec.CommandContext(ctx, "go", "build", "-v", "-trimpath", "-buildvcs=false",
-		"-tags", p.tags, "-ldflags", "-s -w "+p.ldflags, "-o", temp+"/", p.target)
+	cmd := exec.CommandContext(ctx, "go", append(args, "-o", temp+"/", p.target)...)
 	cmd.Dir = src
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOWORK=off", "GOFLAGS=")
 	var output bytes.Buffer
@@ -233,13 +286,15 @@ func (p part) build(ctx context.Context, src, dir string, progress Progress) err
 }
 
 func (p part) link(dir, bin string) error {
-	links := map[string]string{}
-	for _, out := range p.outputs {
-		links[out] = filepath.Join(dir, out)
+	links := p.links
+	if len(links) == 0 {
+		links = map[string]string{}
+		for _, out := range p.outputs {
+			links[out] = out
+		}
 	}
-	maps.Copy(links, p.links)
-	for name, target := range links {
-		path := filepath.Join(bin, name)
+	for name, out := range links {
+		path, target := filepath.Join(bin, name), filepath.Join(dir, out)
 		if have, err := os.Readlink(path); err == nil && have == target {
 			continue
 		}

@@ -68,7 +68,11 @@ func (p *Playground) Status(ctx context.Context) (Status, error) {
 }
 
 func (p *Playground) status(ctx context.Context) (Status, error) {
-	s := Status{Dir: p.dir, Server: p.cp.URL, Version: KubernetesVersion}
+	versions, err := ChosenVersions()
+	if err != nil {
+		return Status{}, err
+	}
+	s := Status{Dir: p.dir, Server: p.cp.URL, Version: versions.ControlPlane}
 	if err := p.cp.Err(); err != nil {
 		s.ControlPlaneError = err.Error()
 	}
