@@ -10,6 +10,7 @@ import (
 
 	"github.com/cespare/xxhash/v2"
 	bolt "go.etcd.io/bbolt"
+	berrors "go.etcd.io/bbolt/errors"
 )
 
 // queueBytes bounds what Submit may queue before it blocks.
@@ -238,9 +239,13 @@ func (s *Store) update(fn func(*txn) error) (err error) {
 		s.commitErr = err
 		s.mu.Unlock()
 	}()
+	if err := s.resync(); err != nil {
+		return err
+	}
 	if tx, err = s.db.Begin(true); err != nil {
 		return err
 	}
+	id := uint64(tx.ID())
 	t := &txn{Tx: tx, buckets: make(map[string]*openBucket)}
 	if err = fn(t); err == nil {
 		err = t.finish()
@@ -249,6 +254,12 @@ func (s *Store) update(fn func(*txn) error) (err error) {
 		return errors.Join(err, tx.Rollback())
 	}
 	if err = tx.Commit(); err != nil {
+		s.unsynced = id
+		// bbolt has ended the transaction, but not where it found no page
+		// for its list of free ones.
+		if end := tx.Rollback(); !errors.Is(end, berrors.ErrTxClosed) {
+			err = errors.Join(err, end)
+		}
 		return err
 	}
 	stats := tx.Stats()
@@ -259,6 +270,29 @@ func (s *Store) update(fn func(*txn) error) (err error) {
 		delete(s.suspect, name)
 	}
 	s.mu.Unlock()
+	return nil
+}
+
+// resync makes the newest commit durable if its last sync failed. The kernel
+// then takes its meta page for written, though the disk may not have it. bbolt
+// would build on that commit, overwrite the meta page before, which the disk
+// has, and use the pages of that state anew: a power cut in that moment would
+// cost everything. So the page is written and synced again before anything
+// else is. Data pages of a commit that failed are never looked at.
+func (s *Store) resync() error {
+	if s.unsynced == 0 {
+		return nil
+	}
+	m, err := newestMeta(s.file)
+	if err != nil {
+		return err
+	}
+	if m.txid == s.unsynced || s.unsynced == anyCommit {
+		if err := rewrite(s.file, m.at, pageHeader+metaSize); err != nil {
+			return fmt.Errorf("sync the commit before: %w", err)
+		}
+	}
+	s.unsynced = 0
 	return nil
 }
 

@@ -38,6 +38,10 @@ func child() (ran bool, err error) {
 		return true, load(path)
 	case "limits":
 		return true, limits(path)
+	case "turns":
+		return true, recordTurns(path, recordedTurns)
+	case "faults":
+		return true, faults(path)
 	}
 	return false, nil
 }

@@ -48,6 +48,18 @@ func samePath(f *os.File, path string) bool {
 	return err == nil && os.SameFile(a, b)
 }
 
+// rewrite writes bytes of a file anew as they are, and syncs them.
+func rewrite(f *os.File, at int64, size int) error {
+	b := make([]byte, size)
+	if _, err := f.ReadAt(b, at); err != nil {
+		return err
+	}
+	if _, err := f.WriteAt(b, at); err != nil {
+		return err
+	}
+	return unix.Fdatasync(int(f.Fd()))
+}
+
 func setAside(path string) error {
 	if err := os.Rename(path, path+".damaged"); err != nil {
 		return err

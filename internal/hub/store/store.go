@@ -26,6 +26,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -58,6 +59,9 @@ const (
 
 	keyCheck = "key" // in metaBucket: a value that only the right key opens
 )
+
+// anyCommit is an unsynced transaction of a process that is gone.
+const anyCommit = math.MaxUint64
 
 const (
 	defaultMaxDelay      = 5 * time.Millisecond
@@ -112,6 +116,10 @@ type Store struct {
 	wake    chan struct{}       // holds one token
 	stopped chan struct{}       // closed when the committer has ended
 	stuck   bool                // bbolt's locks are lost; read after stopped
+
+	// unsynced is the transaction that failed last, until its meta page is
+	// known to be on the disk. It belongs to the committer.
+	unsynced uint64
 
 	commits, written, damaged atomic.Int64
 
@@ -204,7 +212,7 @@ func (s *Store) open() error {
 // load checks the file and hands it to bbolt. It owns f: on error f is
 // closed, and the error is ErrDamaged if the file is to blame.
 func (s *Store) load(f *os.File) (err error) {
-	s.file = f
+	s.file, s.unsynced = f, anyCommit
 	defer func() {
 		if err == nil {
 			return

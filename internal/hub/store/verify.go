@@ -67,7 +67,7 @@ type verifier struct {
 }
 
 type meta struct {
-	pageSize            int64
+	at, pageSize        int64
 	root, freelist, hwm uint64
 	txid                uint64
 }
@@ -140,6 +140,7 @@ func readMeta(f io.ReaderAt, at int64) (meta, error) {
 	sum := fnv.New64a()
 	_, _ = sum.Write(body[:metaSize-8])
 	m := meta{
+		at:       at,
 		pageSize: int64(u.Uint32(body[8:])),
 		root:     u.Uint64(body[16:]),
 		freelist: u.Uint64(body[32:]),
