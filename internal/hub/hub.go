@@ -29,6 +29,7 @@ import (
 	"github.com/yurt-edge/yurt/internal/daemon"
 	"github.com/yurt-edge/yurt/internal/httpx"
 	"github.com/yurt-edge/yurt/internal/hub/cert"
+	"github.com/yurt-edge/yurt/internal/hub/endpoint"
 	"github.com/yurt-edge/yurt/internal/hub/identity"
 	"github.com/yurt-edge/yurt/internal/hub/journal"
 	"github.com/yurt-edge/yurt/internal/hub/link"
@@ -109,14 +110,16 @@ type Hub struct {
 	link    *link.Link
 	replica *replica.Replica
 	journal *journal.Journal
-	answers *answers
-	authn   *identity.Authenticator
-	authz   *identity.Authorizer
-	signer  *identity.LocalSigner
-	tokens  memory
-	reviews memory
-	lanes   *lanes
-	metrics *hubMetrics
+	// endpoints lets Services follow the node's pods while the cloud is away.
+	endpoints *endpoint.Tracker
+	answers   *answers
+	authn     *identity.Authenticator
+	authz     *identity.Authorizer
+	signer    *identity.LocalSigner
+	tokens    memory
+	reviews   memory
+	lanes     *lanes
+	metrics   *hubMetrics
 
 	heartbeat heartbeat
 	self      *identity.Caller // the node's user, which the hub's streams are
@@ -144,7 +147,7 @@ func Run(ctx context.Context, cfg Config) error {
 		return err
 	}
 	runs := []func(context.Context) error{
-		h.certs.Run, h.link.Run, h.answers.run, h.announce, h.keepAddress,
+		h.certs.Run, h.link.Run, h.answers.run, h.announce, h.keepAddress, h.runEndpoints,
 		h.certified(h.replica.Run), h.certified(h.journal.Run), h.certified(h.authn.Run), h.certified(h.follow),
 		daemon.Watchdog(h.log, h.alive),
 	}
@@ -241,14 +244,15 @@ func (h *Hub) build() error {
 	if err != nil {
 		return err
 	}
+	h.trackEndpoints()
 	h.replica, err = replica.New(replica.Config{
-		Store: h.store, Upstream: h.link, Online: h.link.Online, Overlay: h.journal.Overlay,
+		Store: h.store, Upstream: h.link, Online: h.link.Online, Overlay: h.overlay,
 		Log: h.log, Registerer: cfg.Registerer,
 	})
 	if err != nil {
 		return err
 	}
-	h.journal.Show()
+	h.show()
 	// What this node needs to run its pods is fetched without being asked,
 	// so that a hub that lost its store has it again before anybody asks.
 	pinned := []replica.Scope{

@@ -219,7 +219,7 @@ func (h *Hub) register(w http.ResponseWriter, r *http.Request, as link.Credentia
 func (h *Hub) patchStatus(w http.ResponseWriter, r *http.Request, as link.Credential) {
 	info := request.From(r.Context())
 	if h.link.Online() && !h.journal.Pending(info.Resource, info.Namespace, info.Name) {
-		h.link.Forward(w, r, as, nil)
+		h.link.Forward(w, r, as, h.wrotePod(info))
 		return
 	}
 	body, err := readBody(r)
@@ -244,6 +244,9 @@ func (h *Hub) patchStatus(w http.ResponseWriter, r *http.Request, as link.Creden
 		return
 	}
 	current.Data = data
+	if info.Resource == podsResource {
+		h.endpoints.Wrote(current.Kind.Encoding, data)
+	}
 	if err := current.Write(w, r, request.Formats(r.Header)); err != nil && !replica.Aborted(err) {
 		httpx.WriteStatus(w, r, statusOf(err))
 	}
