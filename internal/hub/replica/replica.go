@@ -31,6 +31,8 @@ const (
 	// power cut loses no more than this much of the replica, and the
 	// streams then replay it.
 	flushEvery = time.Second
+	// maxFlush is the size at which a flush goes on in another transaction.
+	maxFlush = 1 << 20
 	// touchEvery is how long progress without changes may stay unwritten:
 	// an idle node should not wear its flash.
 	touchEvery = 10 * time.Minute
@@ -185,21 +187,40 @@ func (r *Replica) all() []*stream {
 	return out
 }
 
-// flush writes every set that changed. The store groups them.
+// flush writes every set that changed, in one transaction: it costs some pages
+// whatever is in it. When the mere progress of one set is due, that of all is
+// written with it.
 func (r *Replica) flush(ctx context.Context, everything bool) {
-	var pending sync.WaitGroup
-	for _, st := range r.all() {
+	all := r.all()
+	everything = everything || slices.ContainsFunc(all, func(st *stream) bool { return st.set.stale() })
+	var (
+		batch   = store.NewBatch()
+		pending []func(error) error
+	)
+	commit := func() {
+		if len(pending) == 0 {
+			return
+		}
+		err := r.cfg.Store.Commit(ctx, batch)
+		for _, written := range pending {
+			_ = written(err) // it is the same for all
+		}
+		if err != nil {
+			r.metrics.storeErrors.Inc()
+			r.cfg.Log.Error("store write failed", "err", err)
+		}
+		batch, pending = store.NewBatch(), nil
+	}
+	for _, st := range all {
 		if !st.set.due(everything) {
 			continue
 		}
-		pending.Go(func() {
-			if err := st.set.flush(ctx); err != nil {
-				r.metrics.storeErrors.Inc()
-				r.cfg.Log.Error("store write failed", "scope", st.set.id, "err", err)
-			}
-		})
+		pending = append(pending, st.set.collect(batch))
+		if batch.Size() > maxFlush {
+			commit()
+		}
 	}
-	pending.Wait()
+	commit()
 }
 
 // retire pauses streams that nobody uses and drops what was not used for

@@ -507,36 +507,50 @@ func (s *set) advance(version uint64) {
 	s.touched = true
 }
 
-// due reports whether the set has something to write by now.
-func (s *set) due(everything bool) bool {
+// due reports whether the set has something to write: changes, or also mere
+// progress.
+func (s *set) due(progress bool) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.retired {
 		return false
 	}
-	if len(s.dirty) > 0 || s.synced != (s.persisted != 0) {
-		return true
-	}
-	return (s.touched || s.version != s.persisted) && (everything || time.Since(s.flushed) > touchEvery)
+	return len(s.dirty) > 0 || s.synced != (s.persisted != 0) || progress && s.movedLocked()
 }
+
+// stale reports whether the set's progress has been unwritten for too long.
+func (s *set) stale() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return !s.retired && s.movedLocked() && time.Since(s.flushed) > touchEvery
+}
+
+func (s *set) movedLocked() bool { return s.touched || s.version != s.persisted }
 
 // flush writes what changed to the store and returns once it is durable.
 // Objects and position go in one transaction.
 func (s *set) flush(ctx context.Context) error {
+	batch := store.NewBatch()
+	written := s.collect(batch)
+	return written(s.store.Commit(ctx, batch))
+}
+
+// collect adds what changed to a batch. The function that it returns must be
+// called with the outcome of the batch, which it gives back.
+func (s *set) collect(batch *store.Batch) (written func(error) error) {
 	// Two flushes at a time could reach the store in the wrong order.
 	s.flushing.Lock()
-	defer s.flushing.Unlock()
 	s.mu.Lock()
+	defer s.mu.Unlock()
 	if s.retired {
-		s.mu.Unlock()
-		return nil
+		s.flushing.Unlock()
+		return func(err error) error { return err }
 	}
-	batch := store.NewBatch()
 	if s.drop {
 		batch.Drop(s.id)
 	}
 	taken := s.dirty
-	written := make(map[string]*entry, len(taken))
+	entries := make(map[string]*entry, len(taken))
 	s.dirty = map[string]struct{}{}
 	for key := range taken {
 		e, ok := s.baseLocked(key)
@@ -549,38 +563,36 @@ func (s *set) flush(ctx context.Context) error {
 			continue // the store has this very version already
 		}
 		batch.Put(s.id, key, store.Record{Version: e.version, Encoding: uint8(s.kind.Encoding), Data: *data})
-		written[key] = e
+		entries[key] = e
 	}
 	record := position{Scope: s.scope, Kind: s.kind, Contact: s.contact, Borrowed: s.borrowed, Objects: s.index.Len()}
 	if s.synced {
 		record.Version = s.version
 	}
 	s.touched = false
-	s.mu.Unlock()
-
 	text, err := json.Marshal(record)
-	if err != nil {
-		return fmt.Errorf("encode position of %s: %w", s.id, err)
+	if err == nil {
+		batch.Put(scopesBucket, s.id, store.Record{Version: record.Version, Encoding: uint8(wire.JSON), Data: text})
 	}
-	batch.Put(scopesBucket, s.id, store.Record{Version: record.Version, Encoding: uint8(wire.JSON), Data: text})
-	err = s.store.Commit(ctx, batch)
-
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if err != nil {
-		for key := range taken {
-			s.dirty[key] = struct{}{}
+	return func(outcome error) error {
+		defer s.flushing.Unlock()
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if outcome = errors.Join(err, outcome); outcome != nil {
+			for key := range taken {
+				s.dirty[key] = struct{}{}
+			}
+			s.touched = true
+			return fmt.Errorf("commit %s: %w", s.id, outcome)
 		}
-		s.touched = true
-		return fmt.Errorf("commit %s: %w", s.id, err)
-	}
-	s.persisted, s.flushed, s.drop = record.Version, time.Now(), false
-	for key, e := range written {
-		if cur, ok := s.baseLocked(key); ok && cur == e {
-			e.data.Store(nil)
+		s.persisted, s.flushed, s.drop = record.Version, time.Now(), false
+		for key, e := range entries {
+			if cur, ok := s.baseLocked(key); ok && cur == e {
+				e.data.Store(nil)
+			}
 		}
+		return nil
 	}
-	return nil
 }
 
 // retire empties the set and takes it out of the store. It stays empty.

@@ -525,15 +525,14 @@ func (st *stream) list(ctx context.Context, c Credential) error {
 		if err := s.take(r, page, enc); err != nil {
 			return fmt.Errorf("list %s: %w", s.id, err)
 		}
-		if r.direct {
-			// Bytes that are safe in the store need not stay on the heap.
-			if err := s.flush(ctx); err != nil {
-				st.metrics.storeErrors.Inc()
-				st.log.Error("store write failed", "err", err)
-			}
+		if r.direct && token != "" {
+			st.save(ctx) // bytes in the store need not stay on the heap
 		}
 	}
 	objects, gone := s.finish(r)
+	// Whoever waits for the scope may count on it from then on, also when
+	// the power goes. Lists are rare enough to pay for that; changes are not.
+	st.save(ctx)
 	st.mu.Lock()
 	st.relist = false
 	st.mu.Unlock()
@@ -543,6 +542,15 @@ func (st *stream) list(ctx context.Context, c Credential) error {
 		st.log.Info("stream relisted", "objects", objects, "changed", len(r.changes), "gone", gone)
 	}
 	return nil
+}
+
+// save writes what the set has to write, now. What cannot be written stays on
+// the heap and is tried again.
+func (st *stream) save(ctx context.Context) {
+	if err := st.set.flush(ctx); err != nil && ctx.Err() == nil {
+		st.metrics.storeErrors.Inc()
+		st.log.Error("store write failed", "err", err)
+	}
 }
 
 // take takes one page of a list.
