@@ -53,5 +53,6 @@ func command() *cobra.Command {
 	}
 	flags.Add(cmd.Flags())
 	logging.AddFlags(cmd.Flags())
+	cmd.AddCommand(hub.KeyCommand())
 	return cmd
 }

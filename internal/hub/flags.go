@@ -26,6 +26,7 @@ type Flags struct {
 	dummy, profiling                      bool
 	healthPort, proxyPort                 int
 	decisionAge                           time.Duration
+	keys                                  keyFlags
 }
 
 // Add registers the flags.
@@ -50,6 +51,7 @@ func (f *Flags) Add(fs *pflag.FlagSet) {
 	fs.StringSliceVar(&f.pinned, "pool-scope-resources", []string{"v1/services", "discovery.k8s.io/v1/endpointslices"},
 		"resources that are always replicated, as [group/]version/resource")
 	fs.DurationVar(&f.decisionAge, "max-decision-age", 90*24*time.Hour, "how old a remembered authorisation may be while the cloud is away")
+	f.keys.add(fs)
 	fs.BoolVar(&f.profiling, "profiling", false, "serve /debug/pprof to callers who may get it")
 }
 
@@ -78,6 +80,9 @@ func (f *Flags) Config() (Config, error) {
 		return cfg, fmt.Errorf("--lb-mode %q is not known: use rr or priority", f.lbMode)
 	}
 	var err error
+	if cfg.Keys, err = f.keys.config(); err != nil {
+		return cfg, err
+	}
 	if cfg.NodeIPs, err = parseIPs("--node-ip", f.nodeIPs); err != nil {
 		return cfg, err
 	}

@@ -12,6 +12,7 @@ import (
 
 	"github.com/yurt-edge/yurt/internal/httpx"
 	"github.com/yurt-edge/yurt/internal/hub/identity"
+	"github.com/yurt-edge/yurt/internal/hub/keyring"
 	"github.com/yurt-edge/yurt/internal/hub/replica"
 )
 
@@ -84,7 +85,9 @@ type Report struct {
 	EventsPending int              `json:"eventsPending"`
 	StoreBytes    int64            `json:"storeBytes"`
 	StoreHealth   string           `json:"storeHealth"`
-	Discovery     bool             `json:"discovery"` // kubectl can work without the cloud
+	KeySource     keyring.Source   `json:"keySource"`
+	KeyProblem    string           `json:"keyProblem,omitempty"` // why this run's key is in memory only
+	Discovery     bool             `json:"discovery"`            // kubectl can work without the cloud
 	Scopes        []replica.Status `json:"scopes"`
 }
 
@@ -97,6 +100,10 @@ func (h *Hub) report() Report {
 	out.StatusPending, out.EventsPending = h.journal.Depth()
 	_, err := h.answers.document(&url.URL{Path: "/apis"}, http.Header{})
 	out.Discovery = err == nil
+	out.KeySource = h.keys.Source()
+	if err := h.keys.Problem(); err != nil {
+		out.KeyProblem = err.Error()
+	}
 	if err := h.store.Health(); err != nil {
 		out.StoreHealth = err.Error()
 	}

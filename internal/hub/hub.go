@@ -7,7 +7,6 @@ package hub
 
 import (
 	"context"
-	"crypto/rand"
 	"crypto/tls"
 	"errors"
 	"fmt"
@@ -25,13 +24,13 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"k8s.io/apimachinery/pkg/runtime/schema"
 
-	"github.com/yurt-edge/yurt/internal/atomicfile"
 	"github.com/yurt-edge/yurt/internal/daemon"
 	"github.com/yurt-edge/yurt/internal/httpx"
 	"github.com/yurt-edge/yurt/internal/hub/cert"
 	"github.com/yurt-edge/yurt/internal/hub/endpoint"
 	"github.com/yurt-edge/yurt/internal/hub/identity"
 	"github.com/yurt-edge/yurt/internal/hub/journal"
+	"github.com/yurt-edge/yurt/internal/hub/keyring"
 	"github.com/yurt-edge/yurt/internal/hub/link"
 	"github.com/yurt-edge/yurt/internal/hub/replica"
 	"github.com/yurt-edge/yurt/internal/hub/store"
@@ -79,6 +78,7 @@ type Config struct {
 	LinkMode   link.Mode
 	RootDir    string
 	StoreDir   string // the replica's; RootDir/store if empty
+	Keys       KeyConfig
 	Mode       cert.Mode
 	Bootstrap  string   // kubeconfig with the bootstrap token
 	CAHashes   []string // pins of the cluster's CA
@@ -105,6 +105,7 @@ type Config struct {
 type Hub struct {
 	cfg     Config
 	log     *slog.Logger
+	keys    *keyring.Ring
 	store   *store.Store
 	certs   *cert.Certificates
 	link    *link.Link
@@ -132,6 +133,9 @@ func Run(ctx context.Context, cfg Config) error {
 		// The heap is small, since objects live in the store's pages: a
 		// little of it buys a tenth of the time per request.
 		debug.SetGCPercent(gcPercent)
+	}
+	if err := daemon.HideMemory(); err != nil {
+		cfg.Log.Warn("a core dump could show secrets", "err", err)
 	}
 	h, err := open(cfg) //nolint:contextcheck // it waits for the disk only
 	if err != nil {
@@ -171,6 +175,9 @@ func open(cfg Config) (*Hub, error) {
 		Name: "system:node:" + cfg.NodeName, Groups: []string{"system:nodes", "system:authenticated"}, Certificate: true,
 	}
 	var err error
+	if h.keys, err = keyring.Open(cfg.keyring()); err != nil {
+		return nil, err
+	}
 	if h.store, err = h.openStore(); err != nil {
 		return nil, err
 	}
@@ -190,7 +197,7 @@ func (h *Hub) build() error {
 	h.certs, err = cert.New(cert.Config{
 		Dir: filepath.Join(cfg.RootDir, "pki"), NodeName: cfg.NodeName, Mode: cfg.Mode, Servers: servers,
 		BootstrapKubeconfig: cfg.Bootstrap, CAHashes: cfg.CAHashes,
-		DummyIP: cfg.DummyIP, NodeIPs: cfg.NodeIPs, ServerIPs: cfg.ServiceIPs, Log: h.log,
+		DummyIP: cfg.DummyIP, NodeIPs: cfg.NodeIPs, ServerIPs: cfg.ServiceIPs, Keys: h.keys, Log: h.log,
 	})
 	if err != nil {
 		return err
@@ -270,39 +277,20 @@ func (h *Hub) build() error {
 	return nil
 }
 
-// openStore opens the store under the node's key. The key is a file that
-// only root reads.
+// openStore opens the store under the data key.
 func (h *Hub) openStore() (*store.Store, error) {
-	keyFile := filepath.Join(h.cfg.RootDir, "pki", "store.key")
-	key, err := os.ReadFile(keyFile)
-	if errors.Is(err, os.ErrNotExist) {
-		key = make([]byte, 32)
-		if _, err := rand.Read(key); err != nil {
-			return nil, fmt.Errorf("make store key: %w", err)
-		}
-		if err := os.MkdirAll(filepath.Dir(keyFile), 0o700); err != nil {
-			return nil, fmt.Errorf("make store key: %w", err)
-		}
-		err = atomicfile.WriteFile(keyFile, key, 0o600)
-	}
-	if err != nil {
-		return nil, fmt.Errorf("read store key: %w", err)
-	}
-	dir := h.cfg.StoreDir
-	if dir == "" {
-		dir = filepath.Join(h.cfg.RootDir, "store")
-	}
+	path := h.cfg.storePath()
 	s, err := store.Open(store.Config{
-		Path: filepath.Join(dir, "hub.db"), Key: key, Log: h.log,
+		Path: path, Key: h.keys.DataKey(), Log: h.log,
 		OnDamage: func(bucket, object string) {
 			h.log.Error("stored object damaged", "scope", bucket, "object", object)
 		},
 	})
 	if err != nil {
-		return nil, fmt.Errorf("open store in %s: %w", dir, err)
+		return nil, fmt.Errorf("open store in %s: %w", filepath.Dir(path), err)
 	}
 	if s.Rebuilt() {
-		h.log.Error("store was unusable and is set aside; everything is fetched anew", "path", dir)
+		h.log.Error("store was unusable and is set aside; everything is fetched anew", "path", path)
 	}
 	return s, nil
 }

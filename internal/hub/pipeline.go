@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"runtime"
 	"runtime/debug"
 	"slices"
 	"strings"
@@ -47,11 +48,22 @@ func (h *Hub) survive(next http.Handler) http.Handler {
 				panic(cause) // the way to break off an answer
 			}
 			h.metrics.panics.Inc()
-			h.log.Error("request panicked", "path", r.URL.Path, "cause", fmt.Sprint(cause), "stack", string(debug.Stack()))
+			h.log.Error("request panicked", "path", r.URL.Path, "cause", causeOf(cause), "stack", string(debug.Stack()))
 			httpx.WriteStatus(w, r, apierrors.NewInternalError(errors.New("the hub failed on this request")))
 		}()
 		next.ServeHTTP(w, r)
 	})
+}
+
+// causeOf describes what was panicked with. Only the runtime's own errors are
+// known to quote nothing of the request.
+func causeOf(cause any) string {
+	if err, ok := cause.(error); ok {
+		if fault, ok := errors.AsType[runtime.Error](err); ok {
+			return fault.Error()
+		}
+	}
+	return fmt.Sprintf("%T", cause)
 }
 
 func (h *Hub) observe(next http.Handler) http.Handler {

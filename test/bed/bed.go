@@ -117,6 +117,7 @@ type Hub struct {
 
 	binary string
 	args   []string
+	node   rest.TLSClientConfig // the credential of the node's own user
 
 	mu  sync.Mutex // guards cmd and done
 	cmd *exec.Cmd
@@ -142,12 +143,16 @@ func NewHub(ctx context.Context, cloud *playground.ControlPlane, binary, node, d
 	if err != nil {
 		return nil, fmt.Errorf("prepare hub: %w", err)
 	}
+	cert, key, err := cloud.CA.Client("system:node:"+node, "system:nodes")
+	if err != nil {
+		return nil, fmt.Errorf("prepare hub: %w", err)
+	}
 	proxy, health, err := freePorts(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("prepare hub: %w", err)
 	}
 	return &Hub{
-		Dir: dir, Node: node, binary: binary,
+		Dir: dir, Node: node, binary: binary, node: rest.TLSClientConfig{CertData: cert, KeyData: key},
 		URL:    "https://127.0.0.1:" + strconv.Itoa(proxy),
 		Health: "http://127.0.0.1:" + strconv.Itoa(health),
 		args: []string{
@@ -282,13 +287,10 @@ func (h *Hub) RESTConfig(cfg *rest.Config) (*rest.Config, error) {
 	return out, nil
 }
 
-// KubeletConfig is the configuration of the node's own user, by the
-// certificate that the hub got for it.
+// KubeletConfig is the configuration of the node's own user, which has a
+// certificate of its own as a kubelet has.
 func (h *Hub) KubeletConfig() (*rest.Config, error) {
-	pair := filepath.Join(h.Dir, "pki", "hub-client.pem")
-	return h.RESTConfig(&rest.Config{
-		QPS: -1, TLSClientConfig: rest.TLSClientConfig{CertFile: pair, KeyFile: pair},
-	})
+	return h.RESTConfig(&rest.Config{QPS: -1, TLSClientConfig: h.node})
 }
 
 // Link is a TCP relay between the hub and the cloud, which can be cut in two

@@ -37,7 +37,7 @@ const (
 )
 
 // Names of files in Config.Dir. The .pem files hold a key beside its
-// certificate.
+// certificate, sealed if Config.Keys is set.
 const (
 	BundleFile = "ca-bundle.crt" // the cluster's authority and the local one
 
@@ -83,6 +83,10 @@ type Config struct {
 	// that the cluster signs, such as the first service address.
 	ServerIPs   []net.IP
 	ServerNames []string
+
+	// Keys seals the private keys in Dir. Nil leaves them readable by the
+	// files' owner.
+	Keys Sealer
 
 	Log *slog.Logger // slog.Default() if nil
 }
@@ -241,7 +245,7 @@ func (c *Certificates) setClient(pair *tls.Certificate) {
 // loadOwn loads a certificate of this node from Dir. One that cannot be used is
 // as good as none: it will be requested again.
 func (c *Certificates) loadOwn(name string) (*tls.Certificate, bool) {
-	pair, err := loadPair(c.path(name))
+	pair, err := loadPair(c.path(name), c.cfg.Keys)
 	switch {
 	case errors.Is(err, os.ErrNotExist):
 		return nil, false
@@ -257,7 +261,7 @@ func (c *Certificates) loadOwn(name string) (*tls.Certificate, bool) {
 
 // loadKubelet takes over the kubelet's certificate if it changed.
 func (c *Certificates) loadKubelet() error {
-	pair, err := loadPair(c.cfg.KubeletCert)
+	pair, err := loadPair(c.cfg.KubeletCert, nil)
 	if err != nil {
 		return err
 	}

@@ -92,7 +92,7 @@ func (s *signer) pair(t testing.TB, path, name string, life time.Duration) {
 		Subject:   pkix.Name{CommonName: name, Organization: []string{"system:nodes"}},
 		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(life), ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
 	}, key.Public())
-	_, err = storePair(path, cert, key)
+	_, err = storePair(path, cert, key, nil)
 	must(t, err)
 }
 
@@ -252,7 +252,8 @@ func (c *cluster) config(t testing.TB) Config {
 	dir := t.TempDir()
 	return Config{
 		Dir: filepath.Join(dir, "pki"), NodeName: testNode, BootstrapKubeconfig: c.kubeconfig(dir, c.pem),
-		DummyIP: net.IPv4(169, 254, 2, 1), NodeIPs: []net.IP{net.IPv4(10, 0, 0, 5)}, ServerIPs: []net.IP{net.IPv4(10, 96, 0, 1)}, Log: slog.New(slog.DiscardHandler),
+		DummyIP: net.IPv4(169, 254, 2, 1), NodeIPs: []net.IP{net.IPv4(10, 0, 0, 5)}, ServerIPs: []net.IP{net.IPv4(10, 96, 0, 1)}, Keys: newSealer(t),
+		Log: slog.New(slog.DiscardHandler),
 	}
 }
 
@@ -457,7 +458,7 @@ func TestPendingRequestSurvivesRestart(t *testing.T) {
 		t.Errorf("%d requests with the token", n)
 	}
 	// One that the cluster forgot is made anew.
-	must(t, (&pending{Name: "gone", Key: mustKey(t)}).store(filepath.Join(cfg.Dir, clientFile+".pending")))
+	must(t, (&pending{Name: "gone", Key: mustKey(t)}).store(filepath.Join(cfg.Dir, clientFile+".pending"), nil))
 	if _, err := c.obtain(t.Context(), c.clientOrder()); err == nil {
 		t.Error("got a certificate for a request that is gone")
 	}

@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 
 	"github.com/yurt-edge/yurt/internal/atomicfile"
 )
@@ -16,25 +17,61 @@ import (
 const (
 	blockCertificate = "CERTIFICATE"
 	blockKey         = "EC PRIVATE KEY"
+	blockSealed      = "YURTHUB SEALED KEY" // an EC PRIVATE KEY
 )
 
+// Sealer keeps what is on disk from being read. What is sealed under one name
+// does not open under another.
+type Sealer interface {
+	Seal(name string, plain []byte) []byte
+	Unseal(name string, sealed []byte) ([]byte, error)
+}
+
 // loadPair reads a certificate and its key from one file, as the kubelet
-// stores them.
-func loadPair(path string) (*tls.Certificate, error) {
+// stores them. A key that should be sealed and is not, as it was in the first
+// version, is sealed at once.
+func loadPair(path string, keys Sealer) (*tls.Certificate, error) {
 	data, err := os.ReadFile(path)
 	if err != nil {
 		return nil, err
 	}
-	pair, err := tls.X509KeyPair(data, data)
+	plain, found, err := unsealKey(filepath.Base(path), data, keys)
 	if err != nil {
 		return nil, fmt.Errorf("load %s: %w", path, err)
+	}
+	pair, err := tls.X509KeyPair(plain, plain)
+	if err != nil {
+		return nil, fmt.Errorf("load %s: %w", path, err)
+	}
+	if key, ok := pair.PrivateKey.(*ecdsa.PrivateKey); ok && keys != nil && !found {
+		return storePair(path, data, key, keys)
 	}
 	return &pair, nil
 }
 
-// storePair writes a key and its certificates to one file, and returns them
-// as they will be read.
-func storePair(path string, certificates []byte, key *ecdsa.PrivateKey) (*tls.Certificate, error) {
+// unsealKey returns PEM data with its sealed key, if it has one, in the clear.
+func unsealKey(name string, data []byte, keys Sealer) (plain []byte, found bool, err error) {
+	for rest := data; ; {
+		var block *pem.Block
+		if block, rest = pem.Decode(rest); block == nil {
+			return plain, found, nil
+		}
+		if block.Type == blockSealed {
+			if keys == nil {
+				return nil, false, errors.New("its key is sealed")
+			}
+			if block.Bytes, err = keys.Unseal(name, block.Bytes); err != nil {
+				return nil, false, err
+			}
+			block.Type, found = blockKey, true
+		}
+		plain = append(plain, pem.EncodeToMemory(block)...)
+	}
+}
+
+// storePair writes the certificates of a bundle and a key to one file, and
+// returns them as they will be read.
+func storePair(path string, certificates []byte, key *ecdsa.PrivateKey, keys Sealer) (*tls.Certificate, error) {
 	keyPEM, err := encodeKey(key)
 	if err != nil {
 		return nil, err
@@ -43,8 +80,15 @@ func storePair(path string, certificates []byte, key *ecdsa.PrivateKey) (*tls.Ce
 	if err != nil {
 		return nil, fmt.Errorf("use certificate for %s: %w", path, err)
 	}
-	data := append(bytes.Clone(certificates), keyPEM...)
-	if err := atomicfile.WriteFile(path, data, 0o600); err != nil {
+	var data []byte
+	for _, der := range pair.Certificate {
+		data = append(data, pem.EncodeToMemory(&pem.Block{Type: blockCertificate, Bytes: der})...)
+	}
+	if keys != nil {
+		block, _ := pem.Decode(keyPEM)
+		keyPEM = pem.EncodeToMemory(&pem.Block{Type: blockSealed, Bytes: keys.Seal(filepath.Base(path), block.Bytes)})
+	}
+	if err := atomicfile.WriteFile(path, append(data, keyPEM...), 0o600); err != nil {
 		return nil, fmt.Errorf("store certificate: %w", err)
 	}
 	return &pair, nil

@@ -39,6 +39,7 @@ type localAuthority struct {
 	names []string
 	ips   []net.IP // those that the certificate must have
 	extra []net.IP // those that it has if the authority permits them
+	keys  Sealer
 	log   *slog.Logger
 
 	mu     sync.Mutex // guards the following
@@ -49,7 +50,7 @@ type localAuthority struct {
 // open loads the authority, or makes a new one if there is none that can vouch
 // for this node.
 func (l *localAuthority) open(cfg Config) error {
-	l.dir, l.log = cfg.Dir, cfg.Log
+	l.dir, l.keys, l.log = cfg.Dir, cfg.Keys, cfg.Log
 	l.names = append([]string{"localhost", cfg.NodeName}, serviceNames()...)
 	l.ips = []net.IP{net.IPv4(127, 0, 0, 1), net.IPv6loopback}
 	if cfg.DummyIP != nil {
@@ -57,7 +58,7 @@ func (l *localAuthority) open(cfg Config) error {
 	}
 	l.extra = cfg.NodeIPs
 
-	ca, err := loadPair(l.path(localCAFile))
+	ca, err := loadPair(l.path(localCAFile), l.keys)
 	switch {
 	case err == nil && l.suits(ca.Leaf):
 		l.ca = ca
@@ -71,7 +72,7 @@ func (l *localAuthority) open(cfg Config) error {
 			return fmt.Errorf("make local certificate authority: %w", err)
 		}
 	}
-	if server, err := loadPair(l.path(localServerFile)); err == nil {
+	if server, err := loadPair(l.path(localServerFile), l.keys); err == nil {
 		l.server = server
 	}
 	_, err = l.certificate()
@@ -144,7 +145,7 @@ func (l *localAuthority) makeCA() error {
 	if err != nil {
 		return err
 	}
-	l.ca, err = storePair(l.path(localCAFile), pem.EncodeToMemory(&pem.Block{Type: blockCertificate, Bytes: der}), key)
+	l.ca, err = storePair(l.path(localCAFile), pem.EncodeToMemory(&pem.Block{Type: blockCertificate, Bytes: der}), key, l.keys)
 	l.server = nil
 	return err
 }
@@ -213,7 +214,7 @@ func (l *localAuthority) sign() (*tls.Certificate, error) {
 	if err != nil {
 		return nil, err
 	}
-	return storePair(l.path(localServerFile), pem.EncodeToMemory(&pem.Block{Type: blockCertificate, Bytes: der}), key)
+	return storePair(l.path(localServerFile), pem.EncodeToMemory(&pem.Block{Type: blockCertificate, Bytes: der}), key, l.keys)
 }
 
 // hasNames tells whether a certificate names all of these.

@@ -18,6 +18,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"time"
@@ -153,7 +154,8 @@ type pending struct {
 	Name  string   `json:"name"`
 	Names []string `json:"names,omitempty"`
 	IPs   []net.IP `json:"ips,omitempty"`
-	Key   []byte   `json:"key"` // DER
+	Key   []byte   `json:"key,omitempty"`    // DER, in memory and where it is not sealed
+	Seal  []byte   `json:"sealed,omitempty"` // DER, sealed
 
 	key *ecdsa.PrivateKey
 }
@@ -170,13 +172,13 @@ func (c *Certificates) obtain(ctx context.Context, o order) (*tls.Certificate, e
 		}
 	}
 	path := c.path(o.file) + ".pending"
-	p := loadPending(path, o)
+	p := loadPending(path, o, c.cfg.Keys)
 	if p == nil {
 		var err error
 		if p, err = c.request(ctx, o); err != nil {
 			return nil, err
 		}
-		if err := p.store(path); err != nil {
+		if err := p.store(path, c.cfg.Keys); err != nil {
 			return nil, err
 		}
 	}
@@ -188,7 +190,7 @@ func (c *Certificates) obtain(ctx context.Context, o order) (*tls.Certificate, e
 	if err != nil {
 		return nil, err
 	}
-	pair, err := storePair(c.path(o.file), issued, p.key)
+	pair, err := storePair(c.path(o.file), issued, p.key, c.cfg.Keys)
 	if err != nil {
 		return nil, errors.Join(err, os.Remove(path))
 	}
@@ -196,7 +198,7 @@ func (c *Certificates) obtain(ctx context.Context, o order) (*tls.Certificate, e
 }
 
 // loadPending returns nil when there is none for the same order.
-func loadPending(path string, o order) *pending {
+func loadPending(path string, o order, keys Sealer) *pending {
 	data, err := os.ReadFile(path)
 	if err != nil {
 		return nil
@@ -204,6 +206,11 @@ func loadPending(path string, o order) *pending {
 	p := &pending{}
 	if json.Unmarshal(data, p) != nil {
 		return nil
+	}
+	if keys != nil && p.Seal != nil {
+		if p.Key, err = keys.Unseal(filepath.Base(path), p.Seal); err != nil {
+			return nil
+		}
 	}
 	if p.key, err = x509.ParseECPrivateKey(p.Key); err != nil {
 		return nil
@@ -214,8 +221,12 @@ func loadPending(path string, o order) *pending {
 	return p
 }
 
-func (p *pending) store(path string) error {
-	data, err := json.Marshal(p)
+func (p *pending) store(path string, keys Sealer) error {
+	out := *p
+	if keys != nil {
+		out.Key, out.Seal = nil, keys.Seal(filepath.Base(path), p.Key)
+	}
+	data, err := json.Marshal(out)
 	if err != nil {
 		return fmt.Errorf("encode pending request: %w", err)
 	}
