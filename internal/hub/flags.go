@@ -13,6 +13,7 @@ import (
 
 	"github.com/yurt-edge/yurt/internal/hub/cert"
 	"github.com/yurt-edge/yurt/internal/hub/link"
+	"github.com/yurt-edge/yurt/internal/report"
 )
 
 // Flags are a hub's settings as they stand on the command line. Names and
@@ -23,7 +24,8 @@ type Flags struct {
 	lbMode, mode, bootstrap               string
 	caHashes                              []string
 	bind, dummyIP, dummyName              string
-	dummy, profiling                      bool
+	dummy, profiling, conditions          bool
+	runDir                                string
 	healthPort, proxyPort                 int
 	decisionAge                           time.Duration
 	keys                                  keyFlags
@@ -35,7 +37,7 @@ func (f *Flags) Add(fs *pflag.FlagSet) {
 	fs.StringVar(&f.poolName, "nodepool-name", "", "node pool that this node belongs to")
 	fs.StringSliceVar(&f.servers, "server-addr", nil, "URLs of the API servers, https only; from --bootstrap-file if empty")
 	fs.StringVar(&f.lbMode, "lb-mode", string(link.RoundRobin), "how requests are spread over several servers: rr or priority")
-	fs.StringVar(&f.rootDir, "root-dir", "/var/lib/yurthub", "directory for keys, certificates and the store")
+	fs.StringVar(&f.rootDir, "root-dir", report.DefaultRootDir, "directory for keys, certificates and the store")
 	fs.StringVar(&f.storeDir, "disk-cache-path", "", "directory of the replica's store (default <root-dir>/store)")
 	fs.StringVar(&f.mode, "bootstrap-mode", string(cert.ModeToken), "where the hub's certificate comes from: token or kubeletcertificate")
 	fs.StringVar(&f.bootstrap, "bootstrap-file", "", "kubeconfig that holds the bootstrap token and the cluster's CA")
@@ -52,6 +54,8 @@ func (f *Flags) Add(fs *pflag.FlagSet) {
 		"resources that are always replicated, as [group/]version/resource")
 	fs.DurationVar(&f.decisionAge, "max-decision-age", 90*24*time.Hour, "how old a remembered authorisation may be while the cloud is away")
 	f.keys.add(fs)
+	fs.StringVar(&f.runDir, "run-dir", report.DefaultRunDir, "directory of the socket on which yurtadm status asks; empty for none")
+	fs.BoolVar(&f.conditions, "node-conditions", true, "keep conditions of the hub on this Node; false takes them away")
 	fs.BoolVar(&f.profiling, "profiling", false, "serve /debug/pprof to callers who may get it")
 }
 
@@ -62,6 +66,7 @@ func (f *Flags) Config() (Config, error) {
 		LinkMode: link.Mode(f.lbMode), Mode: cert.Mode(f.mode), Bootstrap: f.bootstrap, CAHashes: f.caHashes,
 		BindAddress: f.bind, HealthPort: f.healthPort, ProxyPort: f.proxyPort, DummyName: f.dummyName,
 		DecisionAge: f.decisionAge, Profiling: f.profiling,
+		RunDir: f.runDir, Conditions: f.conditions,
 	}
 	if cfg.NodeName == "" {
 		return cfg, errors.New("--node-name is empty: give the name of this node")

@@ -4,16 +4,12 @@ import (
 	"encoding/json"
 	"net/http"
 	"net/http/pprof"
-	"net/url"
-	"time"
 
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 
 	"github.com/yurt-edge/yurt/internal/httpx"
 	"github.com/yurt-edge/yurt/internal/hub/identity"
-	"github.com/yurt-edge/yurt/internal/hub/keyring"
-	"github.com/yurt-edge/yurt/internal/hub/replica"
 )
 
 // health serves what tells of the hub itself. Health is open to everybody on
@@ -72,42 +68,6 @@ func (h *Hub) guarded(next http.Handler) http.Handler {
 		}
 		next.ServeHTTP(w, r)
 	})
-}
-
-// Report is the hub's state, for people and for yurtadm.
-type Report struct {
-	Node          string           `json:"node"`
-	Pool          string           `json:"pool,omitempty"`
-	Online        bool             `json:"online"`
-	Since         time.Time        `json:"since"`
-	Reason        string           `json:"reason,omitempty"`
-	StatusPending int              `json:"statusPending"`
-	EventsPending int              `json:"eventsPending"`
-	StoreBytes    int64            `json:"storeBytes"`
-	StoreHealth   string           `json:"storeHealth"`
-	KeySource     keyring.Source   `json:"keySource"`
-	KeyProblem    string           `json:"keyProblem,omitempty"` // why this run's key is in memory only
-	Discovery     bool             `json:"discovery"`            // kubectl can work without the cloud
-	Scopes        []replica.Status `json:"scopes"`
-}
-
-func (h *Hub) report() Report {
-	state := h.link.State()
-	out := Report{
-		Node: h.cfg.NodeName, Pool: h.cfg.PoolName, Online: state.Up, Since: state.Since, Reason: state.Reason,
-		StoreBytes: h.store.Stats().DiskBytes, StoreHealth: "ok", Scopes: h.replica.Status(),
-	}
-	out.StatusPending, out.EventsPending = h.journal.Depth()
-	_, err := h.answers.document(&url.URL{Path: "/apis"}, http.Header{})
-	out.Discovery = err == nil
-	out.KeySource = h.keys.Source()
-	if err := h.keys.Problem(); err != nil {
-		out.KeyProblem = err.Error()
-	}
-	if err := h.store.Health(); err != nil {
-		out.StoreHealth = err.Error()
-	}
-	return out
 }
 
 func (h *Hub) status(w http.ResponseWriter, _ *http.Request) {

@@ -27,6 +27,7 @@ import (
 	"github.com/yurt-edge/yurt/internal/daemon"
 	"github.com/yurt-edge/yurt/internal/httpx"
 	"github.com/yurt-edge/yurt/internal/hub/cert"
+	"github.com/yurt-edge/yurt/internal/hub/condition"
 	"github.com/yurt-edge/yurt/internal/hub/endpoint"
 	"github.com/yurt-edge/yurt/internal/hub/identity"
 	"github.com/yurt-edge/yurt/internal/hub/journal"
@@ -95,6 +96,10 @@ type Config struct {
 	// DecisionAge bounds how old a remembered authorisation may be.
 	DecisionAge time.Duration
 	Profiling   bool
+	// RunDir holds the socket on which the hub answers root; empty: none.
+	RunDir string
+	// Conditions are kept on the Node; if not, those that are there go.
+	Conditions bool
 
 	Log        *slog.Logger
 	Registerer prometheus.Registerer
@@ -121,6 +126,10 @@ type Hub struct {
 	reviews   memory
 	lanes     *lanes
 	metrics   *hubMetrics
+	pinned    []replica.Scope
+
+	about      self
+	conditions *condition.Writer
 
 	heartbeat heartbeat
 	self      *identity.Caller // the node's user, which the hub's streams are
@@ -153,6 +162,7 @@ func Run(ctx context.Context, cfg Config) error {
 	runs := []func(context.Context) error{
 		h.certs.Run, h.link.Run, h.answers.run, h.announce, h.keepAddress, h.runEndpoints,
 		h.certified(h.replica.Run), h.certified(h.journal.Run), h.certified(h.authn.Run), h.certified(h.follow),
+		h.certified(h.conditions.Run),
 		daemon.Watchdog(h.log, h.alive),
 	}
 	for _, s := range servers {
@@ -171,6 +181,7 @@ func open(cfg Config) (*Hub, error) {
 		return nil, errors.New("no node name given: set --node-name")
 	}
 	h := &Hub{cfg: cfg, log: cfg.Log, lanes: newLanes(), metrics: newHubMetrics(cfg.Registerer)}
+	h.about = self{started: time.Now(), held: map[string]bool{}}
 	h.self = &identity.Caller{
 		Name: "system:node:" + cfg.NodeName, Groups: []string{"system:nodes", "system:authenticated"}, Certificate: true,
 	}
@@ -262,18 +273,21 @@ func (h *Hub) build() error {
 	h.show()
 	// What this node needs to run its pods is fetched without being asked,
 	// so that a hub that lost its store has it again before anybody asks.
-	pinned := []replica.Scope{
+	h.pinned = []replica.Scope{
 		{Resource: podsResource, Fields: "spec.nodeName=" + cfg.NodeName},
 		{Resource: nodesResource, Fields: "metadata.name=" + cfg.NodeName},
 	}
 	for _, r := range cfg.Pinned {
-		pinned = append(pinned, replica.Scope{Resource: r})
+		h.pinned = append(h.pinned, replica.Scope{Resource: r})
 	}
-	for _, scope := range pinned {
+	for _, scope := range h.pinned {
 		if err := h.replica.Pin(scope); err != nil {
 			return err
 		}
 	}
+	h.about.link = h.link.State()
+	h.about.born = h.about.link.Since
+	h.conditions = h.newConditions()
 	return nil
 }
 
@@ -343,7 +357,11 @@ func (h *Hub) listen(ctx context.Context) ([]*httpx.Server, error) {
 	if err != nil {
 		return fail(err)
 	}
-	return append(servers, &httpx.Server{Listener: l, Handler: h.health(), Grace: stopGrace, Log: h.log}), nil
+	servers = append(servers, &httpx.Server{Listener: l, Handler: h.health(), Grace: stopGrace, Log: h.log})
+	if s := h.socket(ctx); s != nil {
+		servers = append(servers, s)
+	}
+	return servers, nil
 }
 
 // settle waits for the first verdict on the link, but not for long: a hub that
@@ -412,6 +430,7 @@ func (h *Hub) follow(ctx context.Context) error {
 			}
 		}
 		state := h.link.State()
+		h.about.see(state)
 		line := "online"
 		if !state.Up {
 			line = "offline: " + state.Reason

@@ -159,7 +159,9 @@ func NewHub(ctx context.Context, cloud *playground.ControlPlane, binary, node, d
 			"--node-name", node, "--nodepool-name", "bench", "--server-addr", server,
 			"--root-dir", dir, "--bootstrap-file", bootstrap, "--enable-dummy-if=false",
 			"--proxy-secure-port", strconv.Itoa(proxy), "--serve-port", strconv.Itoa(health),
-			"--log-level", "debug", "--profiling",
+			"--log-level", "debug", "--profiling", "--run-dir", dir,
+			// Tests compare Nodes with the cloud's and count writes.
+			"--node-conditions=false",
 		},
 	}, nil
 }

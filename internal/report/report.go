@@ -1,0 +1,104 @@
+// Package report is what a hub says of itself on GET /v1/status, to an
+// operator on its node. The hub writes it, yurtadm reads it; a field that one
+// of the two does not know is left out or ignored.
+package report
+
+import "time"
+
+// Where an operator finds a hub that was installed as the guide tells.
+const (
+	DefaultRootDir = "/var/lib/yurthub"
+	DefaultRunDir  = "/run/yurthub"
+	// SocketName is the file below the run directory on which the hub answers
+	// root, and nobody else.
+	SocketName = "hub.sock"
+	StatusPath = "/v1/status"
+)
+
+// Report is the state of a hub.
+type Report struct {
+	Node    string    `json:"node"`
+	Pool    string    `json:"pool,omitempty"`
+	Version string    `json:"version"`
+	Started time.Time `json:"started"`
+
+	// Online tells of the link since when, and Reason why.
+	Online bool      `json:"online"`
+	Since  time.Time `json:"since"`
+	Reason string    `json:"reason,omitempty"`
+	// Cut is the last time that the link was cut, if this hub saw one.
+	Cut *Cut `json:"cut,omitempty"`
+
+	// StatusPending and EventsPending are the writes that wait for the cloud.
+	StatusPending int `json:"statusPending"`
+	EventsPending int `json:"eventsPending"`
+
+	StoreBytes   int64  `json:"storeBytes"`
+	StoreHealth  string `json:"storeHealth"` // ok, or why not
+	StoreDamaged int64  `json:"storeDamaged"`
+	StoreRebuilt bool   `json:"storeRebuilt"`
+
+	// KeySource is where the key that seals the store comes from, KeyProblem
+	// why this run's key is in memory only.
+	KeySource  string `json:"keySource"`
+	KeyProblem string `json:"keyProblem,omitempty"`
+
+	// Discovery says that kubectl can work without the cloud.
+	Discovery bool `json:"discovery"`
+
+	Certificates []Certificate `json:"certificates"`
+	Conditions   []Condition   `json:"conditions"`
+	Scopes       []Scope       `json:"scopes"`
+}
+
+// Cut is one time without the cloud.
+type Cut struct {
+	From time.Time `json:"from"`
+	To   time.Time `json:"to,omitzero"` // zero: it lasts
+	How  string    `json:"how"`         // a reason of the condition of the link
+}
+
+// Certificate is one of those that the hub holds.
+type Certificate struct {
+	Name      string    `json:"name"`
+	NotBefore time.Time `json:"notBefore"`
+	NotAfter  time.Time `json:"notAfter"`
+}
+
+// Condition is one fact about the hub. True is good, for all of them.
+type Condition struct {
+	Type    string    `json:"type"`
+	Status  string    `json:"status"` // True, False or Unknown
+	Reason  string    `json:"reason"`
+	Message string    `json:"message"` // what is wrong, and what helps
+	Since   time.Time `json:"since,omitzero"`
+}
+
+// Values of Condition.Status.
+const (
+	True    = "True"
+	False   = "False"
+	Unknown = "Unknown"
+)
+
+// Scope is one slice of the cluster that the hub holds.
+type Scope struct {
+	Scope    string    `json:"scope"`
+	Objects  int       `json:"objects"`
+	Version  uint64    `json:"version"`
+	Synced   bool      `json:"synced"`
+	Stored   bool      `json:"stored"` // all of it would survive a power cut now
+	Watchers int       `json:"watchers"`
+	Contact  time.Time `json:"contact"` // when the cloud last proved it current
+	Damage   string    `json:"damage,omitempty"`
+}
+
+// Healthy reports whether nothing asks for a person.
+func (r *Report) Healthy() bool {
+	for _, c := range r.Conditions {
+		if c.Status != True {
+			return false
+		}
+	}
+	return true
+}

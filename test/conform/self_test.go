@@ -1,0 +1,170 @@
+package conform
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/kubernetes"
+
+	"github.com/yurt-edge/yurt/test/bed"
+)
+
+// TestConditionsOfTheHub: what the hub says of itself on its Node, through a
+// cut and until the feature is turned off.
+func TestConditionsOfTheHub(t *testing.T) {
+	ctx := t.Context()
+	hub, link, err := shared.AddHub(ctx, "edge-2")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(link.Close)
+	t.Cleanup(hub.Kill)
+	restart := func(args ...string) {
+		t.Helper()
+		hub.Stop()
+		hub.Args = args
+		if err := hub.Start(ctx); err != nil {
+			t.Fatal(err)
+		}
+	}
+	restart("--node-conditions=true")
+	config, err := hub.KubeletConfig()
+	if err != nil {
+		t.Fatal(err)
+	}
+	local, err := kubernetes.NewForConfig(config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// says waits until the Node has the condition with the status and reason,
+	// since after.
+	var after time.Time
+	says := func(from kubernetes.Interface, typ, status, reason string) (found corev1.NodeCondition) {
+		t.Helper()
+		mustAwait(t, func(ctx context.Context) error {
+			node, err := from.CoreV1().Nodes().Get(ctx, "edge-2", metav1.GetOptions{ResourceVersion: "0"})
+			if err != nil {
+				return err
+			}
+			for _, c := range node.Status.Conditions {
+				if string(c.Type) == typ && string(c.Status) == status && c.Reason == reason && !c.LastTransitionTime.Time.Before(after) {
+					found = c
+					return nil
+				}
+			}
+			return fmt.Errorf("conditions are %v, want %s %s %s", node.Status.Conditions, typ, status, reason)
+		})
+		return found
+	}
+	for typ, reason := range map[string]string{
+		"YurtHubLinkReady": "LinkUp", "YurtHubStoreReady": "Healthy", "YurtHubCertificateReady": "Valid",
+		"YurtHubJournalReady": "Empty", "Autonomy": "Held",
+	} {
+		says(shared.admin, typ, "True", reason)
+	}
+
+	if err := link.Cut(bed.Down); err != nil {
+		t.Fatal(err)
+	}
+	// The socket shows it at once and needs no cloud to know who asks.
+	mustAwait(t, func(ctx context.Context) error {
+		report, err := askSocket(ctx, hub)
+		if err != nil {
+			return err
+		}
+		if report.Online || !slices.ContainsFunc(report.Conditions, func(c condition) bool {
+			return c.Type == "YurtHubLinkReady" && c.Status == "False"
+		}) {
+			return fmt.Errorf("the socket says %+v", report)
+		}
+		return nil
+	})
+	down := says(local, "YurtHubLinkReady", "False", "Refused")
+	if !strings.Contains(down.Message, "yurtadm doctor") {
+		t.Errorf("message %q names no remedy", down.Message)
+	}
+	says(local, "Ready", "True", "Test")
+
+	if err := link.Heal(); err != nil {
+		t.Fatal(err)
+	}
+	after = down.LastTransitionTime.Time
+	up := says(shared.admin, "YurtHubLinkReady", "True", "LinkUp")
+	if !strings.Contains(up.Message, "without (Refused)") {
+		t.Errorf("after the return %+v, want how and how long; cut since %s", up, down.LastTransitionTime)
+	}
+	mustAwait(t, func(ctx context.Context) error {
+		events, err := shared.admin.CoreV1().Events("default").List(ctx, metav1.ListOptions{FieldSelector: "involvedObject.uid=edge-2"})
+		if err != nil {
+			return err
+		}
+		var reasons []string
+		for _, e := range events.Items {
+			reasons = append(reasons, e.Reason)
+		}
+		slices.Sort(reasons)
+		if got := strings.Join(reasons, " "); got != "YurtHubLinkRefused YurtHubLinkRestored" {
+			return fmt.Errorf("events %q", got)
+		}
+		return nil
+	})
+
+	restart("--node-conditions=false")
+	mustAwait(t, func(ctx context.Context) error {
+		node, err := shared.admin.CoreV1().Nodes().Get(ctx, "edge-2", metav1.GetOptions{})
+		if err != nil {
+			return err
+		}
+		for _, c := range node.Status.Conditions {
+			if strings.HasPrefix(string(c.Type), "YurtHub") || c.Type == "Autonomy" {
+				return fmt.Errorf("%s is still there", c.Type)
+			}
+		}
+		if len(node.Status.Conditions) == 0 {
+			return errors.New("the conditions of others are gone")
+		}
+		return nil
+	})
+}
+
+type condition struct{ Type, Status string }
+
+type hubReport struct {
+	Online     bool
+	Conditions []condition
+}
+
+// askSocket asks as root on the node would.
+func askSocket(ctx context.Context, hub *bed.Hub) (out hubReport, err error) {
+	client := &http.Client{Transport: &http.Transport{
+		DisableKeepAlives: true,
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			var d net.Dialer
+			return d.DialContext(ctx, "unix", filepath.Join(hub.Dir, "hub.sock"))
+		},
+	}}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://hub/v1/status", nil)
+	if err != nil {
+		return out, err
+	}
+	resp, err := client.Do(req)
+	if err != nil {
+		return out, err
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		return out, fmt.Errorf("the hub answered %s", resp.Status)
+	}
+	return out, json.NewDecoder(resp.Body).Decode(&out)
+}
