@@ -27,6 +27,7 @@ import (
 	"github.com/yurt-edge/yurt/internal/daemon"
 	"github.com/yurt-edge/yurt/internal/httpx"
 	"github.com/yurt-edge/yurt/internal/hub/cert"
+	"github.com/yurt-edge/yurt/internal/hub/clock"
 	"github.com/yurt-edge/yurt/internal/hub/condition"
 	"github.com/yurt-edge/yurt/internal/hub/endpoint"
 	"github.com/yurt-edge/yurt/internal/hub/identity"
@@ -101,6 +102,9 @@ type Config struct {
 	// Conditions are kept on the Node; if not, those that are there go.
 	Conditions bool
 
+	// Time reads the machine's clocks; nil but in tests.
+	Time clock.Source
+
 	Log        *slog.Logger
 	Registerer prometheus.Registerer
 	Gatherer   prometheus.Gatherer
@@ -111,6 +115,7 @@ type Hub struct {
 	cfg     Config
 	log     *slog.Logger
 	keys    *keyring.Ring
+	clock   *clock.Clock
 	store   *store.Store
 	certs   *cert.Certificates
 	link    *link.Link
@@ -160,7 +165,7 @@ func Run(ctx context.Context, cfg Config) error {
 		return err
 	}
 	runs := []func(context.Context) error{
-		h.certs.Run, h.link.Run, h.answers.run, h.announce, h.keepAddress, h.runEndpoints,
+		h.clock.Run, h.certs.Run, h.link.Run, h.answers.run, h.announce, h.keepAddress, h.runEndpoints,
 		h.certified(h.replica.Run), h.certified(h.journal.Run), h.certified(h.authn.Run), h.certified(h.follow),
 		h.certified(h.conditions.Run),
 		daemon.Watchdog(h.log, h.alive),
@@ -185,6 +190,7 @@ func open(cfg Config) (*Hub, error) {
 	h.self = &identity.Caller{
 		Name: "system:node:" + cfg.NodeName, Groups: []string{"system:nodes", "system:authenticated"}, Certificate: true,
 	}
+	h.clock = clock.Open(clock.Config{Path: filepath.Join(cfg.RootDir, "clock"), Source: cfg.Time, Log: h.log})
 	var err error
 	if h.keys, err = keyring.Open(cfg.keyring()); err != nil {
 		return nil, err
@@ -233,7 +239,7 @@ func (h *Hub) build() error {
 			}
 			return nil, errors.New("the hub has no client certificate yet")
 		},
-		Log: h.log, Registerer: cfg.Registerer,
+		Clock: h.clock, Log: h.log, Registerer: cfg.Registerer,
 	})
 	if err != nil {
 		return err

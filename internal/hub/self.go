@@ -81,6 +81,7 @@ func (h *Hub) facts() condition.Facts {
 	if pair := h.certs.ClientCertificate(); pair != nil {
 		f.Certificate.NotBefore, f.Certificate.NotAfter = pair.Leaf.NotBefore, pair.Leaf.NotAfter
 	}
+	f.Clock.Skew, f.Clock.Known = h.clock.Skew()
 	f.Journal.Status, f.Journal.Events = h.journal.Depth()
 	f.Missing = h.missing()
 	return f

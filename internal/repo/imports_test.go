@@ -15,6 +15,7 @@ var parts = []string{"hub", "manager", "gateway", "dock", "tunnel", "image", "da
 // those named. Arrows inside the hub point down only.
 var leaves = map[string][]string{
 	"internal/hub/store":   {},
+	"internal/hub/clock":   {},
 	"internal/hub/wire":    {},
 	"internal/hub/request": {"internal/hub/wire"},
 }

@@ -15,6 +15,8 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/yurt-edge/yurt/internal/hub/clock"
 )
 
 // Mode says how requests are spread over several servers.
@@ -46,8 +48,11 @@ type Config struct {
 	// requests that need it and says nothing about the link.
 	ClientCertificate func() (*tls.Certificate, error)
 	// Mode is RoundRobin when empty.
-	Mode       Mode
-	Budgets    Budgets
+	Mode    Mode
+	Budgets Budgets
+	// Clock judges certificates and is told the time that servers give; the
+	// machine's if nil.
+	Clock      *clock.Clock
 	Log        *slog.Logger
 	Registerer prometheus.Registerer
 }
@@ -57,6 +62,8 @@ type Config struct {
 type Link struct {
 	cfg     Config
 	servers []target
+	begun   time.Time    // when the link was made
+	told    atomic.Int64 // when the clock was last told, since begun
 	metrics *metrics
 	turn    atomic.Uint32 // round robin
 	traffic [2]Traffic    // by credential: bearer, node
@@ -80,7 +87,7 @@ type target struct {
 	url     *url.URL
 	addr    string // host:port to dial
 	healthy atomic.Bool
-	heard   atomic.Int64  // unix nanoseconds of the last byte that came in
+	heard   atomic.Int64  // when the last byte came in, since Link.begun
 	wake    chan struct{} // tells the prober that its due time has changed
 }
 
@@ -103,6 +110,7 @@ func New(cfg Config) (*Link, error) {
 	l := &Link{
 		cfg:     cfg,
 		servers: make([]target, len(cfg.Servers)),
+		begun:   time.Now(),
 		tracker: newTracker(len(cfg.Servers), cfg.Budgets, time.Now()),
 		changed: make(chan struct{}),
 		tickets: newTickets(len(cfg.Servers)),
@@ -200,6 +208,33 @@ func (l *Link) Bearer() http.RoundTripper { return roundTripper{l, bearer} }
 // certificate, which includes probes, and without.
 func (l *Link) Traffic() (node, bearer *Traffic) {
 	return &l.traffic[0], &l.traffic[1]
+}
+
+// tellEvery is how often the clock is told the time while answers come.
+const tellEvery = time.Minute
+
+// tell lets the clock know what time a server says it is. The server has been
+// verified by then.
+func (l *Link) tell(h http.Header, asked time.Time) {
+	now := int64(time.Since(l.begun))
+	last := l.told.Load()
+	if last != 0 && now-last < int64(tellEvery) || !l.told.CompareAndSwap(last, now) {
+		return
+	}
+	date, err := http.ParseTime(h.Get("Date"))
+	if err == nil {
+		l.cfg.Clock.Hear(date, time.Since(asked))
+	}
+}
+
+// heardAt returns when server i was last heard, as a time that no step of the
+// machine's clock shifts; zero if never.
+func (l *Link) heardAt(i int) time.Time {
+	d := time.Duration(l.servers[i].heard.Load())
+	if d == 0 {
+		return time.Time{}
+	}
+	return l.begun.Add(d)
 }
 
 func newTickets(servers int) [2]tls.ClientSessionCache {

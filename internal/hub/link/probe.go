@@ -60,7 +60,7 @@ func (l *Link) watchOver(ctx context.Context, i int) {
 // next returns how long server i need not be probed, and whether a request
 // on a pooled connection will do when the time has come.
 func (l *Link) next(i int, now time.Time) (wait time.Duration, gentle bool) {
-	heard := time.Unix(0, l.servers[i].heard.Load())
+	heard := l.heardAt(i)
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.tracker.hear(i, heard)
@@ -105,6 +105,7 @@ func (l *Link) ping(ctx context.Context, i int) bool {
 			return false
 		}
 		req.Host = l.servers[i].url.Host
+		asked := time.Now()
 		resp, err := s.by[cred].stream.RoundTrip(req)
 		if _, ok := errors.AsType[*credentialError](err); ok {
 			continue
@@ -112,6 +113,7 @@ func (l *Link) ping(ctx context.Context, i int) bool {
 		if err != nil {
 			return false
 		}
+		l.tell(resp.Header, asked)
 		v, _ := judge(resp)
 		_ = resp.Body.Close()
 		return v == alive
@@ -131,7 +133,7 @@ func (l *Link) probe(ctx context.Context, i int, started time.Time, patience tim
 
 func (l *Link) report(i int, started time.Time, v verdict, connected time.Duration, reason string) {
 	reason = l.servers[i].addr + ": " + reason
-	heard := time.Unix(0, l.servers[i].heard.Load())
+	heard := l.heardAt(i)
 	l.mu.Lock()
 	l.tracker.hear(i, heard)
 	from := l.tracker.state
@@ -183,10 +185,11 @@ func (l *Link) look(ctx context.Context, i int, patience time.Duration) (v verdi
 		cred = bearer
 	}
 	d := dialer{link: l, cred: cred, tickets: l.ticketsOf(cred)}
-	t, err := d.handshake(ctx, &conn{Conn: raw, traffic: &l.traffic[cred], heard: &l.servers[i].heard}, i, []string{"http/1.1"})
+	t, err := d.handshake(ctx, &conn{Conn: raw, traffic: &l.traffic[cred], link: l, heard: &l.servers[i].heard}, i, []string{"http/1.1"})
 	if err != nil {
 		return l.why(ctx, err)
 	}
+	asked := time.Now()
 	if _, err := fmt.Fprintf(t, "GET %s HTTP/1.1\r\nHost: %s\r\nUser-Agent: yurthub\r\nConnection: close\r\n\r\n",
 		readyPath(l.servers[i].url), l.servers[i].url.Host); err != nil {
 		return l.why(ctx, err)
@@ -197,6 +200,10 @@ func (l *Link) look(ctx context.Context, i int, patience time.Duration) (v verdi
 	}
 	defer func() { _ = resp.Body.Close() }()
 	v, reason = judge(resp)
+	if v == alive {
+		l.told.Store(0) // a link that returns tells the time at once
+		l.tell(resp.Header, asked)
+	}
 	return v, connected, reason
 }
 

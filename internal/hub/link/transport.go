@@ -208,7 +208,7 @@ func (d *dialer) dial(ctx context.Context, addr string, protos ...string) (net.C
 	if err != nil {
 		return nil, err
 	}
-	c := &conn{Conn: raw, lanes: d.lanes, traffic: &d.link.traffic[d.cred], heard: &d.link.servers[i].heard}
+	c := &conn{Conn: raw, lanes: d.lanes, traffic: &d.link.traffic[d.cred], link: d.link, heard: &d.link.servers[i].heard}
 	if c.lanes != nil {
 		var ok bool
 		if c.entry, ok = c.lanes.add(func() { _ = raw.Close() }); !ok {
@@ -237,6 +237,7 @@ func (d *dialer) handshake(ctx context.Context, c net.Conn, i int, protos []stri
 	if cfg.RootCAs == nil {
 		return nil, &credentialError{errors.New("no cluster CA to verify the server by")}
 	}
+	d.link.cfg.Clock.Server(cfg)
 	if d.cred == node {
 		cert, err := d.link.cfg.ClientCertificate()
 		if err != nil {
@@ -292,6 +293,7 @@ type conn struct {
 	lanes    *lanes
 	entry    *closer
 	traffic  *Traffic
+	link     *Link
 	heard    *atomic.Int64
 	verified bool // the handshake is done: bytes are the server's
 }
@@ -301,7 +303,7 @@ func (c *conn) Read(p []byte) (int, error) {
 	if n > 0 {
 		c.traffic.in.Add(int64(n))
 		if c.verified {
-			c.heard.Store(time.Now().UnixNano())
+			c.heard.Store(int64(time.Since(c.link.begun)))
 		}
 	}
 	return n, err
@@ -376,10 +378,12 @@ func (l *Link) send(req *http.Request, cred credential, stream bool) (*http.Resp
 		}
 		req.Host = to.Host
 		var resp *http.Response
+		asked := time.Now()
 		stalled := time.AfterFunc(l.cfg.Budgets.Stall, func() { l.suspect(i) })
 		resp, err = t.RoundTrip(req)
 		stalled.Stop()
 		if err == nil {
+			l.tell(resp.Header, asked)
 			return resp, i, nil
 		}
 		err = l.blame(req.Context(), s, i, err)
