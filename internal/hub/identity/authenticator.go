@@ -29,9 +29,10 @@ const (
 	DefaultBudget = 2 * time.Second
 
 	// A positive answer is used for tokenTTL; from tokenRefresh on, using it
-	// asks again in the background, so that a busy caller never waits.
-	tokenTTL     = 2 * time.Minute
-	tokenRefresh = time.Minute
+	// asks again in the background, so that a busy caller never waits. A token
+	// that was revoked is used no longer than tokenTTL.
+	tokenTTL     = time.Minute
+	tokenRefresh = 30 * time.Second
 	// negativeTTL is how long a "no" of the cloud is used.
 	negativeTTL = 10 * time.Second
 	// fallbackTTL is after how long the cloud is asked again when an answer had
@@ -50,8 +51,6 @@ const (
 	keysPoll     = 5 * time.Second  // of the link's state while it is down
 	seenGrain    = 24 * time.Hour   // of trust.Seen, so that it is seldom saved
 
-	// tokenMemory is how long a review of an opaque token counts offline.
-	tokenMemory  = 90 * 24 * time.Hour
 	maxAudiences = 16
 	trustKey     = "trust"
 )
@@ -69,8 +68,14 @@ type AuthenticatorConfig struct {
 	Local *LocalSigner
 	// Online tells the state of the link; nil means that it is always tried.
 	Online func() bool
+	// Contact returns when the link last came up: answers from before are
+	// asked for again. Nil means that it was never cut.
+	Contact func() time.Time
 	// Budget is how long a request waits for a review; DefaultBudget if zero.
 	Budget time.Duration
+	// MaxAge is how long a review counts while the cloud is away, for tokens
+	// that the signing keys do not decide; DefaultMaxAge if zero.
+	MaxAge time.Duration
 	Log    *slog.Logger // slog.Default() if nil
 }
 
@@ -84,6 +89,8 @@ type Authenticator struct {
 	limitersMu   sync.Mutex                // guards adding to limiters
 	flights      singleflight.Group
 	reviewed     table[reviewed]
+	accounts     accounts
+	contact      contact
 
 	trust   atomic.Pointer[trust]
 	trustMu sync.Mutex // guards replacing trust
@@ -94,6 +101,7 @@ type Authenticator struct {
 type verdict struct {
 	caller  *Caller
 	err     error
+	asked   time.Time // when it began to be found out
 	refresh time.Time // ask again from then on; zero: never
 }
 
@@ -107,11 +115,11 @@ type reviewed struct {
 // NewAuthenticator returns an Authenticator that knows what Memory holds. Its
 // Run method keeps the signing keys current.
 func NewAuthenticator(cfg AuthenticatorConfig) *Authenticator {
-	if cfg.Online == nil {
-		cfg.Online = func() bool { return true }
-	}
 	if cfg.Budget == 0 {
 		cfg.Budget = DefaultBudget
+	}
+	if cfg.MaxAge == 0 {
+		cfg.MaxAge = DefaultMaxAge
 	}
 	if cfg.Log == nil {
 		cfg.Log = slog.Default()
@@ -121,7 +129,9 @@ func NewAuthenticator(cfg AuthenticatorConfig) *Authenticator {
 		certificates: utilcache.NewLRUExpireCache(256),
 		tokens:       utilcache.NewLRUExpireCache(2048),
 		limiters:     utilcache.NewLRUExpireCache(512),
-		reviewed:     table[reviewed]{memory: cfg.Memory, prefix: "token", ways: 8, maxAge: tokenMemory},
+		reviewed:     table[reviewed]{memory: cfg.Memory, prefix: "token", ways: 8, maxAge: cfg.MaxAge},
+		accounts:     newAccounts(cfg.Memory, cfg.MaxAge),
+		contact:      newContact(cfg.Online, cfg.Contact),
 		wake:         make(chan struct{}, 1),
 	}
 	t, err := loadTrust(cfg.Memory)
@@ -151,21 +161,45 @@ func loadTrust(memory Memory) (*trust, error) {
 // Audiences returns the audiences that the API server is known to accept.
 func (a *Authenticator) Audiences() []string { return slices.Clone(a.trust.Load().Audiences) }
 
-// Learn takes over the audiences of a token that the API server made for its own
-// API, which is what it answers to a TokenRequest without audiences. A node
-// whose pods never called before the cloud went away needs this to know them.
-func (a *Authenticator) Learn(token string) error {
+// Learn takes note of a token that the API server just made in answer to a
+// TokenRequest: of its account and, when it was made for the API itself, of the
+// API's audiences. A node whose pods never called before the cloud went away
+// needs this to know them.
+func (a *Authenticator) Learn(token string, forAPI bool) error {
 	w := parseToken(token)
 	if w == nil {
-		return errors.New("learn audiences: not a signed token")
+		return errors.New("learn from token: not a signed token")
+	}
+	c := &w.unverified // the cloud's own word: its signature is not in question
+	if err := a.accounts.note(c.Subject, c.Kubernetes.ServiceAccount.UID); err != nil {
+		return fmt.Errorf("learn account: %w", err)
+	}
+	if !forAPI {
+		return nil
 	}
 	t := *a.trust.Load()
-	t.Audiences = w.unverified.Audience
+	t.Audiences = c.Audience
 	if _, err := t.verify(w); err != nil {
 		return fmt.Errorf("learn audiences: %w", err)
 	}
 	a.learnAudiences(t.Audiences)
 	return nil
+}
+
+// AccountUID returns the UID of a ServiceAccount as the cloud last stated it,
+// or "" when it is not known.
+func (a *Authenticator) AccountUID(namespace, name string) string {
+	uid, err := a.accounts.uid(serviceAccountName(namespace, name))
+	if err != nil {
+		a.cfg.Log.Warn("remembered accounts are unreadable", "err", err)
+	}
+	return uid
+}
+
+// Doubt is told that the API server just refused a token that was forwarded to
+// it. What is known of the token is asked for again before it is used.
+func (a *Authenticator) Doubt(token string) {
+	a.tokens.Remove(digest(sha256.Sum256([]byte(token))))
 }
 
 // Authenticate returns who sent r. The error is an *apierrors.StatusError that
@@ -269,23 +303,31 @@ func (a *Authenticator) token(ctx context.Context, token, host string) (verdict,
 	d := digest(sha256.Sum256([]byte(token)))
 	if cached, ok := a.tokens.Get(d); ok {
 		v := cached.(verdict) //nolint:errcheck // only verdicts go in
-		if !v.refresh.IsZero() && time.Now().After(v.refresh) && a.cfg.Online() {
-			a.decide(ctx, token, d, nil) // not waited for
+		if !a.contact.outdated(v.asked) {
+			if !v.refresh.IsZero() && time.Now().After(v.refresh) && a.contact.online() {
+				a.decide(ctx, token, d, nil) // not waited for
+			}
+			return v, nil
 		}
-		return v, nil
 	}
 	var admit func() bool
 	if host != "" {
 		admit = func() bool { return a.limiter(host).Allow() }
 	}
-	select {
-	case result := <-a.decide(ctx, token, d, admit):
-		if result.Err != nil {
-			return verdict{}, result.Err
+	for first := true; ; first = false {
+		select {
+		case result := <-a.decide(ctx, token, d, admit):
+			if result.Err != nil {
+				return verdict{}, result.Err
+			}
+			v := result.Val.(verdict) //nolint:errcheck // see decide
+			if first && a.contact.outdated(v.asked) {
+				continue // somebody else's question, from before the link came up
+			}
+			return v, nil
+		case <-ctx.Done():
+			return verdict{}, unauthorized("the request ended before its token was checked")
 		}
-		return result.Val.(verdict), nil //nolint:errcheck // see decide
-	case <-ctx.Done():
-		return verdict{}, unauthorized("the request ended before its token was checked")
 	}
 }
 
@@ -294,10 +336,12 @@ func (a *Authenticator) token(ctx context.Context, token, host string) (verdict,
 func (a *Authenticator) decide(ctx context.Context, token string, d digest, admit func() bool) <-chan singleflight.Result {
 	ctx = context.WithoutCancel(ctx)
 	return a.flights.DoChan(string(d[:]), func() (any, error) {
+		asked := time.Now()
 		v, ttl, err := a.judge(ctx, token, d, admit)
 		if err != nil {
 			return nil, err
 		}
+		v.asked = asked
 		if v.caller != nil {
 			v.caller.remember()
 		}
@@ -312,6 +356,9 @@ func (a *Authenticator) judge(ctx context.Context, token string, d digest, admit
 	w := parseToken(token)
 	if w != nil && a.cfg.Local != nil && w.issuer() == a.cfg.Local.Issuer() {
 		caller, err := a.cfg.Local.verify(w, t.Audiences)
+		if err == nil {
+			err = a.accounts.check(caller)
+		}
 		if err != nil {
 			return verdict{err: unauthorized(err.Error())}, negativeTTL, nil
 		}
@@ -332,7 +379,7 @@ func (a *Authenticator) judge(ctx context.Context, token string, d digest, admit
 	}
 	isKnown = isKnown && (known.Expiry == 0 || time.Now().Before(time.Unix(known.Expiry, 0).Add(leeway)))
 
-	if a.cfg.Online() {
+	if a.contact.online() {
 		vouched := genuine != nil || isKnown && known.Caller != nil
 		if !vouched && admit != nil && !admit() {
 			return verdict{}, 0, apierrors.NewTooManyRequests("too many unknown tokens from this address", 1)
@@ -344,7 +391,7 @@ func (a *Authenticator) judge(ctx context.Context, token string, d digest, admit
 			v, ttl, value := a.learn(review, w)
 			switch {
 			case value == nil && !isKnown:
-			case value != nil && isKnown && sameUser(value.Caller, known.Caller) && time.Since(at) < tokenMemory/8:
+			case value != nil && isKnown && sameUser(value.Caller, known.Caller) && time.Since(at) < a.cfg.MaxAge/8:
 			default:
 				if err := a.reviewed.put(tokenSet(d), d, value); err != nil {
 					a.cfg.Log.Warn("token review is not remembered", "err", err)
@@ -355,15 +402,23 @@ func (a *Authenticator) judge(ctx context.Context, token string, d digest, admit
 		a.cfg.Log.Debug("token review failed, using what is known", "err", err)
 	}
 
-	switch {
-	case isKnown && known.Caller == nil:
+	if isKnown && known.Caller == nil {
 		return verdict{err: unauthorized("the API server rejected the token when it last saw it")}, fallbackTTL, nil
-	case genuine != nil:
-		return verdict{caller: genuine, refresh: time.Now().Add(fallbackTTL)}, min(tokenTTL, w.left()), nil
-	case isKnown:
-		return verdict{caller: known.Caller, refresh: time.Now().Add(fallbackTTL)}, min(tokenTTL, w.left()), nil
 	}
-	return verdict{err: unauthorized(fmt.Sprintf("the API server is not reachable to check the token: %v", reason))}, fallbackTTL, nil
+	caller := genuine
+	if caller == nil && isKnown {
+		caller = known.Caller
+	}
+	if caller != nil {
+		if reason = a.accounts.check(caller); reason == nil {
+			out := *caller
+			out.Remembered = true
+			return verdict{caller: &out, refresh: time.Now().Add(fallbackTTL)}, min(tokenTTL, w.left()), nil
+		}
+	}
+	return verdict{err: unauthorized(fmt.Sprintf(
+		"the API server is not reachable to check the token, and this node cannot: %v; use a token of this cluster that is valid, or try again when the link is back",
+		reason))}, fallbackTTL, nil
 }
 
 // learn turns the cloud's answer into a verdict, and returns what the signing
@@ -373,6 +428,9 @@ func (a *Authenticator) learn(review *authenticationv1.TokenReview, w *webToken)
 	if review.Status.Authenticated {
 		a.learnAudiences(review.Status.Audiences)
 		v = verdict{caller: callerFromUserInfo(review.Status.User), refresh: time.Now().Add(tokenRefresh)}
+		if err := a.accounts.note(v.caller.Name, v.caller.UID); err != nil {
+			a.cfg.Log.Warn("account is not remembered", "err", err)
+		}
 		// With a clock that runs ahead, every token seems to have ended.
 		ttl = max(min(tokenTTL, w.left()), negativeTTL)
 	}
@@ -417,7 +475,7 @@ func (a *Authenticator) wakeUp() {
 func (a *Authenticator) Run(ctx context.Context) error {
 	for {
 		wait := keysPoll
-		if a.cfg.Online() {
+		if a.contact.online() {
 			wait = keysInterval
 			if err := a.refreshKeys(ctx); err != nil {
 				a.cfg.Log.Warn("signing keys are not refreshed", "err", err)

@@ -28,7 +28,31 @@ type bed struct {
 	memory  *MapMemory
 	ca      *authority
 	local   *LocalSigner
+	line
+}
+
+// line is a link that can be cut.
+type line struct {
 	offline atomic.Bool
+	since   atomic.Pointer[time.Time]
+}
+
+func (l *line) up() bool { return !l.offline.Load() }
+
+func (l *line) healed() time.Time {
+	if at := l.since.Load(); at != nil {
+		return *at
+	}
+	return time.Time{}
+}
+
+// heal makes the link whole. Call it in a synctest bubble, where what was done
+// before is at most as late.
+func (l *line) heal() {
+	now := time.Now().Add(time.Nanosecond)
+	l.since.Store(&now)
+	l.offline.Store(false)
+	elapse(2 * time.Nanosecond)
 }
 
 func newBed(t testing.TB) *bed {
@@ -46,7 +70,7 @@ func (b *bed) restart() {
 	b.Authenticator = NewAuthenticator(AuthenticatorConfig{
 		API: b.cloud, Memory: b.memory, Local: b.local, Log: quiet(),
 		ClusterCAs: func() *x509.CertPool { return pool },
-		Online:     func() bool { return !b.offline.Load() },
+		Online:     b.up, Contact: b.healed,
 	})
 }
 
@@ -261,10 +285,10 @@ func TestLearn(t *testing.T) {
 	must(t, b.refreshKeys(t.Context()))
 	b.offline.Store(true)
 	b.want(t, withToken(b.cloud.token(t, func(c *claims) { c.ID = "early" })), "")
-	if b.Learn("opaque") == nil || b.Learn(sign(t, newKey(t), jose.ES256, b.cloud.id, nil)) == nil || len(b.Audiences()) > 0 {
+	if b.Learn("opaque", true) == nil || b.Learn(sign(t, newKey(t), jose.ES256, b.cloud.id, nil), true) == nil || len(b.Audiences()) > 0 {
 		t.Errorf("learned %q from strangers", b.Audiences())
 	}
-	must(t, b.Learn(b.cloud.token(t, nil)))
+	must(t, b.Learn(b.cloud.token(t, nil), true))
 	b.restart()
 	b.want(t, withToken(b.cloud.token(t, func(c *claims) { c.ID = "late" })), webUser)
 }

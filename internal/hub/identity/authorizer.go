@@ -24,7 +24,7 @@ import (
 const (
 	// An allowed answer is used for allowedTTL; from allowedRefresh on, using
 	// it asks again in the background.
-	allowedTTL     = 2 * time.Minute
+	allowedTTL     = time.Minute
 	allowedRefresh = 30 * time.Second
 	deniedTTL      = 10 * time.Second
 
@@ -62,6 +62,9 @@ type AuthorizerConfig struct {
 	Memory Memory
 	// Online tells the state of the link; nil means that it is always tried.
 	Online func() bool
+	// Contact returns when the link last came up: decisions from before are
+	// asked for again. Nil means that it was never cut.
+	Contact func() time.Time
 	// Budget is how long a request waits for a review; DefaultBudget if zero.
 	Budget time.Duration
 	// MaxAge is how old a remembered decision may be; DefaultMaxAge if zero.
@@ -75,19 +78,18 @@ type Authorizer struct {
 	cache    *utilcache.LRUExpireCache // digest -> ruling
 	flights  singleflight.Group
 	remember table[bool]
+	contact  contact
 }
 
 // ruling is a Decision in the cache.
 type ruling struct {
 	Decision
+	asked   time.Time // when it began to be found out
 	refresh time.Time // ask again from then on; zero: never
 }
 
 // NewAuthorizer returns an Authorizer that knows the decisions in Memory.
 func NewAuthorizer(cfg AuthorizerConfig) *Authorizer {
-	if cfg.Online == nil {
-		cfg.Online = func() bool { return true }
-	}
 	if cfg.Budget == 0 {
 		cfg.Budget = DefaultBudget
 	}
@@ -101,6 +103,7 @@ func NewAuthorizer(cfg AuthorizerConfig) *Authorizer {
 		cfg:      cfg,
 		cache:    utilcache.NewLRUExpireCache(8192),
 		remember: table[bool]{memory: cfg.Memory, prefix: "access", ways: 16, maxAge: cfg.MaxAge},
+		contact:  newContact(cfg.Online, cfg.Contact),
 	}
 }
 
@@ -116,31 +119,39 @@ func (z *Authorizer) Authorize(ctx context.Context, c *Caller, a Attributes) (De
 	user := userDigest(c)
 	q := questionDigest(user, a)
 	if r, ok := z.cached(q, user, a); ok {
-		if !r.refresh.IsZero() && time.Now().After(r.refresh) && z.cfg.Online() {
+		if !r.refresh.IsZero() && time.Now().After(r.refresh) && z.contact.online() {
 			z.decide(ctx, c, user, q, a) // not waited for
 		}
 		return r.Decision, nil
 	}
-	if !z.cfg.Online() {
-		return z.fallback(user, q, a), nil
+	if !z.contact.online() {
+		return z.fallback(time.Now(), user, q, a).Decision, nil
 	}
-	select {
-	case result := <-z.decide(ctx, c, user, q, a):
-		return result.Val.(Decision), nil //nolint:errcheck // see decide
-	case <-ctx.Done():
-		return Decision{}, context.Cause(ctx)
+	for first := true; ; first = false {
+		select {
+		case result := <-z.decide(ctx, c, user, q, a):
+			r := result.Val.(ruling) //nolint:errcheck // see decide
+			if first && z.contact.outdated(r.asked) {
+				continue // somebody else's question, from before the link came up
+			}
+			return r.Decision, nil
+		case <-ctx.Done():
+			return Decision{}, context.Cause(ctx)
+		}
 	}
 }
 
 // cached answers from the cache: by the question itself, or by a wider one that
 // was allowed.
 func (z *Authorizer) cached(q, user digest, a Attributes) (ruling, bool) {
-	if r, ok := z.cache.Get(q); ok {
-		return r.(ruling), true //nolint:errcheck // only rulings go in
+	if v, ok := z.cache.Get(q); ok {
+		if r := v.(ruling); !z.contact.outdated(r.asked) { //nolint:errcheck // only rulings go in
+			return r, true
+		}
 	}
 	for _, w := range wider(a) {
 		if v, ok := z.cache.Get(questionDigest(user, w)); ok {
-			if r := v.(ruling); r.Allowed { //nolint:errcheck // see above
+			if r := v.(ruling); r.Allowed && !z.contact.outdated(r.asked) { //nolint:errcheck // see above
 				r.refresh = time.Time{} // that is for those who ask the wider one
 				return r, true
 			}
@@ -154,34 +165,59 @@ func (z *Authorizer) cached(q, user digest, a Attributes) (ruling, bool) {
 func (z *Authorizer) decide(ctx context.Context, c *Caller, user, q digest, a Attributes) <-chan singleflight.Result {
 	ctx = context.WithoutCancel(ctx)
 	return z.flights.DoChan(string(q[:]), func() (any, error) {
+		asked := time.Now()
 		reviewCtx, cancel := context.WithTimeout(ctx, z.cfg.Budget)
 		defer cancel()
 		review, err := z.cfg.API.SubjectAccessReview(reviewCtx, newReview(c, a))
 		if err != nil {
 			z.cfg.Log.Debug("access review failed, using what is known", "err", err)
-			return z.fallback(user, q, a), nil
+			return z.fallback(asked, user, q, a), nil
 		}
-		d := Decision{Allowed: review.Status.Allowed && !review.Status.Denied, Reason: review.Status.Reason}
-		r, ttl := ruling{Decision: d}, deniedTTL
-		if d.Allowed {
-			r.refresh, ttl = time.Now().Add(allowedRefresh), allowedTTL
-		}
-		z.cache.Add(q, r, ttl)
-		z.learn(user, q, a, d.Allowed)
-		return d, nil
+		r := ruling{asked: asked, Decision: Decision{
+			Allowed: review.Status.Allowed && !review.Status.Denied, Reason: review.Status.Reason,
+		}}
+		z.settle(r, user, q, a)
+		return r, nil
 	})
+}
+
+// settle takes over the cloud's answer.
+func (z *Authorizer) settle(r ruling, user, q digest, a Attributes) {
+	ttl := deniedTTL
+	if r.Allowed {
+		r.refresh, ttl = time.Now().Add(allowedRefresh), allowedTTL
+	} else {
+		z.withdraw(user, a)
+	}
+	z.cache.Add(q, r, ttl)
+	z.learn(user, q, a, r.Allowed)
+}
+
+// withdraw forgets every wider answer that allowed a, which the cloud just
+// denied: it would not be given today.
+func (z *Authorizer) withdraw(user digest, a Attributes) {
+	for _, w := range wider(a) {
+		q := questionDigest(user, w)
+		z.cache.Remove(q)
+		allowed, _, found, err := z.remember.get(accessSet(user, q), q)
+		if err == nil && found && allowed {
+			err = z.remember.put(accessSet(user, q), q, nil)
+		}
+		if err != nil {
+			z.cfg.Log.Warn("revoked decision is not forgotten", "err", err)
+		}
+	}
 }
 
 // fallback answers in the cloud's place. The answer is cached, or every request
 // would wait for a bad link, or search the memory.
-func (z *Authorizer) fallback(user, q digest, a Attributes) Decision {
-	d := z.recall(user, q, a)
-	r, ttl := ruling{Decision: d}, fallbackTTL
-	if d.Allowed {
+func (z *Authorizer) fallback(asked time.Time, user, q digest, a Attributes) ruling {
+	r, ttl := ruling{Decision: z.recall(user, q, a), asked: asked}, fallbackTTL
+	if r.Allowed {
 		r.refresh, ttl = time.Now().Add(fallbackTTL), allowedTTL
 	}
 	z.cache.Add(q, r, ttl)
-	return d
+	return r
 }
 
 // recalled is the remembered answer that fits a question best.
@@ -220,7 +256,9 @@ func (z *Authorizer) recall(user, q digest, a Attributes) Decision {
 		z.cfg.Log.Warn("remembered decisions are unreadable", "err", err)
 		return Decision{Reason: "the API server is not reachable and the remembered decisions are unreadable", Remembered: true}
 	case !best.found:
-		return Decision{Reason: "the API server is not reachable and was never asked this while it was", Remembered: true}
+		return Decision{Remembered: true, Reason: fmt.Sprintf(
+			"the API server is not reachable and was not asked this in the last %d days; what is asked once while the link is up is known when it is down",
+			z.cfg.MaxAge/(24*time.Hour))}
 	}
 	verb := "denied"
 	if best.allowed {
@@ -279,15 +317,16 @@ func wider(a Attributes) []Attributes {
 }
 
 // userDigest stands for everything about a caller that authorizers may look at,
-// except for what differs between two tokens of one ServiceAccount.
+// except for what differs between two tokens of one ServiceAccount on one node.
+// The UID is part of it: who is made anew under an old name inherits nothing.
 func userDigest(c *Caller) digest {
 	if c.user != nil {
 		return *c.user
 	}
-	b := appendList(make([]byte, 0, 256), c.Name)
+	b := appendList(make([]byte, 0, 256), c.Name, c.UID)
 	b = appendList(b, slices.Sorted(slices.Values(c.Groups))...)
 	for _, k := range slices.Sorted(maps.Keys(c.Extra)) {
-		if !strings.HasPrefix(k, extraPrefix) {
+		if k == extraNodeName || !strings.HasPrefix(k, extraPrefix) {
 			b = appendList(b, k)
 			b = appendList(b, c.Extra[k]...)
 		}

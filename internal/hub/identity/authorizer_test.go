@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -20,7 +19,7 @@ type court struct {
 	*Authorizer
 	cloud   *cloud
 	memory  *MapMemory
-	offline atomic.Bool
+	line
 }
 
 func newCourt(t testing.TB) *court {
@@ -30,7 +29,7 @@ func newCourt(t testing.TB) *court {
 }
 
 func (c *court) restart() {
-	c.Authorizer = NewAuthorizer(AuthorizerConfig{API: c.cloud, Memory: c.memory, Log: quiet(), Online: func() bool { return !c.offline.Load() }})
+	c.Authorizer = NewAuthorizer(AuthorizerConfig{API: c.cloud, Memory: c.memory, Log: quiet(), Online: c.up, Contact: c.healed})
 }
 
 func (c *court) allow(f func(authorizationv1.SubjectAccessReviewSpec) bool) {
@@ -202,12 +201,14 @@ func TestLatestAnswerWinsOffline(t *testing.T) {
 		say(list(""), true)
 		say(list("a"), false)
 		c.want(t, web(), list("a"), false)
+		c.want(t, web(), list("b"), false) // who may not list one may not list all
+		say(list(""), true)
 		c.want(t, web(), list("b"), true)
 		say(list("a"), true)
 		c.want(t, web(), list("a"), true)
 		say(list("a"), false)
-		say(list(""), true) // an old yes, still true: nothing new about "a"
-		c.want(t, web(), list("a"), false)
+		say(list(""), true)
+		c.want(t, web(), list("a"), true)
 		say(list(""), false)
 		c.want(t, web(), list("b"), false)
 		say(list(""), true)

@@ -15,6 +15,7 @@ const (
 	groupAuthenticated   = "system:authenticated"
 	groupMasters         = "system:masters"
 	groupServiceAccounts = "system:serviceaccounts"
+	serviceAccountPrefix = "system:serviceaccount:"
 
 	extraPrefix       = "authentication.kubernetes.io/"
 	extraCredentialID = extraPrefix + "credential-id"
@@ -41,6 +42,8 @@ type Caller struct {
 	// Local says that Token was signed by this hub. Only this hub accepts it:
 	// it is useless upstream.
 	Local bool
+	// Remembered says that the cloud could not be asked about Token just now.
+	Remembered bool
 
 	user *digest // of userDigest, for callers that are cached; nil: not yet
 }

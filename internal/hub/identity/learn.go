@@ -11,16 +11,14 @@ func (z *Authorizer) Learn(c *Caller, a Attributes, allowed bool) {
 	user := userDigest(c)
 	q := questionDigest(user, a)
 	if v, ok := z.cache.Get(q); ok {
-		if r := v.(ruling); r.Allowed == allowed && !r.Remembered { //nolint:errcheck // only rulings go in
+		//nolint:errcheck // only rulings go in
+		if r := v.(ruling); r.Allowed == allowed && !r.Remembered && !z.contact.outdated(r.asked) {
 			return
 		}
 	}
-	r, ttl := ruling{Decision: Decision{Allowed: allowed}}, deniedTTL
-	if allowed {
-		r.refresh, ttl = time.Now().Add(allowedRefresh), allowedTTL
-	} else {
+	r := ruling{Decision: Decision{Allowed: allowed}, asked: time.Now()}
+	if !allowed {
 		r.Reason = "the API server refused it just now"
 	}
-	z.cache.Add(q, r, ttl)
-	z.learn(user, q, a, allowed)
+	z.settle(r, user, q, a)
 }

@@ -226,5 +226,5 @@ func (c *claims) caller(now time.Time, sound bool, audiences []string) (*Caller,
 }
 
 func serviceAccountName(namespace, name string) string {
-	return "system:serviceaccount:" + namespace + ":" + name
+	return serviceAccountPrefix + namespace + ":" + name
 }
