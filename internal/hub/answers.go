@@ -182,7 +182,7 @@ func objectKey(c *identity.Caller, info request.Info) string {
 // keep returns a link.Keep that remembers the answer under the key.
 func (a *answers) keep(bucket, key string) link.Keep {
 	return func(resp *http.Response) func([]byte) {
-		if resp.StatusCode == http.StatusNotFound && bucket == objectBucket {
+		if (resp.StatusCode == http.StatusNotFound || resp.StatusCode == http.StatusForbidden) && bucket == objectBucket {
 			a.forget(bucket, key)
 		}
 		if resp.StatusCode != http.StatusOK {

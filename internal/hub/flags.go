@@ -25,8 +25,9 @@ type Flags struct {
 	caHashes                              []string
 	bind, dummyIP, dummyName              string
 	dummy, profiling, conditions          bool
+	insecure                              bool
 	runDir                                string
-	healthPort, proxyPort                 int
+	healthPort, proxyPort, insecurePort   int
 	decisionAge                           time.Duration
 	keys                                  keyFlags
 }
@@ -45,6 +46,8 @@ func (f *Flags) Add(fs *pflag.FlagSet) {
 	fs.StringVar(&f.bind, "bind-address", "127.0.0.1", "loopback address of the proxy and of health")
 	fs.IntVar(&f.healthPort, "serve-port", 10267, "port of health, readiness and metrics")
 	fs.IntVar(&f.proxyPort, "proxy-secure-port", 10268, "port of the HTTPS proxy")
+	fs.BoolVar(&f.insecure, "insecure-loopback", false, "serve plain HTTP at --proxy-port to processes of root on this node")
+	fs.IntVar(&f.insecurePort, "proxy-port", 10261, "port of the plain HTTP proxy, if --insecure-loopback is given")
 	fs.BoolVar(&f.dummy, "enable-dummy-if", true, "serve pods at --dummy-if-ip")
 	fs.StringVar(&f.dummyIP, "dummy-if-ip", "169.254.2.1", "link-local address at which pods reach the hub")
 	fs.StringVar(&f.dummyName, "dummy-if-name", "hub-dummy0", "interface of --dummy-if-ip; lo where the kernel has no dummy type")
@@ -70,6 +73,15 @@ func (f *Flags) Config() (Config, error) {
 	}
 	if cfg.NodeName == "" {
 		return cfg, errors.New("--node-name is empty: give the name of this node")
+	}
+	if ip := net.ParseIP(f.bind); ip == nil || !ip.IsLoopback() {
+		return cfg, fmt.Errorf("--bind-address %q is not a loopback address: the hub serves this node only, give 127.0.0.1 or ::1", f.bind)
+	}
+	if f.insecure {
+		cfg.InsecurePort = f.insecurePort
+	}
+	if f.insecure && (f.insecurePort < 1 || f.insecurePort > 65535) {
+		return cfg, fmt.Errorf("--proxy-port %d is not a port: give one between 1 and 65535", f.insecurePort)
 	}
 	if len(f.servers) == 0 && f.bootstrap == "" {
 		return cfg, errors.New("--server-addr is empty: give the URL of an API server, as https://10.0.0.1:6443")
@@ -97,6 +109,9 @@ func (f *Flags) Config() (Config, error) {
 	if f.dummy && f.dummyIP != "" {
 		if cfg.DummyIP = net.ParseIP(f.dummyIP); cfg.DummyIP == nil {
 			return cfg, fmt.Errorf("--dummy-if-ip %q is not an IP address", f.dummyIP)
+		}
+		if ip := cfg.DummyIP; !ip.IsLinkLocalUnicast() && !ip.IsLoopback() && (ip.To4() != nil || !ip.IsPrivate()) {
+			return cfg, fmt.Errorf("--dummy-if-ip %q could be reached from other hosts: give a link-local address, as 169.254.2.1, or for IPv6 a unique local one", f.dummyIP)
 		}
 	}
 	for _, text := range f.pinned {

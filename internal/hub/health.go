@@ -6,8 +6,6 @@ import (
 	"net/http/pprof"
 
 	"github.com/prometheus/client_golang/prometheus/promhttp"
-	apierrors "k8s.io/apimachinery/pkg/api/errors"
-
 	"github.com/yurt-edge/yurt/internal/httpx"
 	"github.com/yurt-edge/yurt/internal/hub/identity"
 )
@@ -61,9 +59,7 @@ func (h *Hub) guarded(next http.Handler) http.Handler {
 			return
 		}
 		if !d.Allowed {
-			forbidden := apierrors.NewForbidden(podsResource.GroupResource(), "", nil)
-			forbidden.ErrStatus.Message = "user " + caller.Name + " may not get " + r.URL.Path + ": " + d.Reason
-			httpx.WriteStatus(w, r, forbidden)
+			httpx.WriteStatus(w, r, forbidden("user "+caller.Name+" may not get "+r.URL.Path+": "+d.Reason))
 			return
 		}
 		next.ServeHTTP(w, r)

@@ -89,8 +89,11 @@ type Config struct {
 	BindAddress string // of the proxy and of health, 127.0.0.1
 	ProxyPort   int    // 10268
 	HealthPort  int    // 10267
-	DummyIP     net.IP // where pods reach the hub; nil: nowhere
-	DummyName   string // interface that holds it, where the kernel has the type
+	// InsecurePort is that of the plain HTTP proxy for root's processes on
+	// this node; 0: there is none.
+	InsecurePort int
+	DummyIP      net.IP // where pods reach the hub; nil: nowhere
+	DummyName    string // interface that holds it, where the kernel has the type
 
 	// Pinned are resources that the hub replicates without being asked.
 	Pinned []schema.GroupVersionResource
@@ -137,6 +140,7 @@ type Hub struct {
 	conditions *condition.Writer
 
 	heartbeat heartbeat
+	watches   watches
 	self      *identity.Caller // the node's user, which the hub's streams are
 }
 
@@ -165,7 +169,7 @@ func Run(ctx context.Context, cfg Config) error {
 		return err
 	}
 	runs := []func(context.Context) error{
-		h.clock.Run, h.certs.Run, h.link.Run, h.answers.run, h.announce, h.keepAddress, h.runEndpoints,
+		h.clock.Run, h.certs.Run, h.link.Run, h.answers.run, h.announce, h.keepAddress, h.runEndpoints, h.reask,
 		h.certified(h.replica.Run), h.certified(h.journal.Run), h.certified(h.authn.Run), h.certified(h.follow),
 		h.certified(h.conditions.Run),
 		daemon.Watchdog(h.log, h.alive),
@@ -245,18 +249,19 @@ func (h *Hub) build() error {
 		return err
 	}
 	h.tokens = memory{store: h.store, bucket: "tokens", limit: maxKept}
-	h.reviews = memory{store: h.store, bucket: "reviews", limit: maxKept}
+	h.reviews = memory{store: h.store, bucket: "reviews", limit: maxKept, maxAge: cfg.DecisionAge}
 	remembered := memory{store: h.store, bucket: "identity"}
 	if h.signer, err = identity.NewLocalSigner(cfg.NodeName, remembered); err != nil {
 		return err
 	}
 	api := identity.NewAPI(&http.Client{Transport: h.link.Node()}, "https://upstream")
+	contact := func() time.Time { return h.link.State().Since }
 	h.authn = identity.NewAuthenticator(identity.AuthenticatorConfig{
 		API: api, Memory: remembered, ClusterCAs: h.certs.ClusterCAs, Local: h.signer,
-		Online: h.link.Online, Log: h.log,
+		Online: h.link.Online, Contact: contact, MaxAge: cfg.DecisionAge, Log: h.log,
 	})
 	h.authz = identity.NewAuthorizer(identity.AuthorizerConfig{
-		API: api, Memory: remembered, Online: h.link.Online, MaxAge: cfg.DecisionAge, Log: h.log,
+		API: api, Memory: remembered, Online: h.link.Online, Contact: contact, MaxAge: cfg.DecisionAge, Log: h.log,
 	})
 	h.answers = newAnswers(h.store, h.log)
 	h.journal, err = journal.Open(journal.Config{
@@ -328,7 +333,7 @@ func (h *Hub) listen(ctx context.Context) ([]*httpx.Server, error) {
 	var (
 		servers  []*httpx.Server
 		open     []net.Listener
-		handler  = h.handler(ctx)
+		handler  = h.handler(ctx, h.authn.Authenticate)
 		tlsOfHub = &tls.Config{
 			MinVersion:     tls.VersionTLS12,
 			GetCertificate: h.certs.GetCertificate,
@@ -358,6 +363,16 @@ func (h *Hub) listen(ctx context.Context) ([]*httpx.Server, error) {
 			return fail(err)
 		}
 		servers = append(servers, &httpx.Server{Listener: l, Handler: handler, TLS: tlsOfHub, Grace: stopGrace, Log: h.log})
+	}
+	if h.cfg.InsecurePort > 0 {
+		l, err := bind(h.cfg.BindAddress, h.cfg.InsecurePort)
+		if err != nil {
+			return fail(err)
+		}
+		h.log.Warn("plain HTTP is served to root's processes on this node", "address", l.Addr().String())
+		servers = append(servers, &httpx.Server{
+			Listener: l, Handler: h.handler(ctx, h.local), ConnContext: withPeer, Grace: stopGrace, Log: h.log,
+		})
 	}
 	l, err := bind(h.cfg.BindAddress, h.cfg.HealthPort)
 	if err != nil {

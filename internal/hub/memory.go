@@ -21,12 +21,20 @@ type memory struct {
 	// limit bounds the records; the oldest go first. Zero is for a user that
 	// bounds its keys itself.
 	limit int
+	// maxAge is how long a record counts after it was saved; 0: for ever.
+	maxAge time.Duration
 }
 
 func (m memory) Load(key string) ([]byte, error) {
+	data, _, err := m.LoadAt(key)
+	return data, err
+}
+
+// LoadAt is Load that tells when the record was saved, to the second.
+func (m memory) LoadAt(key string) ([]byte, time.Time, error) {
 	snap, err := m.store.Snapshot()
 	if err != nil {
-		return nil, err
+		return nil, time.Time{}, err
 	}
 	defer snap.Close()
 	record, err := snap.Get(m.bucket, key)
@@ -34,11 +42,15 @@ func (m memory) Load(key string) ([]byte, error) {
 	case errors.Is(err, store.ErrNotFound), errors.Is(err, store.ErrDamaged):
 		// What cannot be read was never said: that denies, it allows
 		// nothing.
-		return nil, nil
+		return nil, time.Time{}, nil
 	case err != nil:
-		return nil, err
+		return nil, time.Time{}, err
 	}
-	return record.Data, nil
+	at := time.Unix(int64(record.Version), 0) //nolint:gosec // as Save made it
+	if m.maxAge > 0 && time.Since(at) > m.maxAge {
+		return nil, time.Time{}, nil
+	}
+	return record.Data, at, nil
 }
 
 func (m memory) Save(key string, value []byte) error {

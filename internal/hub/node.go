@@ -393,11 +393,9 @@ func (h *Hub) keepToken(key string, answer []byte) {
 	if err := decode(answer, got); err != nil || got.Status.Token == "" {
 		return
 	}
-	if len(got.Spec.Audiences) == 0 {
-		// It names the API's own audiences.
-		if err := h.authn.Learn(got.Status.Token); err != nil {
-			h.log.Debug("audiences not learned", "err", err)
-		}
+	// Without audiences it is for the API, whose audiences it names.
+	if err := h.authn.Learn(got.Status.Token, len(got.Spec.Audiences) == 0); err != nil {
+		h.log.Debug("nothing learned from a token", "err", err)
 	}
 	kept := storedToken{Status: got.Status, ServiceAccountUID: serviceAccountUID(got.Status.Token)}
 	text, err := json.Marshal(kept)
@@ -546,7 +544,7 @@ func (h *Hub) keepReview(key string, tokens bool, answer []byte) {
 	if err != nil {
 		return
 	}
-	if old, err := h.reviews.Load(key); err == nil && bytes.Equal(old, text) {
+	if old, at, err := h.reviews.LoadAt(key); err == nil && bytes.Equal(old, text) && time.Since(at) < h.cfg.DecisionAge/8 {
 		return
 	}
 	if err := h.reviews.Save(key, text); err != nil {

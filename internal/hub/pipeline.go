@@ -21,16 +21,20 @@ import (
 	"github.com/yurt-edge/yurt/internal/hub/request"
 )
 
+// authenticate tells who sent a request, in the way of the listener that it
+// came by. Its errors can be sent as they are.
+type authenticate func(*http.Request) (*identity.Caller, error)
+
 // handler is the way of a request through the hub. Watches and other long
 // requests end with life, so that a stop waits for answers only.
-func (h *Hub) handler(life context.Context) http.Handler {
+func (h *Hub) handler(life context.Context, who authenticate) http.Handler {
 	var handler http.Handler = http.HandlerFunc(h.route)
 	for _, stage := range []func(http.Handler) http.Handler{ // innermost first
-		h.limit(life), // one caller cannot starve the others
-		h.resolve,     // everything below reads request.From(ctx)
-		h.identify,    // nobody unknown gets any further
-		h.observe,     // counts what the client got, refusals too
-		h.survive,     // outermost: a bug costs one request, not the node's API
+		h.limit(life),   // one caller cannot starve the others
+		h.resolve,       // everything below reads request.From(ctx)
+		h.identify(who), // nobody unknown gets any further
+		h.observe,       // counts what the client got, refusals too
+		h.survive,       // outermost: a bug costs one request, not the node's API
 	} {
 		handler = stage(handler)
 	}
@@ -74,22 +78,30 @@ func (h *Hub) observe(next http.Handler) http.Handler {
 	})
 }
 
-func (h *Hub) identify(next http.Handler) http.Handler {
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		caller, err := h.authn.Authenticate(r)
-		if err != nil {
-			h.metrics.refused.WithLabelValues("unauthenticated").Inc()
-			httpx.WriteStatus(w, r, err)
-			return
-		}
-		if caller.Certificate && impersonates(r) {
-			h.metrics.refused.WithLabelValues("impersonation").Inc()
-			httpx.WriteStatus(w, r, apierrors.NewForbidden(podsResource.GroupResource(), "",
-				errors.New("the hub does not impersonate for callers with a client certificate; use a token")))
-			return
-		}
-		next.ServeHTTP(w, r.WithContext(withCaller(r.Context(), caller)))
-	})
+func (h *Hub) identify(who authenticate) func(http.Handler) http.Handler {
+	return func(next http.Handler) http.Handler {
+		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			caller, err := who(r)
+			if err != nil {
+				h.metrics.refused.WithLabelValues("unauthenticated").Inc()
+				httpx.WriteStatus(w, r, err)
+				return
+			}
+			if caller.Certificate && impersonates(r) {
+				h.metrics.refused.WithLabelValues("impersonation").Inc()
+				httpx.WriteStatus(w, r, forbidden("the hub does not impersonate for callers with a client certificate; use a token"))
+				return
+			}
+			next.ServeHTTP(w, r.WithContext(withCaller(r.Context(), caller)))
+		})
+	}
+}
+
+// forbidden is a refusal that concerns no object.
+func forbidden(why string) error {
+	err := apierrors.NewForbidden(podsResource.GroupResource(), "", nil)
+	err.ErrStatus.Details, err.ErrStatus.Message = nil, "yurthub: "+why
+	return err
 }
 
 func impersonates(r *http.Request) bool {
@@ -188,8 +200,12 @@ func (h *Hub) limit(life context.Context) func(http.Handler) http.Handler {
 	}
 }
 
-// isNode reports whether the caller is this node's own user: the kubelet.
-func (h *Hub) isNode(c *identity.Caller) bool { return c.Certificate && c.Name == h.self.Name }
+// isNode reports whether the caller is this node's own user: the kubelet. The
+// name alone does not make it one: to the cloud a node is a node by its group,
+// and with the hub's certificate the caller would have it.
+func (h *Hub) isNode(c *identity.Caller) bool {
+	return c.Certificate && c.Name == h.self.Name && slices.Contains(c.Groups, user.NodesGroup)
+}
 
 // as returns the credential with which the caller's requests are forwarded.
 // The hub's certificate stands for nobody but the node.
@@ -288,5 +304,16 @@ func (h *Hub) forward(w http.ResponseWriter, r *http.Request, c *identity.Caller
 		httpx.WriteStatus(w, r, h.away(info))
 		return
 	}
-	h.link.Forward(w, r, as, nil)
+	h.link.Forward(w, r, as, h.doubt(c))
+}
+
+// doubt returns a link.Keep that notices when the cloud no longer accepts the
+// caller's token.
+func (h *Hub) doubt(c *identity.Caller) link.Keep {
+	return func(resp *http.Response) func([]byte) {
+		if c.Token != "" && resp.StatusCode == http.StatusUnauthorized {
+			h.authn.Doubt(c.Token)
+		}
+		return nil
+	}
 }

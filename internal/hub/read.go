@@ -48,7 +48,7 @@ func (h *Hub) isLocal(c *identity.Caller) bool {
 func (h *Hub) read(w http.ResponseWriter, r *http.Request, c *identity.Caller, as link.Credential) {
 	q := &query{
 		hub: h, w: w, r: r, caller: c, as: as,
-		info: request.From(r.Context()), formats: request.Formats(r.Header),
+		info: request.From(r.Context()), formats: request.Formats(r.Header), began: time.Now(),
 	}
 	var err error
 	switch {
@@ -78,6 +78,7 @@ type query struct {
 	as      link.Credential
 	info    request.Info
 	formats []request.Format
+	began   time.Time
 }
 
 // errCloud sends a read to the cloud: the replica is not asked.
@@ -141,7 +142,9 @@ func (q *query) keep(object bool) link.Keep {
 	if object && q.info.Verb == "get" && q.hub.isLocal(q.caller) {
 		remember = q.hub.answers.keep(objectBucket, objectKey(q.caller, q.info))
 	}
+	doubt := q.hub.doubt(q.caller)
 	return func(resp *http.Response) func([]byte) {
+		doubt(resp)
 		if !q.hub.isNode(q.caller) {
 			switch resp.StatusCode {
 			case http.StatusOK:
@@ -311,6 +314,9 @@ func (q *query) get() error { //nolint:gocyclo // the rules for a get, one after
 		if err != nil {
 			return heldErr
 		}
+		if err := q.may(q.r.Context(), true); err != nil {
+			return err
+		}
 		q.warn(a.At)
 		return a.writeObject(q.w, q.formats)
 	}
@@ -428,11 +434,17 @@ func (q *query) watch() error {
 	if (err != nil && q.hub.link.Online()) || q.cloudPrints(held.Custom()) {
 		return errCloud
 	}
-	if err := q.may(q.r.Context(), !held.Borrowed()); err != nil {
+	own := !held.Borrowed()
+	if err := q.may(q.r.Context(), own); err != nil {
 		return err
 	}
 	q.use(held)
-	return held.Watch(q.w, q.r, q.info, q.formats)
+	if own && q.hub.isNode(q.caller) {
+		return held.Watch(q.w, q.r, q.info, q.formats)
+	}
+	r, done := q.hub.watches.add(q.r, q.info, q.began)
+	defer done()
+	return held.Watch(q.w, r, q.info, q.formats)
 }
 
 // use takes note of a caller that wants the slice. One whose right it came by

@@ -267,15 +267,15 @@ func (l rootOnly) Accept() (net.Conn, error) {
 		if err != nil {
 			return nil, err
 		}
-		if uid, err := peer(c); err == nil && (uid == 0 || uid == os.Geteuid()) {
+		if uid, err := unixPeer(c); err == nil && (uid == 0 || uid == os.Geteuid()) {
 			return c, nil
 		}
 		_ = c.Close()
 	}
 }
 
-// peer returns the user at the other end of a unix socket.
-func peer(c net.Conn) (int, error) {
+// unixPeer returns the user at the other end of a unix socket.
+func unixPeer(c net.Conn) (int, error) {
 	u, ok := c.(*net.UnixConn)
 	if !ok {
 		return 0, fmt.Errorf("%T is no unix socket", c)

@@ -24,10 +24,10 @@ import (
 // bed is an Authenticator that can be taken offline.
 type bed struct {
 	*Authenticator
-	cloud   *cloud
-	memory  *MapMemory
-	ca      *authority
-	local   *LocalSigner
+	cloud  *cloud
+	memory *MapMemory
+	ca     *authority
+	local  *LocalSigner
 	line
 }
 

@@ -17,8 +17,8 @@ import (
 // court is an Authorizer that can be taken offline.
 type court struct {
 	*Authorizer
-	cloud   *cloud
-	memory  *MapMemory
+	cloud  *cloud
+	memory *MapMemory
 	line
 }
 

@@ -196,7 +196,9 @@ func TestDecisionsAreOfOneIdentity(t *testing.T) {
 	c.want(t, caller(nil), list("a"), true)
 	c.offline.Store(true)
 	c.want(t, caller(nil), list("a"), true)
-	c.want(t, caller(func(c *Caller) { c.Extra[extraCredentialID], c.Extra[extraPodName] = []string{"JTI=2"}, []string{"web-1"} }), list("a"), true)
+	c.want(t, caller(func(c *Caller) {
+		c.Extra[extraCredentialID], c.Extra[extraPodName] = []string{"JTI=2"}, []string{"web-1"}
+	}), list("a"), true)
 	for what, change := range map[string]func(*Caller){
 		"another name":       func(c *Caller) { c.Name += "x" },
 		"another UID":        func(c *Caller) { c.UID = "v" },

@@ -228,3 +228,10 @@ func (c *claims) caller(now time.Time, sound bool, audiences []string) (*Caller,
 func serviceAccountName(namespace, name string) string {
 	return serviceAccountPrefix + namespace + ":" + name
 }
+
+// Presents reports whether a request says who sent it, in whatever way and
+// whether or not that can be believed.
+func Presents(r *http.Request) bool {
+	_, authorization := r.Header["Authorization"]
+	return authorization || bearer(r) != "" || (r.TLS != nil && len(r.TLS.PeerCertificates) > 0)
+}
