@@ -53,6 +53,10 @@ func (h *Hub) guarded(next http.Handler) http.Handler {
 			httpx.WriteStatus(w, r, err)
 			return
 		}
+		if impersonates(r) {
+			httpx.WriteStatus(w, r, forbidden("the hub does not impersonate on this port"))
+			return
+		}
 		d, err := h.authz.Authorize(r.Context(), caller, identity.Attributes{Verb: "get", Path: r.URL.Path})
 		if err != nil {
 			httpx.WriteStatus(w, r, statusOf(err))

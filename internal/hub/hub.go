@@ -20,7 +20,6 @@ import (
 	"strconv"
 	"time"
 
-	"github.com/go-jose/go-jose/v4"
 	"github.com/prometheus/client_golang/prometheus"
 	"k8s.io/apimachinery/pkg/runtime/schema"
 
@@ -66,9 +65,8 @@ const (
 )
 
 var (
-	podsResource        = schema.GroupVersionResource{Version: "v1", Resource: "pods"}
-	nodesResource       = schema.GroupVersionResource{Version: "v1", Resource: "nodes"}
-	signatureAlgorithms = []jose.SignatureAlgorithm{jose.RS256, jose.RS384, jose.RS512, jose.ES256, jose.ES384, jose.ES512}
+	podsResource  = schema.GroupVersionResource{Version: "v1", Resource: "pods"}
+	nodesResource = schema.GroupVersionResource{Version: "v1", Resource: "nodes"}
 )
 
 // Config is what a hub needs. Defaults are set by the command's flags.

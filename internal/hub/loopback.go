@@ -23,11 +23,15 @@ type peerOf struct {
 // answer could be about somebody else.
 func withPeer(ctx context.Context, c net.Conn) context.Context {
 	uid, err := peer.UID(c)
-	return context.WithValue(ctx, peerKey{}, peerOf{uid: uid, err: err})
+	return withPeerOf(ctx, peerOf{uid: uid, err: err})
+}
+
+func withPeerOf(ctx context.Context, p peerOf) context.Context {
+	return context.WithValue(ctx, peerKey{}, p)
 }
 
 // local authenticates the requests of the plain listener. A process of root
-// is the node: it could read the node's key from the disk as well. With a
+// is the node: it could take the node's key as well. With a
 // token it is whom the token names.
 func (h *Hub) local(r *http.Request) (*identity.Caller, error) {
 	p, ok := r.Context().Value(peerKey{}).(peerOf)

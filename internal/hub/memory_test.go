@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"path/filepath"
 	"testing"
+	"time"
 
 	"github.com/yurt-edge/yurt/internal/hub/store"
 )
@@ -27,6 +28,12 @@ func TestMemoryKeepsWithinItsLimit(t *testing.T) {
 		}
 		if got, err := m.Load(key); err != nil || string(got) != key {
 			t.Fatalf("load %s right after its save: %q, %v", key, got, err)
+		}
+	}
+	for age, want := range map[time.Duration]string{time.Hour: "key-49", time.Nanosecond: ""} {
+		m := memory{store: s, bucket: "kept", maxAge: age}
+		if got, err := m.Load("key-49"); err != nil || string(got) != want {
+			t.Errorf("load what may be %s old: %q, %v", age, got, err)
 		}
 	}
 	snap, err := s.Snapshot()

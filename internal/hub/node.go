@@ -14,7 +14,6 @@ import (
 	"sync"
 	"time"
 
-	"github.com/go-jose/go-jose/v4/jwt"
 	authenticationv1 "k8s.io/api/authentication/v1"
 	authorizationv1 "k8s.io/api/authorization/v1"
 	coordinationv1 "k8s.io/api/coordination/v1"
@@ -310,8 +309,7 @@ func (h *Hub) event(w http.ResponseWriter, r *http.Request, as link.Credential) 
 
 // storedToken is a token that the cloud issued for a pod of this node.
 type storedToken struct {
-	Status            authenticationv1.TokenRequestStatus `json:"status"`
-	ServiceAccountUID string                              `json:"serviceAccountUID"`
+	Status authenticationv1.TokenRequestStatus `json:"status"`
 }
 
 // token relays a TokenRequest and keeps the answer; while the cloud is away
@@ -359,8 +357,9 @@ func (h *Hub) token(w http.ResponseWriter, r *http.Request, as link.Credential) 
 	wanted.Status = kept.Status
 	if time.Until(kept.Status.ExpirationTimestamp.Time) < minTokenLife {
 		spec := identity.TokenSpec{
-			Namespace: info.Namespace, ServiceAccount: info.Name, ServiceAccountUID: kept.ServiceAccountUID,
-			NodeName: h.cfg.NodeName, Audiences: wanted.Spec.Audiences,
+			Namespace: info.Namespace, ServiceAccount: info.Name,
+			ServiceAccountUID: h.authn.AccountUID(info.Namespace, info.Name),
+			NodeName:          h.cfg.NodeName, Audiences: wanted.Spec.Audiences,
 		}
 		if ref := wanted.Spec.BoundObjectRef; ref != nil {
 			spec.PodName, spec.PodUID = ref.Name, string(ref.UID)
@@ -397,34 +396,13 @@ func (h *Hub) keepToken(key string, answer []byte) {
 	if err := h.authn.Learn(got.Status.Token, len(got.Spec.Audiences) == 0); err != nil {
 		h.log.Debug("nothing learned from a token", "err", err)
 	}
-	kept := storedToken{Status: got.Status, ServiceAccountUID: serviceAccountUID(got.Status.Token)}
-	text, err := json.Marshal(kept)
+	text, err := json.Marshal(storedToken{Status: got.Status})
 	if err == nil {
 		err = h.tokens.Save(key, text)
 	}
 	if err != nil {
 		h.log.Warn("token not stored", "err", err)
 	}
-}
-
-// serviceAccountUID reads the claim that an offline token must repeat. The
-// token came from the cloud just now, so its signature is not in question.
-func serviceAccountUID(token string) string {
-	parsed, err := jwt.ParseSigned(token, signatureAlgorithms)
-	if err != nil {
-		return ""
-	}
-	var claims struct {
-		Kubernetes struct {
-			ServiceAccount struct {
-				UID string `json:"uid"`
-			} `json:"serviceaccount"`
-		} `json:"kubernetes.io"`
-	}
-	if parsed.UnsafeClaimsWithoutVerification(&claims) != nil {
-		return ""
-	}
-	return claims.Kubernetes.ServiceAccount.UID
 }
 
 // mayHaveToken is the API server's rule for nodes: only for a pod that runs

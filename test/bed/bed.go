@@ -57,14 +57,15 @@ func New(ctx context.Context, dir string, flags ...string) (*Bed, error) {
 }
 
 // AddHub starts the hub of a further node, with a link of its own, and waits
-// until it is ready. Its caller ends both.
-func (b *Bed) AddHub(ctx context.Context, node string) (*Hub, *Link, error) {
+// until it is ready. The flags are added to its own. Its caller ends both.
+func (b *Bed) AddHub(ctx context.Context, node string, flags ...string) (*Hub, *Link, error) {
 	link, err := NewLink(b.Cloud.RESTConfig().Host)
 	if err != nil {
 		return nil, nil, err
 	}
 	hub, err := NewHub(ctx, b.Cloud, b.binary, node, filepath.Join(b.dir, "hub-"+node), link.URL())
 	if err == nil {
+		hub.Args = flags
 		err = hub.Start(ctx)
 	}
 	if err != nil {

@@ -54,7 +54,11 @@ func run(m *testing.M) (int, error) {
 	if err != nil {
 		return 0, err
 	}
-	b, err := bed.New(ctx, dir)
+	audit, err := auditFlags(dir)
+	if err != nil {
+		return 0, err
+	}
+	b, err := bed.New(ctx, dir, audit...)
 	if err != nil {
 		return 0, err
 	}

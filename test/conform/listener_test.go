@@ -1,0 +1,226 @@
+package conform
+
+import (
+	"bufio"
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"net/url"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	certificatesv1 "k8s.io/api/certificates/v1"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/yurt-edge/yurt/test/bed"
+)
+
+// podAddress stands for 169.254.2.1, which a test without machines of its own
+// cannot have.
+const podAddress = "127.0.0.2"
+
+// fullHub is a hub with every listener that a hub can have.
+type fullHub struct {
+	*bed.Hub
+	link  *bed.Link
+	plain string // URL of the plain listener
+	pods  string // URL of the listener for pods
+}
+
+func newFullHub(t *testing.T, node string) *fullHub {
+	t.Helper()
+	l, err := new(net.ListenConfig).Listen(t.Context(), "tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	port := l.Addr().(*net.TCPAddr).Port
+	l.Close()
+	hub, link, err := shared.AddHub(t.Context(), node,
+		"--enable-dummy-if", "--dummy-if-ip="+podAddress,
+		"--insecure-loopback", "--proxy-port="+strconv.Itoa(port))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		hub.Stop()
+		link.Close()
+	})
+	return &fullHub{
+		Hub: hub, link: link,
+		plain: "http://127.0.0.1:" + strconv.Itoa(port),
+		pods:  strings.Replace(hub.URL, "127.0.0.1", podAddress, 1),
+	}
+}
+
+// listening returns the addresses at which a process takes connections or
+// datagrams of the network, by what the kernel says.
+func listening(t *testing.T, pid int) []string {
+	t.Helper()
+	proc := filepath.Join("/proc", strconv.Itoa(pid))
+	fds, err := os.ReadDir(filepath.Join(proc, "fd"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	own := map[string]bool{}
+	for _, fd := range fds {
+		target, err := os.Readlink(filepath.Join(proc, "fd", fd.Name()))
+		if inode, ok := strings.CutPrefix(target, "socket:["); err == nil && ok {
+			own[strings.TrimSuffix(inode, "]")] = true
+		}
+	}
+	var out []string
+	for _, protocol := range []string{"tcp", "tcp6", "udp", "udp6", "udplite", "udplite6", "raw", "raw6"} {
+		file, err := os.Open(filepath.Join(proc, "net", protocol))
+		if errors.Is(err, os.ErrNotExist) {
+			continue // this kernel has none
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		lines := bufio.NewScanner(file)
+		lines.Scan() // names of columns
+		for lines.Scan() {
+			f := strings.Fields(lines.Text())
+			const listens = "0A"
+			if len(f) < 10 || !own[f[9]] || (strings.HasPrefix(protocol, "tcp") && f[3] != listens) {
+				continue
+			}
+			out = append(out, protocol+" "+kernelAddress(t, f[1]))
+		}
+		file.Close()
+	}
+	slices.Sort(out)
+	return out
+}
+
+// kernelAddress reads an address as /proc/net prints it: words in the
+// machine's order, of which the tests know the little end first.
+func kernelAddress(t *testing.T, text string) string {
+	t.Helper()
+	ip, port, _ := strings.Cut(text, ":")
+	raw := make([]byte, len(ip)/2)
+	for i := range raw {
+		b, err := strconv.ParseUint(ip[2*i:2*i+2], 16, 8)
+		if err != nil {
+			t.Fatal(err)
+		}
+		raw[i/4*4+3-i%4] = byte(b)
+	}
+	addr, ok := netip.AddrFromSlice(raw)
+	p, err := strconv.ParseUint(port, 16, 16)
+	if !ok || err != nil {
+		t.Fatalf("no address: %s", text)
+	}
+	return netip.AddrPortFrom(addr, uint16(p)).String()
+}
+
+// TestListeners looks at the sockets of hubs: there are those that
+// docs/security.md lists and no others, online and offline.
+func TestListeners(t *testing.T) {
+	host := func(raw string) string {
+		u, err := url.Parse(raw)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return "tcp " + u.Host
+	}
+	full := newFullHub(t, "edge-listen")
+	for name, c := range map[string]struct {
+		pid  int
+		want []string
+	}{
+		"by default":    {shared.Hub.PID(), []string{host(shared.Hub.URL), host(shared.Hub.Health)}},
+		"with all":      {full.PID(), []string{host(full.URL), host(full.pods), host(full.Health), host(full.plain)}},
+		"with all, cut": {full.PID(), []string{host(full.URL), host(full.pods), host(full.Health), host(full.plain)}},
+	} {
+		if strings.HasSuffix(name, "cut") {
+			if err := full.link.Cut(bed.Down); err != nil {
+				t.Fatal(err)
+			}
+		}
+		slices.Sort(c.want)
+		if got := listening(t, c.pid); !slices.Equal(got, c.want) {
+			t.Errorf("%s: the hub listens at %q, want %q", name, got, c.want)
+		}
+		for _, at := range listening(t, c.pid) {
+			if addr := netip.MustParseAddrPort(strings.Fields(at)[1]); !addr.Addr().IsLoopback() {
+				t.Errorf("%s: %s can be reached from elsewhere", name, at)
+			}
+		}
+	}
+	if err := full.link.Heal(); err != nil {
+		t.Fatal(err)
+	}
+	full.approve(t)
+	full.certificates(t)
+}
+
+// approve approves the hub's requests for serving certificates, as an
+// operator does.
+func (h *fullHub) approve(t *testing.T) {
+	t.Helper()
+	requests := shared.admin.CertificatesV1().CertificateSigningRequests()
+	mustAwait(t, func(ctx context.Context) error {
+		all, err := requests.List(ctx, metav1.ListOptions{FieldSelector: "spec.signerName=" + certificatesv1.KubeletServingSignerName})
+		if err != nil {
+			return err
+		}
+		for i := range all.Items {
+			csr := &all.Items[i]
+			if csr.Spec.Username != "system:node:"+h.Node {
+				continue
+			}
+			csr.Status.Conditions = append(csr.Status.Conditions, certificatesv1.CertificateSigningRequestCondition{
+				Type: certificatesv1.CertificateApproved, Status: corev1.ConditionTrue, Reason: "Test",
+			})
+			_, err := requests.UpdateApproval(ctx, csr.Name, csr, metav1.UpdateOptions{})
+			return err
+		}
+		return fmt.Errorf("%s asked for no serving certificate", h.Node)
+	})
+}
+
+// certificates looks at what each listener shows: on the node's own address a
+// certificate that no other node's clients trust, to pods one of the cluster.
+func (h *fullHub) certificates(t *testing.T) {
+	t.Helper()
+	cluster, bundle := x509.NewCertPool(), x509.NewCertPool()
+	cluster.AppendCertsFromPEM(shared.Cloud.CA.CertPEM)
+	text, err := os.ReadFile(filepath.Join(h.Dir, "pki", "ca-bundle.crt"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	bundle.AppendCertsFromPEM(text)
+	dial := func(ctx context.Context, base string, roots *x509.CertPool) error {
+		d := tls.Dialer{NetDialer: &net.Dialer{Timeout: 5 * time.Second}, Config: &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12}}
+		conn, err := d.DialContext(ctx, "tcp", strings.TrimPrefix(base, "https://"))
+		if err == nil {
+			err = conn.Close()
+		}
+		return err
+	}
+	mustAwait(t, func(ctx context.Context) error { return dial(ctx, h.pods, cluster) })
+	if err := dial(t.Context(), h.URL, bundle); err != nil {
+		t.Errorf("programs on the node: %v", err)
+	}
+	if err := dial(t.Context(), h.URL, cluster); err == nil {
+		t.Error("the cluster signed a certificate for 127.0.0.1")
+	}
+	for _, insecure := range []uint16{tls.VersionTLS10, tls.VersionTLS11} {
+		d := tls.Dialer{Config: &tls.Config{RootCAs: bundle, MinVersion: insecure, MaxVersion: insecure}} //nolint:gosec // that is the point
+		if conn, err := d.DialContext(t.Context(), "tcp", strings.TrimPrefix(h.URL, "https://")); err == nil {
+			conn.Close()
+			t.Errorf("the hub speaks TLS version %x", insecure)
+		}
+	}
+}
