@@ -74,14 +74,8 @@ func (f *Flags) Config() (Config, error) {
 	if cfg.NodeName == "" {
 		return cfg, errors.New("--node-name is empty: give the name of this node")
 	}
-	if ip := net.ParseIP(f.bind); ip == nil || !ip.IsLoopback() {
-		return cfg, fmt.Errorf("--bind-address %q is not a loopback address: the hub serves this node only, give 127.0.0.1 or ::1", f.bind)
-	}
-	if f.insecure {
-		cfg.InsecurePort = f.insecurePort
-	}
-	if f.insecure && (f.insecurePort < 1 || f.insecurePort > 65535) {
-		return cfg, fmt.Errorf("--proxy-port %d is not a port: give one between 1 and 65535", f.insecurePort)
+	if err := f.listeners(&cfg); err != nil {
+		return cfg, err
 	}
 	if len(f.servers) == 0 && f.bootstrap == "" {
 		return cfg, errors.New("--server-addr is empty: give the URL of an API server, as https://10.0.0.1:6443")
@@ -106,14 +100,6 @@ func (f *Flags) Config() (Config, error) {
 	if cfg.ServiceIPs, err = parseIPs("--service-ip", f.serviceIPs); err != nil {
 		return cfg, err
 	}
-	if f.dummy && f.dummyIP != "" {
-		if cfg.DummyIP = net.ParseIP(f.dummyIP); cfg.DummyIP == nil {
-			return cfg, fmt.Errorf("--dummy-if-ip %q is not an IP address", f.dummyIP)
-		}
-		if ip := cfg.DummyIP; !ip.IsLinkLocalUnicast() && !ip.IsLoopback() && (ip.To4() != nil || !ip.IsPrivate()) {
-			return cfg, fmt.Errorf("--dummy-if-ip %q could be reached from other hosts: give a link-local address, as 169.254.2.1, or for IPv6 a unique local one", f.dummyIP)
-		}
-	}
 	for _, text := range f.pinned {
 		parts := strings.Split(strings.TrimPrefix(text, "/"), "/")
 		switch len(parts) {
@@ -126,6 +112,32 @@ func (f *Flags) Config() (Config, error) {
 		}
 	}
 	return cfg, nil
+}
+
+// listeners checks where the hub listens: nowhere that other hosts are meant
+// to reach.
+func (f *Flags) listeners(cfg *Config) error {
+	if ip := net.ParseIP(f.bind); ip == nil || !ip.IsLoopback() {
+		return fmt.Errorf("--bind-address %q is not a loopback address: the hub serves this node only, give 127.0.0.1 or ::1", f.bind)
+	}
+	if f.insecure {
+		if f.insecurePort < 1 || f.insecurePort > 65535 {
+			return fmt.Errorf("--proxy-port %d is not a port: give one between 1 and 65535", f.insecurePort)
+		}
+		cfg.InsecurePort = f.insecurePort
+	}
+	if !f.dummy || f.dummyIP == "" {
+		return nil
+	}
+	ip := net.ParseIP(f.dummyIP)
+	switch {
+	case ip == nil:
+		return fmt.Errorf("--dummy-if-ip %q is not an IP address", f.dummyIP)
+	case ip.IsLinkLocalUnicast(), ip.IsLoopback(), ip.To4() == nil && ip.IsPrivate():
+		cfg.DummyIP = ip
+		return nil
+	}
+	return fmt.Errorf("--dummy-if-ip %q could be reached from other hosts: give a link-local address, as 169.254.2.1, or for IPv6 a unique local one", f.dummyIP)
 }
 
 func parseIPs(flag string, texts []string) ([]net.IP, error) {

@@ -6,6 +6,7 @@ import (
 	"net/http/pprof"
 
 	"github.com/prometheus/client_golang/prometheus/promhttp"
+
 	"github.com/yurt-edge/yurt/internal/httpx"
 	"github.com/yurt-edge/yurt/internal/hub/identity"
 )

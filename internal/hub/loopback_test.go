@@ -94,9 +94,17 @@ func TestFlagsOfListeners(t *testing.T) {
 		t.Errorf("plain port %d, %v", cfg.InsecurePort, err)
 	}
 	for _, args := range [][]string{
-		{"--bind-address=0.0.0.0"}, {"--bind-address=192.0.2.1"}, {"--bind-address="}, {"--bind-address=::"}, {"--bind-address=localhost"},
-		{"--dummy-if-ip=192.0.2.1"}, {"--dummy-if-ip=10.0.0.1"}, {"--dummy-if-ip=0.0.0.0"}, {"--dummy-if-ip=2001:db8::1"},
-		{"--insecure-loopback", "--proxy-port=0"}, {"--insecure-loopback", "--proxy-port=65536"},
+		{"--bind-address=0.0.0.0"},
+		{"--bind-address=192.0.2.1"},
+		{"--bind-address="},
+		{"--bind-address=::"},
+		{"--bind-address=localhost"},
+		{"--dummy-if-ip=192.0.2.1"},
+		{"--dummy-if-ip=10.0.0.1"},
+		{"--dummy-if-ip=0.0.0.0"},
+		{"--dummy-if-ip=2001:db8::1"},
+		{"--insecure-loopback", "--proxy-port=0"},
+		{"--insecure-loopback", "--proxy-port=65536"},
 	} {
 		flag := strings.TrimPrefix(strings.Split(args[len(args)-1], "=")[0], "--")
 		if _, err := config(args...); err == nil || !strings.Contains(err.Error(), flag) {

@@ -442,7 +442,7 @@ func (q *query) watch() error {
 	if own && q.hub.isNode(q.caller) {
 		return held.Watch(q.w, q.r, q.info, q.formats)
 	}
-	r, done := q.hub.watches.add(q.r, q.info, q.began)
+	r, done := q.hub.watches.add(q.r, q.caller, q.info, q.began)
 	defer done()
 	return held.Watch(q.w, r, q.info, q.formats)
 }

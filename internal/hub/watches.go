@@ -9,6 +9,7 @@ import (
 	"golang.org/x/sync/errgroup"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 
+	"github.com/yurt-edge/yurt/internal/hub/identity"
 	"github.com/yurt-edge/yurt/internal/hub/request"
 )
 
@@ -29,17 +30,18 @@ type watches struct {
 }
 
 type openWatch struct {
-	r     *http.Request
-	info  request.Info
-	end   context.CancelFunc
-	asked time.Time // when the question was asked that allowed it
+	r      *http.Request
+	caller *identity.Caller
+	info   request.Info
+	end    context.CancelFunc
+	asked  time.Time // when the question was asked that allowed it
 }
 
 // add notes a watch. The returned request is the one to serve: it ends when
 // the watch is no longer allowed. done takes the watch off the list.
-func (w *watches) add(r *http.Request, info request.Info, asked time.Time) (served *http.Request, done func()) {
+func (w *watches) add(r *http.Request, caller *identity.Caller, info request.Info, asked time.Time) (served *http.Request, done func()) {
 	ctx, cancel := context.WithCancel(r.Context())
-	o := &openWatch{r: r, info: info, end: cancel, asked: asked}
+	o := &openWatch{r: r, caller: caller, info: info, end: cancel, asked: asked}
 	w.mu.Lock()
 	if w.open == nil {
 		w.open = map[*openWatch]struct{}{}
@@ -106,7 +108,7 @@ func (h *Hub) reaskOnce(ctx context.Context, contact time.Time) bool {
 				h.watches.confirm(o, began)
 			default:
 				h.metrics.refused.WithLabelValues("revoked").Inc()
-				h.log.Info("watch ended: its caller may no longer", "caller", callerFrom(o.r.Context()).Name, "watch", o.info.String())
+				h.log.Info("watch ended: its caller may no longer", "caller", o.caller.Name, "watch", o.info.String())
 				o.end()
 			}
 			return nil
@@ -119,10 +121,10 @@ func (h *Hub) reaskOnce(ctx context.Context, contact time.Time) bool {
 // stillMay asks the cloud who the caller of a watch is and whether it may.
 // What the cloud did not say is not known.
 func (h *Hub) stillMay(ctx context.Context, o *openWatch) (allowed, known bool) {
-	caller := callerFrom(o.r.Context())
+	caller := o.caller
 	if caller != h.self { // whom root is by the plain listener
 		var err error
-		caller, err = h.authn.Authenticate(o.r) //nolint:contextcheck // the watch's own is as good
+		caller, err = h.authn.Authenticate(o.r)
 		switch {
 		case apierrors.IsUnauthorized(err):
 			return false, true

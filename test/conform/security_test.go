@@ -16,6 +16,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"maps"
 	"math/big"
 	"net"
 	"net/http"
@@ -252,9 +253,7 @@ func (s *surface) status(ctx context.Context, client *http.Client, row credentia
 	req.Header.Set("Content-Type", "application/json")
 	req.Header.Set("Accept", "application/json")
 	req.Header.Set("User-Agent", marker+row.name)
-	for name, values := range row.header {
-		req.Header[name] = values
-	}
+	maps.Copy(req.Header, row.header)
 	if token != "" {
 		req.Header.Set("Authorization", "Bearer "+token)
 	}
@@ -801,9 +800,7 @@ func (w *whoami) ask(ctx context.Context, s *surface, row credential) error {
 		return err
 	}
 	req.Header = headers("Content-Type", "application/json", "User-Agent", marker+row.name)
-	for name, values := range row.header {
-		req.Header[name] = values
-	}
+	maps.Copy(req.Header, row.header)
 	if row.token != "" {
 		req.Header.Set("Authorization", "Bearer "+row.token)
 	}
