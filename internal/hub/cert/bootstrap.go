@@ -14,6 +14,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 
@@ -54,6 +55,8 @@ type kubeconfig struct {
 	} `json:"users"`
 }
 
+var line = regexp.MustCompile(`line \d+`)
+
 // loadBootstrap reads a kubeconfig. Without a current context, as in kubeadm's
 // cluster-info, the only cluster and user are meant.
 func loadBootstrap(path string) (*bootstrap, error) {
@@ -73,7 +76,8 @@ func loadBootstrap(path string) (*bootstrap, error) {
 func parseBootstrap(data []byte, dir string) (*bootstrap, error) {
 	var k kubeconfig
 	if err := yaml.Unmarshal(data, &k); err != nil {
-		return nil, err
+		// The parser's own words may quote a token.
+		return nil, errors.New(strings.TrimSpace("it is not a kubeconfig " + line.FindString(err.Error())))
 	}
 	var cluster, user string
 	for _, c := range k.Contexts {

@@ -10,6 +10,7 @@ import (
 	"encoding/base64"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 )
@@ -125,5 +126,24 @@ func TestKeyOfFirstVersionIsSealed(t *testing.T) {
 	}
 	if _, err := loadPair(path, nil); err == nil {
 		t.Error("a sealed key was read without a sealer")
+	}
+}
+
+// TestBadBootstrapFileIsNotQuoted: errors are logged, and the file holds a
+// token.
+func TestBadBootstrapFileIsNotQuoted(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "bootstrap.conf")
+	for _, text := range []string{
+		"users: [{name: u, user: {token: *TOKEN}}]", "users: {TOKEN: [}", "TOKEN", "- TOKEN", "users: TOKEN", "a: TOKEN\n\tb: c",
+		"users: [{name: u, user: {token: {TOKEN: 1}}}]", "clusters: [{cluster: {certificate-authority-data: TOKEN}}]",
+		"\x00TOKEN", "%TOKEN", "users: !!int TOKEN", "contexts: [TOKEN]", "{\"TOKEN",
+	} {
+		must(t, os.WriteFile(path, []byte(strings.ReplaceAll(text, "TOKEN", testToken)), 0o600))
+		_, err := loadBootstrap(path)
+		if err == nil {
+			t.Errorf("%q was taken for a kubeconfig", text)
+		} else if said := err.Error(); strings.Contains(said, testToken[:8]) || strings.Contains(said, testToken[8:]) {
+			t.Errorf("%q: %s", text, said)
+		}
 	}
 }

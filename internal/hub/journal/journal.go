@@ -24,6 +24,7 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime/schema"
 
 	"github.com/yurt-edge/yurt/internal/hub/store"
@@ -324,7 +325,11 @@ type notYetError struct{ error }
 
 // refusal is the error of a write that was not taken and is not dropped.
 func refusal(what string, code int, body []byte) error {
-	err := fmt.Errorf("deliver %s: the cloud answered %d: %.200q", what, code, body)
+	// Only the reason: the message may quote what was sent, and errors are
+	// logged.
+	var status metav1.Status
+	_ = json.Unmarshal(body, &status) // else there is no reason to tell
+	err := fmt.Errorf("deliver %s: the cloud answered %d %s", what, code, status.Reason)
 	if code == http.StatusTooManyRequests || code == http.StatusServiceUnavailable || code == http.StatusUnauthorized {
 		return err
 	}

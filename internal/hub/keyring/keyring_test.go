@@ -12,6 +12,8 @@ import (
 	"testing"
 
 	"go.uber.org/goleak"
+
+	"github.com/yurt-edge/yurt/test/swtpm"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -26,14 +28,17 @@ func must(t testing.TB, err error) {
 // node is a node with everything that a node key can come from.
 type node struct {
 	Config
-	chip *chip
+	chip *swtpm.Chip
 	log  *bytes.Buffer
 }
 
 func newNode(t testing.TB, source Source) *node {
 	t.Helper()
 	dir := t.TempDir()
-	n := &node{log: &bytes.Buffer{}, chip: newChip(t)}
+	chip, err := swtpm.New(t.Context())
+	must(t, err)
+	t.Cleanup(func() { must(t, chip.Close()) })
+	n := &node{log: &bytes.Buffer{}, chip: chip}
 	n.Config = Config{
 		Dir: filepath.Join(dir, "pki"), Sealed: []string{filepath.Join(dir, "store", "hub.db")}, Source: source,
 		TPMDevice: n.chip.Socket, PassphraseFile: filepath.Join(dir, "passphrase"), Wait: 1, memory: 64,
@@ -97,8 +102,8 @@ func TestRingOpensAgain(t *testing.T) {
 			n := newNode(t, source)
 			r := n.begin(t)
 			sealed := r.Seal("a.pem", []byte("the key"))
-			n.chip.stop()
-			n.chip.start() // as a reboot does
+			n.chip.Off()
+			must(t, n.chip.On(t.Context())) // as a reboot does
 			again := n.open(t)
 			if again.Source() != source || again.Problem() != nil {
 				t.Fatalf("source %s, problem %v", again.Source(), again.Problem())
@@ -234,7 +239,7 @@ func TestKeyThatIsAway(t *testing.T) {
 			r := n.begin(t)
 			sealed := n.seal(t, r, "precious")
 			if source == TPM {
-				n.chip.stop()
+				n.chip.Off()
 			} else {
 				n.write(t, n.PassphraseFile, "it is not this one")
 			}
@@ -263,7 +268,7 @@ func TestKeyThatIsAway(t *testing.T) {
 				t.Errorf("the log says nothing of it: %s", n.log)
 			}
 			if source == TPM {
-				n.chip.start()
+				must(t, n.chip.On(t.Context()))
 			} else {
 				n.write(t, n.PassphraseFile, "correct horse battery")
 			}
@@ -288,8 +293,8 @@ func TestKeyThatIsLost(t *testing.T) {
 		source, asked Source
 		lose          func(t *testing.T, n *node)
 	}{
-		"another TPM":     {TPM, Auto, func(_ *testing.T, n *node) { n.chip.reset() }},
-		"no TPM, by word": {TPM, File, func(_ *testing.T, n *node) { n.chip.stop() }},
+		"another TPM":     {TPM, Auto, func(t *testing.T, n *node) { must(t, n.chip.Replace(t.Context())) }},
+		"no TPM, by word": {TPM, File, func(_ *testing.T, n *node) { n.chip.Off() }},
 		"no passphrase, by word": {Passphrase, TPM, func(t *testing.T, n *node) {
 			must(t, os.Remove(n.PassphraseFile))
 		}},
@@ -420,14 +425,14 @@ func TestOpensFromAnyRing(t *testing.T) {
 // chosen once stays.
 func TestAutoTakesTheBest(t *testing.T) {
 	n := newNode(t, Auto)
-	n.chip.stop()
+	n.chip.Off()
 	passphraseFile := n.PassphraseFile
 	n.PassphraseFile = ""
 	if s := n.begin(t).Source(); s != File {
 		t.Errorf("with nothing else the source is %s", s)
 	}
 	n.PassphraseFile = passphraseFile
-	n.chip.start()
+	must(t, n.chip.On(t.Context()))
 	if s := n.open(t).Source(); s != File {
 		t.Errorf("the source moved to %s without anybody's word", s)
 	}
@@ -436,7 +441,7 @@ func TestAutoTakesTheBest(t *testing.T) {
 		t.Errorf("with a TPM the source is %s", s)
 	}
 	must(t, os.RemoveAll(n.Dir))
-	n.chip.stop()
+	n.chip.Off()
 	if s := n.begin(t).Source(); s != Passphrase {
 		t.Errorf("with a passphrase the source is %s", s)
 	}

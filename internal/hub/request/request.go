@@ -74,7 +74,20 @@ var resolver = apirequest.RequestInfoFactory{
 // Resolve reads a request's facts. It fails on list options that the API
 // server would refuse to parse; the error says which.
 func Resolve(r *http.Request) (Info, error) {
-	ri, err := resolver.NewRequestInfo(r)
+	var (
+		opts      *metainternalversion.ListOptions
+		malformed error
+		asked     = r
+	)
+	if r.URL.RawQuery == "" {
+		opts = &metainternalversion.ListOptions{}
+	} else if r.Method == http.MethodGet || r.Method == http.MethodHead {
+		query := r.URL.Query()
+		if opts, malformed = listOptions(query); malformed != nil {
+			asked = withoutQuery(r, query)
+		}
+	}
+	ri, err := resolver.NewRequestInfo(asked)
 	if err != nil {
 		return Info{}, fmt.Errorf("resolve %s %s: %w", r.Method, r.URL.Path, err)
 	}
@@ -94,10 +107,9 @@ func Resolve(r *http.Request) (Info, error) {
 	if !info.Reads() {
 		return info, nil
 	}
-	if r.URL.RawQuery == "" {
-		info.Options = &metainternalversion.ListOptions{}
-	} else if info.Options, err = listOptions(r.URL.Query()); err != nil {
-		return info, err
+	info.Options = opts
+	if malformed != nil {
+		return info, malformed
 	}
 	// A list or watch by metadata.name carries its name in Name too, as the
 	// API server's authoriser sees it; the selector stays in Options.
@@ -117,6 +129,19 @@ func listOptions(query url.Values) (*metainternalversion.ListOptions, error) {
 		return nil, err //nolint:wrapcheck // the API server's words, for its clients
 	}
 	return opts, nil
+}
+
+// withoutQuery returns r with no more of its query than whether it watches.
+// The resolver takes a query that it cannot parse for that as well, but logs
+// it first, and what clients send is not for the log.
+func withoutQuery(r *http.Request, query url.Values) *http.Request {
+	out, u := *r, *r.URL
+	u.RawQuery = ""
+	if watch := query["watch"]; len(watch) > 0 && watch[0] != "0" && !strings.EqualFold(watch[0], "false") {
+		u.RawQuery = "watch=true"
+	}
+	out.URL = &u
+	return &out
 }
 
 func isUpgrade(r *http.Request) bool {
