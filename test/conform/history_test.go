@@ -266,6 +266,9 @@ type follower struct {
 	seen   map[string]uint64 // versions, of what is gone as well
 	at     uint64
 	events int
+	// ahead says that the state is by the cloud's own word, which may be newer
+	// than the replica, and that the replica has told nothing newer since.
+	ahead bool
 	// epoch is that of the hub process that last served a watch.
 	epoch      int64
 	violations []string
@@ -324,31 +327,37 @@ func (w watched) version() uint64 {
 	return v
 }
 
-func (s *side) objects(ctx context.Context, q question) (map[string]uint64, uint64, error) {
+// byCloud reports whether an answer is the API server's own: it names the
+// queue that the request has passed.
+func byCloud(h http.Header) bool { return h.Get("X-Kubernetes-Pf-Flowschema-Uid") != "" }
+
+// objects lists. The answer's version may be ahead of the replica's when the
+// cloud gave it.
+func (s *side) objects(ctx context.Context, q question) (objects map[string]uint64, at uint64, cloud bool, err error) {
 	a, err := s.ask(ctx, q)
 	if err != nil {
-		return nil, 0, err
+		return nil, 0, false, err
 	}
 	if a.code != http.StatusOK {
-		return nil, 0, fmt.Errorf("%s: %d %s", q, a.code, a.body)
+		return nil, 0, false, fmt.Errorf("%s: %d %s", q, a.code, a.body)
 	}
 	var l listed
 	if err := json.Unmarshal(a.body, &l); err != nil {
-		return nil, 0, err
+		return nil, 0, false, err
 	}
-	out := map[string]uint64{}
+	objects = map[string]uint64{}
 	for _, item := range l.Items {
-		out[item.key()] = item.version()
+		objects[item.key()] = item.version()
 	}
-	at, err := strconv.ParseUint(l.Metadata.ResourceVersion, 10, 64)
-	return out, at, err
+	at, err = strconv.ParseUint(l.Metadata.ResourceVersion, 10, 64)
+	return objects, at, byCloud(a.header), err
 }
 
 func (f *follower) list(ctx context.Context, version string) error {
 	if version != "" {
 		version = "resourceVersion=" + version
 	}
-	objects, at, err := f.edge.objects(ctx, question{f.path, join(version, f.query), inJSON})
+	objects, at, cloud, err := f.edge.objects(ctx, question{f.path, join(version, f.query), inJSON})
 	if err != nil {
 		return err
 	}
@@ -366,7 +375,7 @@ func (f *follower) list(ctx context.Context, version string) error {
 		}
 		f.seen[key] = v
 	}
-	f.state, f.at = objects, at
+	f.state, f.at, f.ahead = objects, at, cloud
 	return nil
 }
 
@@ -397,23 +406,32 @@ func (f *follower) watch(ctx context.Context) error {
 			f.mu.Unlock()
 			return err
 		}
-		if err := f.take(event.Type, event.Object, first && epoch != f.epoch, line); err != nil {
+		w := word{cloud: byCloud(resp.Header), fresh: first && epoch != f.epoch, line: line}
+		if err := f.take(event.Type, event.Object, w); err != nil {
 			return err
 		}
 		f.epoch = epoch
 	}
 }
 
-// take judges one event. fresh says that it is the first of another hub
-// process, which may have lost the history that this watcher needs.
-func (f *follower) take(typ string, object watched, fresh bool, line []byte) error {
+// word is how an event came.
+type word struct {
+	line  []byte
+	cloud bool // through a hub that had nothing to tell itself
+	fresh bool // the first of another hub process, which may lack the history
+}
+
+// take judges one event. Who is ahead of the replica when that must list over
+// a gap holds what the replica never saw, and has to list again, as who comes
+// to a hub that has lost its history: see docs/guarantees.md.
+func (f *follower) take(typ string, object watched, w word) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if typ == "ERROR" {
 		if object.Code != http.StatusGone {
-			f.wrong("error event: %s", line)
-		} else if !fresh {
-			f.wrong("told to list again by the hub that had served it: %s", line)
+			f.wrong("error event: %s", w.line)
+		} else if !w.fresh && !f.ahead {
+			f.wrong("told to list again by the hub that had served it: %s", w.line)
 		}
 		return errRelist
 	}
@@ -421,6 +439,7 @@ func (f *follower) take(typ string, object watched, fresh bool, line []byte) err
 	if v < f.at {
 		f.wrong("%s %s at %d comes after version %d", typ, key, v, f.at)
 	}
+	f.ahead = w.cloud || f.ahead && v <= f.at
 	f.at = max(f.at, v)
 	if typ == "BOOKMARK" {
 		return nil
@@ -444,7 +463,7 @@ func (f *follower) take(typ string, object watched, fresh bool, line []byte) err
 
 // current returns nil once the follower knows what the cloud has.
 func (f *follower) current(ctx context.Context) error {
-	want, _, err := f.server.objects(ctx, question{f.path, f.query, inJSON})
+	want, _, _, err := f.server.objects(ctx, question{f.path, f.query, inJSON})
 	if err != nil {
 		return err
 	}
