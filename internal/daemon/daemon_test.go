@@ -308,3 +308,18 @@ func TestVersionIsNeverEmpty(t *testing.T) {
 		t.Errorf("line %q does not start with the version", v)
 	}
 }
+
+func TestGroupStopsInGoodOrderAfterAPanic(t *testing.T) {
+	t.Parallel()
+	stopped := false
+	err := Group(t.Context(),
+		func(context.Context) error { panic("a secret") },
+		func(ctx context.Context) error { <-ctx.Done(); stopped = true; return nil },
+	)
+	if err == nil || strings.Contains(err.Error(), "secret") || !strings.Contains(err.Error(), "daemon_test.go") {
+		t.Errorf("the error does not say what panicked where: %v", err)
+	}
+	if !stopped {
+		t.Error("the other run was not waited for")
+	}
+}

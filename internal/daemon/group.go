@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"reflect"
 	"runtime"
+	"runtime/debug"
 	"strings"
 	"time"
 )
@@ -17,7 +18,7 @@ const StopTimeout = 15 * time.Second
 
 // Group calls every run at the same time, each in its own goroutine, and
 // waits for all of them. The first error cancels the context of the others;
-// a run that returns nil does not. All errors are joined; an error that only
+// a run that returns nil does not. A panic of a run is an error. All errors are joined; an error that only
 // says that the context was cancelled is dropped, so Group returns nil after
 // an orderly stop by ctx.
 //
@@ -34,7 +35,7 @@ func Group(ctx context.Context, runs ...func(context.Context) error) error {
 	// Room for every result, so that a run left behind can still end.
 	results := make(chan result, len(runs))
 	for i, run := range runs {
-		go func() { results <- result{i, run(ctx)} }()
+		go func() { results <- result{i, guarded(ctx, run)} }()
 	}
 
 	var (
@@ -71,6 +72,17 @@ func Group(ctx context.Context, runs ...func(context.Context) error) error {
 		}
 	}
 	return errors.Join(errs...)
+}
+
+// guarded turns a panic of a run into its error, so that the others stop in
+// good order and the log says which run it was.
+func guarded(ctx context.Context, run func(context.Context) error) (err error) {
+	defer func() {
+		if cause := recover(); cause != nil {
+			err = fmt.Errorf("%s: panic: %s\n%s", nameOf(run), PanicCause(cause), debug.Stack())
+		}
+	}()
+	return run(ctx)
 }
 
 // nameOf returns the name that the compiler gave run, without the folders of

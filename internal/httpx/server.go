@@ -18,6 +18,11 @@ const (
 	idleTimeout       = 2 * time.Minute
 	maxHeaderBytes    = 64 << 10
 	maxStreams        = 250 // as kube-apiserver's default
+	maxFrame          = 64 << 10
+	maxUpload         = 256 << 10 // of bodies that nobody has read yet, per stream
+	// A client that is gone without a word is noticed by a ping.
+	pingAfter   = 45 * time.Second
+	pingTimeout = 15 * time.Second
 )
 
 // Server serves Handler on Listener until the context of Run ends.
@@ -34,6 +39,11 @@ type Server struct {
 	// Log receives the complaints of net/http, such as failed handshakes,
 	// at debug level. Nil drops them.
 	Log *slog.Logger
+	// Conns bounds the connections; all zero means DefaultConnLimits.
+	Conns ConnLimits
+	// Refused, when set, is told of each connection that was refused or
+	// closed for want of room, and which limit that was.
+	Refused func(limit string)
 	// ConnContext, when set, derives the context of a new connection.
 	ConnContext func(ctx context.Context, c net.Conn) context.Context
 }
@@ -49,6 +59,7 @@ func (s *Server) Run(ctx context.Context) error {
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
 	}
+	listener := newConns(s.Listener, s.Conns, s.Refused)
 	var protocols http.Protocols
 	protocols.SetHTTP1(true)
 	protocols.SetHTTP2(s.TLS != nil)
@@ -58,19 +69,33 @@ func (s *Server) Run(ctx context.Context) error {
 		IdleTimeout:       idleTimeout,
 		MaxHeaderBytes:    maxHeaderBytes,
 		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelDebug),
-		ConnContext:       s.ConnContext,
+		ConnState:         listener.follow,
 		Protocols:         &protocols,
-		HTTP2:             &http.HTTP2Config{MaxConcurrentStreams: maxStreams},
+		HTTP2: &http.HTTP2Config{
+			MaxConcurrentStreams: maxStreams, MaxReadFrameSize: maxFrame,
+			MaxReceiveBufferPerStream: maxUpload, MaxReceiveBufferPerConnection: 4 * maxUpload,
+			SendPingTimeout: pingAfter, PingTimeout: pingTimeout, WriteByteTimeout: stuckAfter,
+		},
+		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
+			g := guestOf(c)
+			if s.ConnContext != nil {
+				if c == net.Conn(g) {
+					c = g.Conn // as the listener made it
+				}
+				ctx = s.ConnContext(ctx, c)
+			}
+			return context.WithValue(ctx, guestKey{}, g)
+		},
 	}
 
 	done := make(chan error, 1)
 	go func() {
 		if s.TLS == nil {
-			done <- srv.Serve(s.Listener)
+			done <- srv.Serve(listener)
 			return
 		}
 		srv.TLSConfig = s.TLS.Clone()
-		done <- srv.ServeTLS(s.Listener, "", "")
+		done <- srv.ServeTLS(listener, "", "")
 	}()
 	select {
 	case err := <-done:

@@ -290,41 +290,6 @@ type roundTripper func(*http.Request) (*http.Response, error)
 
 func (rt roundTripper) RoundTrip(r *http.Request) (*http.Response, error) { return rt(r) }
 
-func TestLanes(t *testing.T) {
-	l := newLanes()
-	fill := func(who string, watch, node bool) (leaves []func()) {
-		for {
-			leave := l.enter(who, watch, node)
-			if leave == nil {
-				return leaves
-			}
-			leaves = append(leaves, leave)
-		}
-	}
-	var all []func()
-	for i := 0; l.others < maxTotal; i++ {
-		got := fill(fmt.Sprintf("pod-%d", i), true, false)
-		if len(got) == 0 || len(got) > maxWatches {
-			t.Fatalf("%d watches", len(got))
-		}
-		all = append(all, got...)
-	}
-	if l.enter("late", false, false) != nil || len(l.busy) != 5 {
-		t.Errorf("one more was let in, %d callers", len(l.busy))
-	}
-	requests := fill("node", false, true)
-	watches := fill("node", true, true)
-	if len(requests) != maxRequests || len(watches) != maxWatches {
-		t.Errorf("the node has %d requests and %d watches", len(requests), len(watches))
-	}
-	for _, leave := range append(append(all, requests...), watches...) {
-		leave()
-	}
-	if len(l.busy) != 0 || l.others != 0 {
-		t.Errorf("%d callers, %d in flight, and all have left", len(l.busy), l.others)
-	}
-}
-
 // pass moves the bubble's clock and lets everything come to rest.
 func pass(d time.Duration) {
 	<-time.After(d)

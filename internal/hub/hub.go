@@ -131,6 +131,7 @@ type Hub struct {
 	tokens    memory
 	reviews   memory
 	lanes     *lanes
+	memory    *ceiling
 	metrics   *hubMetrics
 	pinned    []replica.Scope
 
@@ -153,6 +154,7 @@ func Run(ctx context.Context, cfg Config) error {
 	if err := daemon.HideMemory(); err != nil {
 		cfg.Log.Warn("a core dump could show secrets", "err", err)
 	}
+	setCeiling()
 	h, err := open(cfg) //nolint:contextcheck // it waits for the disk only
 	if err != nil {
 		return err
@@ -187,7 +189,7 @@ func open(cfg Config) (*Hub, error) {
 	if cfg.NodeName == "" {
 		return nil, errors.New("no node name given: set --node-name")
 	}
-	h := &Hub{cfg: cfg, log: cfg.Log, lanes: newLanes(), metrics: newHubMetrics(cfg.Registerer)}
+	h := &Hub{cfg: cfg, log: cfg.Log, lanes: newLanes(), memory: newCeiling(), metrics: newHubMetrics(cfg.Registerer)}
 	h.about = self{started: time.Now(), held: map[string]bool{}}
 	h.self = &identity.Caller{
 		Name: "system:node:" + cfg.NodeName, Groups: []string{"system:nodes", "system:authenticated"}, Certificate: true,
@@ -360,7 +362,9 @@ func (h *Hub) listen(ctx context.Context) ([]*httpx.Server, error) {
 		if err != nil {
 			return fail(err)
 		}
-		servers = append(servers, &httpx.Server{Listener: l, Handler: handler, TLS: tlsOfHub, Grace: stopGrace, Log: h.log})
+		servers = append(servers, &httpx.Server{
+			Listener: l, Handler: handler, TLS: tlsOfHub, Grace: stopGrace, Log: h.log, Refused: h.unconnected,
+		})
 	}
 	if h.cfg.InsecurePort > 0 {
 		l, err := bind(h.cfg.BindAddress, h.cfg.InsecurePort)
@@ -376,7 +380,7 @@ func (h *Hub) listen(ctx context.Context) ([]*httpx.Server, error) {
 	if err != nil {
 		return fail(err)
 	}
-	servers = append(servers, &httpx.Server{Listener: l, Handler: h.health(), Grace: stopGrace, Log: h.log})
+	servers = append(servers, &httpx.Server{Listener: l, Handler: h.health(), Grace: stopGrace, Log: h.log, Refused: h.unconnected})
 	if s := h.socket(ctx); s != nil {
 		servers = append(servers, s)
 	}

@@ -33,10 +33,6 @@ import (
 	"github.com/yurt-edge/yurt/internal/hub/wire"
 )
 
-// maxWrite bounds the body of a write that the hub itself reads; the API
-// server's own bound is 3 MiB.
-const maxWrite = 3 << 20
-
 // typed are the few types that the hub itself reads and writes.
 var typed = func() serializer.CodecFactory {
 	scheme := runtime.NewScheme()
@@ -51,14 +47,12 @@ var typed = func() serializer.CodecFactory {
 	return serializer.NewCodecFactory(scheme)
 }()
 
-// readBody reads a bounded body and puts it back for forwarding.
+// readBody reads a body, which limit has bounded, and puts it back for
+// forwarding.
 func readBody(r *http.Request) ([]byte, error) {
-	body, err := io.ReadAll(io.LimitReader(r.Body, maxWrite+1))
+	body, err := io.ReadAll(r.Body)
 	if err != nil {
-		return nil, apierrors.NewBadRequest(fmt.Sprintf("read body: %v", err))
-	}
-	if len(body) > maxWrite {
-		return nil, apierrors.NewRequestEntityTooLargeError(fmt.Sprintf("limit is %d bytes", maxWrite))
+		return nil, bodyError(err)
 	}
 	r.Body = io.NopCloser(bytes.NewReader(body))
 	r.ContentLength = int64(len(body))

@@ -3,17 +3,15 @@ package hub
 import (
 	"context"
 	"errors"
-	"fmt"
 	"net/http"
-	"runtime"
 	"runtime/debug"
 	"slices"
 	"strings"
-	"sync"
 
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apiserver/pkg/authentication/user"
 
+	"github.com/yurt-edge/yurt/internal/daemon"
 	"github.com/yurt-edge/yurt/internal/httpx"
 	"github.com/yurt-edge/yurt/internal/hub/identity"
 	"github.com/yurt-edge/yurt/internal/hub/journal"
@@ -30,7 +28,7 @@ type authenticate func(*http.Request) (*identity.Caller, error)
 func (h *Hub) handler(life context.Context, who authenticate) http.Handler {
 	var handler http.Handler = http.HandlerFunc(h.route)
 	for _, stage := range []func(http.Handler) http.Handler{ // innermost first
-		h.limit(life),   // one caller cannot starve the others
+		h.limit(life),   // one caller cannot starve the others: see limit.go
 		h.resolve,       // everything below reads request.From(ctx)
 		h.identify(who), // nobody unknown gets any further
 		h.observe,       // counts what the client got, refusals too
@@ -43,6 +41,8 @@ func (h *Hub) handler(life context.Context, who authenticate) http.Handler {
 
 func (h *Hub) survive(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		guard := httpx.Protect(w, r, answerPatience)
+		defer guard.End()
 		defer func() {
 			cause := recover()
 			if cause == nil {
@@ -52,22 +52,14 @@ func (h *Hub) survive(next http.Handler) http.Handler {
 				panic(cause) // the way to break off an answer
 			}
 			h.metrics.panics.Inc()
-			h.log.Error("request panicked", "path", r.URL.Path, "cause", causeOf(cause), "stack", string(debug.Stack()))
-			httpx.WriteStatus(w, r, apierrors.NewInternalError(errors.New("the hub failed on this request")))
+			h.log.Error("request panicked", "path", r.URL.Path, "cause", daemon.PanicCause(cause), "stack", string(debug.Stack()))
+			if guard.Begun() {
+				panic(http.ErrAbortHandler) // half an answer must not look whole
+			}
+			httpx.WriteStatus(guard, r, apierrors.NewInternalError(errors.New("the hub failed on this request")))
 		}()
-		next.ServeHTTP(w, r)
+		next.ServeHTTP(guard, r)
 	})
-}
-
-// causeOf describes what was panicked with. Only the runtime's own errors are
-// known to quote nothing of the request.
-func causeOf(cause any) string {
-	if err, ok := cause.(error); ok {
-		if fault, ok := errors.AsType[runtime.Error](err); ok {
-			return fault.Error()
-		}
-	}
-	return fmt.Sprintf("%T", cause)
 }
 
 func (h *Hub) observe(next http.Handler) http.Handler {
@@ -92,6 +84,9 @@ func (h *Hub) identify(who authenticate) func(http.Handler) http.Handler {
 				httpx.WriteStatus(w, r, forbidden("the hub does not impersonate for callers with a client certificate; use a token"))
 				return
 			}
+			if h.isNode(caller) {
+				httpx.KeepConn(r.Context())
+			}
 			next.ServeHTTP(w, r.WithContext(withCaller(r.Context(), caller)))
 		})
 	}
@@ -115,6 +110,10 @@ func impersonates(r *http.Request) bool {
 
 func (h *Hub) resolve(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if len(r.RequestURI) > maxURL {
+			h.refuse(w, r, "url", tooLong())
+			return
+		}
 		info, err := request.Resolve(r)
 		if err != nil {
 			httpx.WriteStatus(w, r, apierrors.NewBadRequest(err.Error()))
@@ -122,82 +121,6 @@ func (h *Hub) resolve(next http.Handler) http.Handler {
 		}
 		next.ServeHTTP(w, r.WithContext(request.With(r.Context(), info)))
 	})
-}
-
-// lanes bound the requests in flight per caller. The node's own lane cannot
-// be filled by anybody else.
-type lanes struct {
-	mu     sync.Mutex // guards the following
-	busy   map[string]*lane
-	others int // in flight for all callers but the node
-}
-
-type lane struct{ requests, watches int }
-
-const (
-	maxRequests = 200  // in flight per caller, other than watches
-	maxWatches  = 1000 // per caller
-	maxTotal    = 5000 // for all callers but the node
-)
-
-func newLanes() *lanes { return &lanes{busy: map[string]*lane{}} }
-
-// enter takes a place and returns the function that gives it back, or nil
-// when there is none.
-func (l *lanes) enter(who string, watch, node bool) (leave func()) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	b := l.busy[who]
-	if b == nil {
-		b = &lane{}
-	}
-	n, limit := &b.requests, maxRequests
-	if watch {
-		n, limit = &b.watches, maxWatches
-	}
-	if *n >= limit || (!node && l.others >= maxTotal) {
-		return nil
-	}
-	l.busy[who] = b
-	*n++
-	if !node {
-		l.others++
-	}
-	return func() {
-		l.mu.Lock()
-		defer l.mu.Unlock()
-		*n--
-		if !node {
-			l.others--
-		}
-		if *b == (lane{}) {
-			delete(l.busy, who)
-		}
-	}
-}
-
-//nolint:contextcheck // life ends what r's own context does not
-func (h *Hub) limit(life context.Context) func(http.Handler) http.Handler {
-	return func(next http.Handler) http.Handler {
-		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			caller, info := callerFrom(r.Context()), request.From(r.Context())
-			long := info.Verb == "watch" || info.Upgrade || info.Subresource == "log"
-			leave := h.lanes.enter(caller.Name, long, h.isNode(caller))
-			if leave == nil {
-				h.metrics.refused.WithLabelValues("limit").Inc()
-				httpx.WriteStatus(w, r, apierrors.NewTooManyRequests("too many requests of this caller are in flight", 1))
-				return
-			}
-			defer leave()
-			if long {
-				ctx, cancel := context.WithCancel(r.Context())
-				defer cancel()
-				defer context.AfterFunc(life, cancel)()
-				r = r.WithContext(ctx)
-			}
-			next.ServeHTTP(w, r)
-		})
-	}
 }
 
 // isNode reports whether the caller is this node's own user: the kubelet. The

@@ -213,6 +213,9 @@ func (q *query) many() error {
 	if err := q.validate(); err != nil {
 		return err
 	}
+	if complicated(q.info) {
+		return errCloud
+	}
 	if q.info.Verb == "list" {
 		return q.list()
 	}
@@ -242,6 +245,26 @@ func (q *query) validate() error {
 // While the cloud is away the replica's table shows names and ages.
 func (q *query) cloudPrints(custom bool) bool {
 	return custom && q.formats[0].View == request.Table && q.hub.link.Online() && !q.caller.Local
+}
+
+// The replica looks at each object with each requirement of a selector, and
+// compares selectors with those of its scopes. What is more complicated than
+// any client's is left to the cloud.
+const (
+	maxSelector     = 4 << 10
+	maxRequirements = 32
+)
+
+func complicated(info request.Info) bool {
+	requirements, size := 0, 0
+	if s := info.Options.LabelSelector; s != nil {
+		all, _ := s.Requirements()
+		requirements, size = len(all), len(s.String())
+	}
+	if s := info.Options.FieldSelector; s != nil {
+		requirements, size = requirements+len(s.Requirements()), size+len(s.String())
+	}
+	return requirements > maxRequirements || size > maxSelector
 }
 
 func (q *query) version() (uint64, error) {
@@ -466,7 +489,7 @@ func (q *query) open(scope replica.Scope) (*replica.Slice, error) {
 	defer cancel()
 	if q.hub.isNode(q.caller) {
 		// What this user may read the stream will show.
-		return q.hub.replica.Open(ctx, scope, replica.Credential{})
+		return q.hub.replica.Open(ctx, scope, replica.Credential{}, "")
 	}
 	// Whoever is informed of this will want to read it in other ways while
 	// the cloud is away; what they may is asked while there is somebody to
@@ -491,11 +514,11 @@ func (q *query) open(scope replica.Scope) (*replica.Slice, error) {
 	case !allowed[list] || !allowed[watch]:
 		return nil, errCloud // whose refusal is the right one
 	case own[list] && own[watch]:
-		return q.hub.replica.Open(ctx, scope, replica.Credential{})
+		return q.hub.replica.Open(ctx, scope, replica.Credential{}, laneOf(q.caller))
 	case q.caller.Certificate:
 		return nil, errCloud // a certificate cannot be passed on
 	}
-	return q.hub.replica.Open(ctx, scope, replica.Credential{Token: q.caller.Token})
+	return q.hub.replica.Open(ctx, scope, replica.Credential{Token: q.caller.Token}, laneOf(q.caller))
 }
 
 // informing are the verbs of a caller that is informed of something: the

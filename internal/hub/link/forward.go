@@ -11,6 +11,7 @@ import (
 	"net/url"
 	"strings"
 	"sync"
+	"sync/atomic"
 
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -39,8 +40,12 @@ func AsBearer() Credential { return Credential{cred: bearer, set: true} }
 // as u. Whether the hub may is for the API server's RBAC to say.
 func AsUser(u user.Info) Credential { return Credential{cred: node, set: true, user: u} }
 
-// KeepLimit is the largest body that Forward holds for a Keep.
-const KeepLimit = 4 << 20
+// KeepLimit is the largest body that Forward holds for a Keep, and keepTotal
+// what it holds of all that are on the way. What does not fit passes unkept.
+const (
+	KeepLimit = 4 << 20
+	keepTotal = 32 << 20
+)
 
 // Keep is asked about each response once its header has come in, before
 // the client gets it. It returns nil to let the body pass, or a function to
@@ -102,7 +107,9 @@ func (l *Link) reply(w http.ResponseWriter, r *http.Request, resp *http.Response
 			panic(http.ErrAbortHandler)
 		}
 	}
-	body, whole, err := copyBody(w, resp.Body, flush, kept != nil)
+	held := &hold{total: &l.held, on: kept != nil}
+	defer held.release()
+	err := copyBody(w, resp.Body, flush, held)
 	if err != nil {
 		if !errors.Is(err, errClient) {
 			_ = l.blame(r.Context(), nil, server, err)
@@ -110,9 +117,34 @@ func (l *Link) reply(w http.ResponseWriter, r *http.Request, resp *http.Response
 		panic(http.ErrAbortHandler)
 	}
 	maps.Copy(h, resp.Trailer)
-	if kept != nil && whole {
-		kept(body)
+	if held.on {
+		kept(held.body)
 	}
+}
+
+// hold is what is kept of a body on its way.
+type hold struct {
+	total *atomic.Int64 // of all holds
+	on    bool          // all that has come so far is in body
+	body  []byte
+}
+
+func (h *hold) add(p []byte) {
+	if !h.on {
+		return
+	}
+	n := int64(len(p))
+	if h.total.Add(n) > keepTotal || len(h.body)+len(p) > KeepLimit {
+		h.total.Add(-n)
+		h.release()
+		return
+	}
+	h.body = append(h.body, p...)
+}
+
+func (h *hold) release() {
+	h.total.Add(-int64(len(h.body)))
+	h.on, h.body = false, nil
 }
 
 // errClient says that the client would not take more of a body.
@@ -123,34 +155,27 @@ type copyBuffer [32 << 10]byte
 
 var copyBuffers = sync.Pool{New: func() any { return new(copyBuffer) }}
 
-// copyBody copies src to dst, calling flush after each write, and returns
-// the body if it is asked to keep it and it is no larger than KeepLimit.
-func copyBody(dst io.Writer, src io.Reader, flush func() error, keep bool) (body []byte, whole bool, err error) {
+// copyBody copies src to dst, calling flush after each write, and adds it to
+// held.
+func copyBody(dst io.Writer, src io.Reader, flush func() error, held *hold) error {
 	buf := copyBuffers.Get().(*copyBuffer) //nolint:errcheck // The pool holds nothing else.
 	defer copyBuffers.Put(buf)
-	whole = keep
 	for {
 		n, readErr := src.Read(buf[:])
 		if n > 0 {
-			if whole {
-				if whole = len(body)+n <= KeepLimit; whole {
-					body = append(body, buf[:n]...)
-				} else {
-					body = nil
-				}
-			}
+			held.add(buf[:n])
 			if _, err := dst.Write(buf[:n]); err != nil {
-				return nil, false, fmt.Errorf("%w: %w", errClient, err)
+				return fmt.Errorf("%w: %w", errClient, err)
 			}
 			if err := flush(); err != nil {
-				return nil, false, fmt.Errorf("%w: %w", errClient, err)
+				return fmt.Errorf("%w: %w", errClient, err)
 			}
 		}
 		if readErr == io.EOF {
-			return body, whole, nil
+			return nil
 		}
 		if readErr != nil {
-			return nil, false, readErr
+			return readErr
 		}
 	}
 }
@@ -290,10 +315,23 @@ func joinPath(base, u *url.URL) (path, rawPath string) {
 	return joined.Path, joined.RawPath
 }
 
+// clientError returns what is wrong with the request's own body, as its reader
+// said; nil: nothing is.
+func clientError(err error) error {
+	if status := apierrors.APIStatus(nil); errors.As(err, &status) {
+		return err
+	}
+	return nil
+}
+
 // refuse replies with the Status that err of a request comes to.
 func refuse(w http.ResponseWriter, r *http.Request, err error) {
 	if r.Context().Err() != nil {
 		panic(http.ErrAbortHandler) // nobody listens any more
+	}
+	if refused := clientError(err); refused != nil {
+		httpx.WriteStatus(w, r, refused)
+		return
 	}
 	var noConn *dialError
 	var noCred *credentialError

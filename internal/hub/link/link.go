@@ -68,8 +68,9 @@ type Link struct {
 	turn    atomic.Uint32 // round robin
 	traffic [2]Traffic    // by credential: bearer, node
 	lanes   atomic.Pointer[lanes]
-	tunnels registry    // upgraded connections
-	up      atomic.Bool // copy of tracker.state.Up for the hot path
+	tunnels registry     // upgraded connections
+	held    atomic.Int64 // bytes of bodies kept on their way
+	up      atomic.Bool  // copy of tracker.state.Up for the hot path
 
 	// shortHTTP2 is for the benchmark that chose HTTP/1.1.
 	shortHTTP2 bool

@@ -399,7 +399,7 @@ func (l *Link) send(req *http.Request, cred credential, stream bool) (*http.Resp
 func (l *Link) blame(ctx context.Context, s *lanes, i int, err error) error {
 	var cred *credentialError
 	switch {
-	case ctx.Err() != nil, errors.As(err, &cred):
+	case ctx.Err() != nil, errors.As(err, &cred), clientError(err) != nil:
 		return err
 	case s != nil && s.isDead():
 		if errors.Is(err, ErrDown) {

@@ -115,7 +115,7 @@ func (b *bed) restart() {
 // sync opens a scope and waits until it is held.
 func (b *bed) sync(scope Scope) *Slice {
 	b.t.Helper()
-	sl, err := b.Open(b.t.Context(), scope, Credential{})
+	sl, err := b.Open(b.t.Context(), scope, Credential{}, "")
 	if err != nil {
 		b.t.Fatal(err)
 	}

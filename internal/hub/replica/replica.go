@@ -18,6 +18,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -45,6 +46,11 @@ const (
 	idleEvery  = time.Minute
 
 	defaultMaxScopes = 1024
+	// ownScopes bounds the scopes that one caller has opened, and half of
+	// all that others than the node have.
+	ownScopes = 64
+	// unusedAfter is how long a scope must be out of use to make place.
+	unusedAfter = time.Minute
 )
 
 // Config is what a replica needs.
@@ -71,6 +77,8 @@ type Replica struct {
 
 	mu      sync.Mutex // guards the following
 	streams map[Scope]*stream
+
+	windows atomic.Int64 // bytes of all watch windows
 }
 
 // New loads the scopes that the store holds. They can be read at once; Run
@@ -88,7 +96,7 @@ func New(cfg Config) (*Replica, error) {
 		return nil, err
 	}
 	for _, p := range positions {
-		s := newSet(cfg.Store, p.Scope, cfg.Overlay)
+		s := r.newSet(p.Scope)
 		if err := s.load(p); err != nil {
 			return nil, err
 		}
@@ -252,11 +260,17 @@ func (r *Replica) retire(ctx context.Context) {
 	r.metrics.scopes.Set(float64(len(r.streams)))
 	r.mu.Unlock()
 	for _, st := range drop {
-		st.stop()
-		if err := st.set.retire(ctx); err != nil {
-			r.metrics.storeErrors.Inc()
-			r.cfg.Log.Error("store write failed", "scope", st.set.id, "err", err)
-		}
+		r.drop(ctx, st)
+	}
+}
+
+// drop ends a stream that is off the list, and takes its data out of the
+// store.
+func (r *Replica) drop(ctx context.Context, st *stream) {
+	st.stop()
+	if err := st.set.retire(ctx); err != nil {
+		r.metrics.storeErrors.Inc()
+		r.cfg.Log.Error("store write failed", "scope", st.set.id, "err", err)
 	}
 }
 
@@ -281,7 +295,7 @@ func (s *set) idle() time.Duration {
 
 // Pin holds a scope for good, by the hub's own credential.
 func (r *Replica) Pin(scope Scope) error {
-	st, err := r.stream(scope)
+	st, err := r.stream(scope, "")
 	if err != nil {
 		return err
 	}
@@ -295,31 +309,97 @@ func (r *Replica) Pin(scope Scope) error {
 // ErrFull means that the replica holds as many scopes as it may.
 var ErrFull = errors.New("the replica holds as many scopes as it may")
 
-func (r *Replica) stream(scope Scope) (*stream, error) {
+func (r *Replica) newSet(scope Scope) *set {
+	s := newSet(r.cfg.Store, scope, r.cfg.Overlay)
+	s.window.total = &r.windows
+	return s
+}
+
+// stream returns the scope's stream, a new one if need be. A caller's scope
+// may take the place of one that nobody uses: of its own when it has as many
+// as it may, else of any caller's.
+func (r *Replica) stream(scope Scope, owner string) (*stream, error) {
 	r.mu.Lock()
-	defer r.mu.Unlock()
 	if st, ok := r.streams[scope]; ok {
+		r.mu.Unlock()
 		return st, nil
 	}
-	if len(r.streams) >= r.cfg.MaxScopes || len(r.start) == cap(r.start) {
-		return nil, ErrFull
+	victim, err := r.makePlaceLocked(owner)
+	if err == nil && len(r.start) == cap(r.start) {
+		err = ErrFull
 	}
-	st := newStream(newSet(r.cfg.Store, scope, r.cfg.Overlay), r.cfg.Upstream, r.cfg.Log, r.metrics)
+	if err != nil {
+		r.mu.Unlock()
+		return nil, err
+	}
+	if victim != nil {
+		delete(r.streams, victim.set.scope)
+	}
+	st := newStream(r.newSet(scope), r.cfg.Upstream, r.cfg.Log, r.metrics)
+	st.owner = owner
 	r.streams[scope] = st
 	r.start <- st
 	r.metrics.scopes.Set(float64(len(r.streams)))
+	r.mu.Unlock()
+	if victim != nil {
+		ctx, cancel := context.WithTimeout(context.Background(), retireBudget)
+		defer cancel()
+		r.drop(ctx, victim)
+	}
 	return st, nil
+}
+
+// retireBudget bounds the wait for the disk when a scope makes place.
+const retireBudget = 5 * time.Second
+
+// makePlaceLocked returns the stream that makes place for one more of the
+// owner; nil: there is place.
+func (r *Replica) makePlaceLocked(owner string) (*stream, error) {
+	var own, owned int
+	for _, st := range r.streams {
+		if st.owner != "" {
+			owned++
+			if st.owner == owner {
+				own++
+			}
+		}
+	}
+	var may func(*stream) bool
+	switch {
+	case owner != "" && own >= min(ownScopes, r.cfg.MaxScopes/2):
+		may = func(st *stream) bool { return st.owner == owner }
+	case owner != "" && owned >= r.cfg.MaxScopes/2:
+		may = func(st *stream) bool { return st.owner != "" }
+	case len(r.streams) >= r.cfg.MaxScopes:
+		may = func(st *stream) bool { return st.owner != "" || owner == "" }
+	default:
+		return nil, nil
+	}
+	var (
+		victim *stream
+		most   = unusedAfter
+	)
+	for _, st := range r.streams {
+		if idle := st.set.idle(); !st.pinned && may(st) && idle > most {
+			victim, most = st, idle
+		}
+	}
+	if victim == nil {
+		return nil, ErrFull
+	}
+	return victim, nil
 }
 
 // Open returns the scope for a caller that may read it, and starts to follow
 // it with the credential if nobody did. It waits until the scope is synced
-// or ctx ends.
-func (r *Replica) Open(ctx context.Context, scope Scope, c Credential) (*Slice, error) {
+// or ctx ends. The owner answers for the scope's place; "" is the node, whose
+// scopes nobody else's can crowd out.
+func (r *Replica) Open(ctx context.Context, scope Scope, c Credential, owner string) (*Slice, error) {
 	if held, ok := r.Held(scope); ok {
 		held.Touch()
 		return held, nil
 	}
-	st, err := r.streamFor(scope)
+	st, err := r.streamFor(scope, owner)
 	if err != nil {
 		return nil, err
 	}
@@ -347,7 +427,7 @@ func (r *Replica) Open(ctx context.Context, scope Scope, c Credential) (*Slice, 
 
 // streamFor returns the stream of the scope; while a wider one that is there
 // for good still syncs, that one, so that nothing is fetched twice.
-func (r *Replica) streamFor(scope Scope) (*stream, error) {
+func (r *Replica) streamFor(scope Scope, owner string) (*stream, error) {
 	r.mu.Lock()
 	for wide, st := range r.streams {
 		if st.pinned && wide.covers(scope) {
@@ -356,7 +436,7 @@ func (r *Replica) streamFor(scope Scope) (*stream, error) {
 		}
 	}
 	r.mu.Unlock()
-	return r.stream(scope)
+	return r.stream(scope, owner)
 }
 
 // Slice is what a held scope holds for one, possibly narrower, scope.

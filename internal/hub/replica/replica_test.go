@@ -9,12 +9,14 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/runtime/schema"
+	"k8s.io/apimachinery/pkg/watch"
 
 	"github.com/yurt-edge/yurt/internal/hub/store"
 )
@@ -309,7 +311,7 @@ func TestFaultsOfTheWay(t *testing.T) {
 				}
 				b.cloud.setFault(f)
 				for range 2 { // the first may be told of the failure
-					if _, err := b.Open(t.Context(), configMaps, Credential{}); err == nil {
+					if _, err := b.Open(t.Context(), configMaps, Credential{}, ""); err == nil {
 						break
 					} else if t.Context().Err() != nil {
 						t.Fatal(err)
@@ -516,13 +518,128 @@ func TestFull(t *testing.T) {
 		defer func() { b.stop() }()
 		b.sync(configMaps)
 		b.sync(widgets)
-		if _, err := b.Open(t.Context(), pods, Credential{}); !errors.Is(err, ErrFull) {
+		if _, err := b.Open(t.Context(), pods, Credential{}, ""); !errors.Is(err, ErrFull) {
 			t.Errorf("a third scope: %v", err)
 		}
 		b.restart()
 		b.current(b.held(widgets))
 		b.sync(configMaps)
 	})
+}
+
+// TestScopesOfOneCaller fills the room of one caller: what it does not use
+// makes place, others have their own, and the node's are untouched.
+func TestScopesOfOneCaller(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBed(t, func(c *Config) { c.MaxScopes = 8 })
+		defer func() { b.stop() }()
+		named := func(who string, i int) Scope {
+			s := configMaps
+			s.Fields = fmt.Sprintf("metadata.name=%s-%d", who, i)
+			return s
+		}
+		open := func(who string, i int) error {
+			_, err := b.Open(t.Context(), named(who, i), Credential{}, who)
+			return err
+		}
+		b.sync(pods) // the node's
+		for i := range 4 {
+			if err := open("flood", i); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := open("flood", 4); !errors.Is(err, ErrFull) {
+			t.Errorf("a caller has more than it may, all in use: %v", err)
+		}
+		if err := open("other", 0); !errors.Is(err, ErrFull) {
+			t.Errorf("callers have more than half of all, all in use: %v", err)
+		}
+		for i := range 3 { // the node's own half
+			if _, err := b.Open(t.Context(), named("node", i), Credential{}, ""); err != nil {
+				t.Fatal(err)
+			}
+		}
+		c := b.watch(b.held(named("flood", 1)), 0)
+		pass(unusedAfter + time.Second)
+		b.held(named("flood", 2)).Touch()
+		if err := open("other", 0); err != nil {
+			t.Fatalf("nothing made place: %v", err)
+		}
+		pass(unusedAfter + time.Second)
+		if err := open("flood", 5); err != nil {
+			t.Fatalf("nothing made place: %v", err)
+		}
+		for scope, want := range map[Scope]bool{pods: true, named("flood", 1): true, named("node", 0): true, named("flood", 5): true} {
+			if _, ok := b.Held(scope); ok != want {
+				t.Errorf("%s is held: %t, want %t", scope.ID(), ok, want)
+			}
+		}
+		held := 0
+		for i := range 6 {
+			if _, ok := b.Held(named("flood", i)); ok {
+				held++
+			}
+		}
+		if held > 4 || c.isClosed() {
+			t.Errorf("a caller holds %d scopes; its watch ended: %t", held, c.isClosed())
+		}
+	})
+}
+
+// TestAPanicCostsOneAttempt has the upstream's answer trip over a bug once.
+func TestAPanicCostsOneAttempt(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBed(t, func(c *Config) { c.Upstream = &tripping{Upstream: c.Upstream} })
+		defer func() { b.stop() }()
+		b.cloud.put("configmaps", "a", "one", "1", nil)
+		if _, err := b.Open(t.Context(), configMaps, Credential{}, ""); err == nil || !strings.Contains(err.Error(), "panic") {
+			t.Errorf("the attempt that panicked: %v", err)
+		}
+		b.current(b.sync(configMaps))
+	})
+}
+
+// tripping panics at the first request.
+type tripping struct {
+	Upstream
+	once sync.Once
+}
+
+func (u *tripping) Node() http.RoundTripper {
+	u.once.Do(func() { panic("a bug") })
+	return u.Upstream.Node()
+}
+
+func TestWindowsShareABound(t *testing.T) {
+	t.Parallel()
+	var total atomic.Int64
+	windows := make([]window, 100)
+	for i := range windows {
+		windows[i].total = &total
+	}
+	version, object := uint64(0), make([]byte, 64<<10)
+	for range 100 {
+		for i := range windows {
+			version++
+			windows[i].add(newEvent(watch.Modified, "key", nil, nil, Kind{}, object), version)
+		}
+	}
+	sum := 0
+	for i := range windows {
+		sum += windows[i].bytes
+		if len(windows[i].events) == 0 {
+			t.Fatal("a window kept nothing")
+		}
+	}
+	if most := windowsTotal + len(windows)*windowLeast; int64(sum) != total.Load() || sum > most {
+		t.Errorf("windows hold %d bytes, counted %d, may hold %d", sum, total.Load(), most)
+	}
+	for i := range windows {
+		windows[i].reset()
+	}
+	if total.Load() != 0 {
+		t.Errorf("%d bytes are counted of empty windows", total.Load())
+	}
 }
 
 func TestCredentials(t *testing.T) {
@@ -550,7 +667,7 @@ func TestCredentials(t *testing.T) {
 	open := func(t *testing.T, b *bed, token string) error {
 		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 		defer cancel()
-		_, err := b.Open(ctx, configMaps, Credential{Token: token})
+		_, err := b.Open(ctx, configMaps, Credential{Token: token}, "")
 		return err
 	}
 	run("a refused one does not keep the next out", func(t *testing.T, b *bed) {
@@ -666,7 +783,7 @@ func TestOpenGivesUpInTime(t *testing.T) {
 		b.cloud.setFault(func(string, int, string) *fault { return &fault{hang: true} })
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()
-		if _, err := b.Open(ctx, configMaps, Credential{}); !errors.Is(err, context.DeadlineExceeded) {
+		if _, err := b.Open(ctx, configMaps, Credential{}, ""); !errors.Is(err, context.DeadlineExceeded) {
 			t.Error(err)
 		}
 		b.cloud.setFault(func(string, int, string) *fault { return &fault{status: 404} })
@@ -674,7 +791,7 @@ func TestOpenGivesUpInTime(t *testing.T) {
 		b.cloud.heal()
 		for range 5 { // nobody waits for a pause between two tries
 			began := time.Now()
-			if _, err := b.Open(t.Context(), widgets, Credential{}); !errors.Is(err, errAbsent) {
+			if _, err := b.Open(t.Context(), widgets, Credential{}, ""); !errors.Is(err, errAbsent) {
 				t.Error(err)
 			}
 			if took := time.Since(began); took > time.Second {

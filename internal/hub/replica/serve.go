@@ -17,6 +17,7 @@ import (
 
 	"github.com/yurt-edge/yurt/internal/hub/request"
 	"github.com/yurt-edge/yurt/internal/hub/table"
+	"github.com/yurt-edge/yurt/internal/hub/turn"
 	"github.com/yurt-edge/yurt/internal/hub/wire"
 )
 
@@ -41,9 +42,9 @@ const (
 
 	// chunk is how much of an answer is collected before it is written.
 	chunk = 32 << 10
-	// writeBudget is how long a client may take for a chunk before it
-	// counts as stuck.
-	writeBudget = 30 * time.Second
+	// maxPretty bounds the answers that are indented for people, which must
+	// be whole for that.
+	maxPretty = 1 << 20
 
 	// awaitBudget is how long a watch that begins with all objects waits for
 	// the replica to reach the resource version it asks for.
@@ -150,7 +151,8 @@ func (f form) contentType(watching bool) string {
 	return "application/json"
 }
 
-// writer collects an answer in chunks and gives up on clients that are stuck.
+// writer collects an answer in chunks. How long a client may take for one is
+// for the ResponseWriter to bound.
 type writer struct {
 	http.ResponseWriter
 	control *http.ResponseController
@@ -158,6 +160,17 @@ type writer struct {
 	form    form
 	started bool
 	streams bool // each chunk is wanted at once
+
+	// ticket is given up while the client is waited for; nil: there is no
+	// turn to give up.
+	ticket *turn.Ticket
+	ctx    context.Context //nolint:containedctx // of the request, for the ticket
+}
+
+// begin takes a turn for the work that fills the writer. The caller ends it.
+func (w *writer) begin(ctx context.Context) error {
+	w.ticket, w.ctx = turn.From(ctx), ctx
+	return w.ticket.Begin(ctx)
 }
 
 func newWriter(w http.ResponseWriter, f form) *writer {
@@ -175,21 +188,19 @@ func (w *writer) start(watching bool) {
 	}
 }
 
-// flush writes what was collected. The deadline is renewed per chunk, so a
-// slow client is served and a stuck one is not.
+// flush writes what was collected.
 func (w *writer) flush() error {
 	if len(w.buf) == 0 {
 		return nil
 	}
-	// Not every ResponseWriter has deadlines; tests' recorders do not. Over
-	// HTTP/2 a deadline that passes ends the stream even when nothing is
-	// being written, so it stands only while something is.
-	_ = w.control.SetWriteDeadline(time.Now().Add(writeBudget))
+	working := w.ticket.End()
 	_, err := w.Write(w.buf)
 	if err == nil && w.streams {
 		err = w.control.Flush()
 	}
-	_ = w.control.SetWriteDeadline(time.Time{})
+	if err == nil && working {
+		err = w.ticket.Begin(w.ctx)
+	}
 	if cap(w.buf) > 1<<20 {
 		w.buf = nil
 	}
@@ -403,6 +414,10 @@ func (sl *Slice) List(w http.ResponseWriter, r *http.Request, formats []request.
 		return err
 	}
 	out := newWriter(w, f)
+	if err := out.begin(r.Context()); err != nil {
+		return err
+	}
+	defer out.ticket.End()
 	if f.View == request.Table {
 		return sl.listTable(v, out)
 	}
@@ -426,13 +441,7 @@ func (sl *Slice) List(w http.ResponseWriter, r *http.Request, formats []request.
 		}
 		out.buf = wire.AppendItem(out.buf, f.Encoding, first, scratch)
 		first = false
-		if len(out.buf) < chunk || f.pretty {
-			return nil
-		}
-		if !out.started {
-			out.start(false)
-		}
-		return abort(out.flush())
+		return out.piece()
 	})
 	if err != nil {
 		if out.started {
@@ -441,10 +450,27 @@ func (sl *Slice) List(w http.ResponseWriter, r *http.Request, formats []request.
 		return err
 	}
 	out.buf = wire.AppendListEnd(out.buf, f.Encoding, header)
-	if !out.started {
-		return out.whole()
+	return out.last()
+}
+
+// piece sends what was collected of a longer answer, if it is enough.
+func (w *writer) piece() error {
+	if len(w.buf) < chunk || (w.form.pretty && !w.started && len(w.buf) < maxPretty) {
+		return nil
 	}
-	return abort(out.flush())
+	if !w.started {
+		w.start(false)
+	}
+	return abort(w.flush())
+}
+
+// last sends the end of an answer.
+func (w *writer) last() error {
+	w.ticket.End()
+	if !w.started {
+		return w.whole()
+	}
+	return abort(w.flush())
 }
 
 // measure returns the bytes that the items will take, which Protobuf wants
@@ -490,16 +516,27 @@ func (s *set) opaqueTo(f form) error {
 func (sl *Slice) listTable(v *view, out *writer) error {
 	b := table.New(v.kind.APIVersion, v.kind.Kind, wire.ListHeader{Version: v.version})
 	err := v.each(sl.match, func(_ string, _ *entry, data []byte) error {
-		return b.Add(v.kind.Encoding, data, out.form.include)
+		err := b.Add(v.kind.Encoding, data, out.form.include)
+		if err != nil || b.Size() < chunk {
+			return err
+		}
+		if out.buf, err = b.AppendRows(out.buf); err != nil {
+			return err
+		}
+		return out.piece()
 	})
 	if err == nil {
 		out.buf, err = b.AppendJSON(out.buf)
 	}
 	if err != nil {
-		return v.set.note(fmt.Errorf("print %s: %w", v.set.id, err))
+		err = v.set.note(fmt.Errorf("print %s: %w", v.set.id, err))
+		if out.started {
+			return abort(err)
+		}
+		return err
 	}
 	out.buf = append(out.buf, '\n')
-	return out.whole()
+	return out.last()
 }
 
 // watchStart is where a watch begins.
@@ -538,7 +575,7 @@ func (sl *Slice) Watch(w http.ResponseWriter, r *http.Request, info request.Info
 	out := newWriter(w, f)
 	out.start(true)
 	watcher := &watcher{slice: sl, out: out, bookmarks: info.Options.AllowWatchBookmarks}
-	err = watcher.initial(start)
+	err = watcher.initial(r.Context(), start)
 	if start.view != nil {
 		start.view.Close()
 	}
@@ -626,8 +663,12 @@ type watcher struct {
 	tables    int // tables sent: only the first names its columns
 }
 
-func (w *watcher) initial(start watchStart) error {
+func (w *watcher) initial(ctx context.Context, start watchStart) error {
 	if start.view != nil {
+		if err := w.out.begin(ctx); err != nil {
+			return err
+		}
+		defer w.out.ticket.End()
 		err := start.view.each(w.slice.match, func(_ string, _ *entry, data []byte) error {
 			return w.send(watch.Added, data, nil)
 		})

@@ -12,6 +12,7 @@ import (
 	"mime"
 	"net/http"
 	"net/url"
+	"runtime/debug"
 	"slices"
 	"strconv"
 	"sync"
@@ -20,6 +21,7 @@ import (
 
 	"k8s.io/apimachinery/pkg/watch"
 
+	"github.com/yurt-edge/yurt/internal/daemon"
 	"github.com/yurt-edge/yurt/internal/hub/wire"
 )
 
@@ -77,7 +79,8 @@ type stream struct {
 	ended      bool          // the stream was dropped
 	end        func()        // ends supervise; nil before it runs
 
-	pinned bool // guarded by the replica's mu: never paused
+	pinned bool   // guarded by the replica's mu: never paused
+	owner  string // who opened it; "": the node, or a former life of the hub
 }
 
 // attempt is one try to make the set current.
@@ -273,7 +276,7 @@ func (st *stream) supervise(ctx context.Context) {
 			return
 		}
 		started := time.Now()
-		err = st.follow(ctx, credential)
+		err = st.attempted(ctx, credential)
 		if ctx.Err() != nil {
 			return
 		}
@@ -327,6 +330,20 @@ func (st *stream) supervise(ctx context.Context) {
 			wait.sleep(ctx, 0, st.hurried)
 		}
 	}
+}
+
+// attempted is follow, but that a panic is an error of this attempt only: an
+// object that this hub has a bug with must not cost the node all the others.
+// The set is listed anew then.
+func (st *stream) attempted(ctx context.Context, c Credential) (err error) {
+	defer func() {
+		if cause := recover(); cause != nil {
+			st.log.Error("stream panicked", "cause", daemon.PanicCause(cause), "stack", string(debug.Stack()))
+			st.forget()
+			err = fmt.Errorf("follow %s: panic: %s", st.set.id, daemon.PanicCause(cause))
+		}
+	}()
+	return st.follow(ctx, c)
 }
 
 // backoff is a bounded, jittered, growing wait.

@@ -3,6 +3,7 @@ package replica
 import (
 	"sort"
 	"sync"
+	"sync/atomic"
 
 	"k8s.io/apimachinery/pkg/watch"
 
@@ -17,6 +18,10 @@ const (
 	// relist, or what the cloud sends after a cut, comes faster than clients
 	// read.
 	windowMost = 16 << 20
+	// windowsTotal bounds all windows. Beyond it each keeps windowLeast, and
+	// no more than windowBytes for watchers that are slow.
+	windowsTotal = 64 << 20
+	windowLeast  = 128 << 10
 	// eventBytes is what an event takes beside its objects.
 	eventBytes = 1 << 10
 	// maxGaps bounds the relists that a window remembers.
@@ -111,7 +116,8 @@ type window struct {
 	// lost is the newest version of a history that the cloud took back (it
 	// was restored from a backup). What is above the set's own version and
 	// not above lost is of that history.
-	lost uint64
+	lost  uint64
+	total *atomic.Int64 // bytes of all windows of the replica; nil: not counted
 	// taken are the sequence numbers that watchers want next.
 	taken map[*watcher]uint64
 }
@@ -130,19 +136,36 @@ func (w *window) add(e *event, position uint64) {
 	e.seq, e.position = w.next, position
 	w.next++
 	w.events = append(w.events, e)
-	w.bytes += e.size()
+	w.grow(e.size())
 	w.trim()
+}
+
+func (w *window) grow(n int) {
+	w.bytes += n
+	if w.total != nil {
+		w.total.Add(int64(n))
+	}
+}
+
+// bounds returns what the window may keep, and what while a watcher has yet to
+// take it.
+func (w *window) bounds() (keep, most int) {
+	if w.total != nil && w.total.Load() > windowsTotal {
+		return windowLeast, windowBytes
+	}
+	return windowBytes, windowMost
 }
 
 // trim drops the oldest events beyond the window's bounds.
 func (w *window) trim() {
-	if w.bytes <= windowBytes {
+	keep, most := w.bounds()
+	if w.bytes <= keep {
 		return
 	}
 	wanted := w.slowest()
 	drop := 0
-	for w.bytes > windowBytes && drop < len(w.events)-1 && (w.bytes > windowMost || w.events[drop].seq < wanted) {
-		w.bytes -= w.events[drop].size()
+	for w.bytes > keep && drop < len(w.events)-1 && (w.bytes > most || w.events[drop].seq < wanted) {
+		w.grow(-w.events[drop].size())
 		w.start = w.events[drop].position
 		drop++
 	}
@@ -169,7 +192,8 @@ func (w *window) skip(from, to uint64) {
 // reset forgets all history, because the set begins anew. Every watcher is
 // too far behind then.
 func (w *window) reset() {
-	*w = window{next: w.next + 1, lost: w.lost, taken: w.taken}
+	w.grow(-w.bytes)
+	*w = window{next: w.next + 1, lost: w.lost, taken: w.taken, total: w.total}
 }
 
 // since returns the sequence number of the first event after version. It

@@ -65,6 +65,7 @@ type Builder struct {
 	apiVersion, kind string
 	header           wire.ListHeader
 	headless         bool
+	begun            bool // the table's head, and a row at least, have been taken
 	rows             []byte
 }
 
@@ -105,7 +106,7 @@ func (b *Builder) Add(enc wire.Encoding, object []byte, include metav1.IncludeOb
 	if err != nil {
 		return fmt.Errorf("print %s: %w", b.kind, err)
 	}
-	if len(b.rows) > 0 {
+	if len(b.rows) > 0 || b.begun {
 		b.rows = append(b.rows, ',')
 	}
 	b.rows = append(b.rows, `{"cells":`...)
@@ -147,8 +148,48 @@ func (b *Builder) embedded(enc wire.Encoding, object []byte, include metav1.Incl
 	return wire.ToJSON(nil, "meta.k8s.io/v1", "PartialObjectMetadata", partial, true)
 }
 
-// AppendJSON appends the Table as JSON object data.
+// Size is about how many bytes AppendRows would append.
+func (b *Builder) Size() int { return len(b.rows) }
+
+// AppendRows appends the table as far as it goes, rows taken before excepted,
+// so that a long one need not be held as a whole.
+func (b *Builder) AppendRows(dst []byte) ([]byte, error) {
+	if len(b.rows) == 0 {
+		return dst, nil
+	}
+	if !b.begun {
+		var err error
+		if dst, err = b.appendHead(dst); err != nil {
+			return dst, err
+		}
+		dst = append(dst, '[')
+	}
+	b.begun = true
+	dst = append(dst, b.rows...)
+	b.rows = b.rows[:0]
+	return dst, nil
+}
+
+// AppendJSON appends the Table as JSON object data, or what AppendRows has
+// left of it.
 func (b *Builder) AppendJSON(dst []byte) ([]byte, error) {
+	dst, err := b.AppendRows(dst)
+	switch {
+	case err != nil:
+		return dst, err
+	case b.begun:
+		return append(dst, "]}"...), nil
+	}
+	if dst, err = b.appendHead(dst); err != nil {
+		return dst, err
+	}
+	if b.printer.emptyNull {
+		return append(dst, "null}"...), nil
+	}
+	return append(dst, "[]}"...), nil
+}
+
+func (b *Builder) appendHead(dst []byte) ([]byte, error) {
 	meta := metav1.ListMeta{Continue: b.header.Continue, RemainingItemCount: b.header.Remaining}
 	if b.header.Version != 0 {
 		meta.ResourceVersion = strconv.FormatUint(b.header.Version, 10)
@@ -169,13 +210,7 @@ func (b *Builder) AppendJSON(dst []byte) ([]byte, error) {
 	dst = append(dst, metaText...)
 	dst = append(dst, `,"columnDefinitions":`...)
 	dst = append(dst, columnText...)
-	dst = append(dst, `,"rows":`...)
-	if len(b.rows) == 0 && b.printer.emptyNull {
-		return append(dst, "null}"...), nil
-	}
-	dst = append(dst, '[')
-	dst = append(dst, b.rows...)
-	return append(dst, "]}"...), nil
+	return append(dst, `,"rows":`...), nil
 }
 
 // Object returns, as JSON object data, the Table of one object: the answer to
