@@ -20,6 +20,7 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sync/semaphore"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/yurt-edge/yurt/internal/hub/identity"
@@ -39,6 +40,9 @@ const (
 	// bucket; the oldest go first.
 	maxRemembered      = 4096
 	maxRememberedBytes = 64 << 20
+	// maxQueued bounds the bytes of answers that wait to be written, those
+	// that are being unpacked included.
+	maxQueued = 32 << 20
 	// rewriteEvery is how often one object's answer is written at most: a
 	// pod that polls an object must not wear the flash.
 	rewriteEvery = time.Minute
@@ -62,7 +66,8 @@ type answer struct {
 type answers struct {
 	store *store.Store
 	log   *slog.Logger
-	queue chan remembered // to run, which writes behind the requests
+	queue chan remembered     // to run, which writes behind the requests
+	room  *semaphore.Weighted // bytes of maxQueued that are free
 
 	mu   sync.Mutex // guards seen
 	seen map[string]noted
@@ -78,11 +83,12 @@ type noted struct {
 type remembered struct {
 	bucket, key string
 	answer      answer
-	gone        bool // the object is no more
+	gone        bool  // the object is no more
+	size        int64 // taken from room
 }
 
 func newAnswers(s *store.Store, log *slog.Logger) *answers {
-	return &answers{store: s, log: log, queue: make(chan remembered, 256), seen: map[string]noted{}}
+	return &answers{store: s, log: log, queue: make(chan remembered, 256), room: semaphore.NewWeighted(maxQueued), seen: map[string]noted{}}
 }
 
 // run writes what was remembered until ctx ends.
@@ -100,6 +106,7 @@ func (a *answers) run(ctx context.Context) error {
 func (a *answers) write(ctx context.Context, first remembered) {
 	batch := store.NewBatch()
 	add := func(r remembered) {
+		defer a.room.Release(r.size)
 		if r.gone {
 			batch.Delete(r.bucket, r.key)
 			return
@@ -128,17 +135,20 @@ func (a *answers) write(ctx context.Context, first remembered) {
 	}
 }
 
-// evict drops the oldest answers when there are too many.
+// evict drops answers when there are too many: the oldest of whoever has most
+// of them, so that a caller who gets much pushes out its own.
 func (a *answers) evict(batch *store.Batch, bucket string) {
 	type aged struct {
 		key  string
 		at   uint64
 		size int
 	}
-	var (
-		all   []aged
-		total int
-	)
+	type share struct {
+		all  []aged
+		size int
+	}
+	shares := map[string]*share{}
+	count, total := 0, 0
 	snap, err := a.store.Snapshot()
 	if err != nil {
 		return
@@ -146,22 +156,46 @@ func (a *answers) evict(batch *store.Batch, bucket string) {
 	defer snap.Close()
 	// What a damaged bucket still shows can be dropped like the rest.
 	_ = snap.Scan(bucket, "", func(key string, h store.Header) error {
-		all, total = append(all, aged{key, h.Version, h.Size}), total+h.Size
+		who := "" // documents are everybody's
+		if bucket == objectBucket {
+			who, _, _ = strings.Cut(key, " ")
+		}
+		s := shares[who]
+		if s == nil {
+			s = &share{}
+			shares[who] = s
+		}
+		size := h.Size + answerCost
+		s.all, s.size = append(s.all, aged{key, h.Version, size}), s.size+size
+		count, total = count+1, total+size
 		return nil
 	})
-	if len(all) <= maxRemembered && total <= maxRememberedBytes {
+	if count <= maxRemembered && total <= maxRememberedBytes {
 		return
 	}
-	slices.SortFunc(all, func(x, y aged) int { return cmp.Compare(x.at, y.at) })
-	for len(all) > maxRemembered*3/4 || total > maxRememberedBytes*3/4 {
-		batch.Delete(bucket, all[0].key)
-		total -= all[0].size
-		all = all[1:]
+	for _, s := range shares {
+		slices.SortFunc(s.all, func(x, y aged) int { return cmp.Compare(x.at, y.at) })
+	}
+	for count > maxRemembered*3/4 || total > maxRememberedBytes*3/4 {
+		var most *share
+		for _, s := range shares {
+			if most == nil || s.size > most.size {
+				most = s
+			}
+		}
+		oldest := most.all[0]
+		batch.Delete(bucket, oldest.key)
+		most.all, most.size = most.all[1:], most.size-oldest.size
+		count, total = count-1, total-oldest.size
 	}
 	a.mu.Lock()
 	clear(a.seen)
 	a.mu.Unlock()
 }
+
+// answerCost is what an answer is taken to cost beside its bytes: many small
+// ones are much, too.
+const answerCost = maxRememberedBytes / maxRemembered
 
 // documentKey names a document, apart from its form. Of the query only the
 // hash matters, by which OpenAPI clients ask: the API server ignores others,
@@ -206,6 +240,14 @@ func acceptOf(h http.Header) string {
 }
 
 func (a *answers) remember(bucket, key, packed string, known answer, body []byte) {
+	size := int64(len(body))
+	if packed != "" {
+		size = maxAnswer // nobody knows before it is unpacked
+	}
+	if !a.room.TryAcquire(size) {
+		return // the disk is slow; it is remembered the next time
+	}
+	defer func() { a.room.Release(size) }()
 	if packed == "gzip" {
 		r, err := gzip.NewReader(bytes.NewReader(body))
 		if err != nil {
@@ -214,6 +256,8 @@ func (a *answers) remember(bucket, key, packed string, known answer, body []byte
 		if body, err = io.ReadAll(io.LimitReader(r, maxAnswer+1)); err != nil || len(body) > maxAnswer {
 			return
 		}
+		a.room.Release(size - int64(len(body)))
+		size = int64(len(body))
 	} else if packed != "" {
 		return
 	}
@@ -233,9 +277,10 @@ func (a *answers) remember(bucket, key, packed string, known answer, body []byte
 	if old, err := a.load(bucket, key); err != nil || old.Hash != hash {
 		known.At, known.Hash, known.Body = time.Now(), hash, body
 		select {
-		case a.queue <- remembered{bucket: bucket, key: key, answer: known}:
+		case a.queue <- remembered{bucket: bucket, key: key, answer: known, size: size}:
+			size = 0 // write gives it back
 		default:
-			return // the disk is slow; it is remembered the next time
+			return // as above
 		}
 	}
 	a.mu.Lock()

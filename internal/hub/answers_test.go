@@ -286,6 +286,58 @@ func TestPrefetch(t *testing.T) {
 	})
 }
 
+// TestWhoGetsMuchPushesOutItsOwn keeps the kubelet's answer, the oldest of all,
+// while a pod's fill the room.
+func TestWhoGetsMuchPushesOutItsOwn(t *testing.T) {
+	t.Parallel()
+	remembering(t, func(t *testing.T, a *answers) {
+		object := func(name string) string {
+			return fmt.Sprintf(`{"kind":"Pod","apiVersion":"v1","metadata":{"name":%q},"x":%q}`, name, strings.Repeat("x", 1<<20))
+		}
+		say(a, objectBucket, "kubelet /api/v1/x", http.StatusOK, "application/json", object("x"))
+		pass(time.Second)
+		for i := range 2 * maxRememberedBytes >> 20 {
+			say(a, objectBucket, fmt.Sprintf("pod /api/v1/%d", i), http.StatusOK, "application/json", object("y"))
+		}
+		if _, err := a.load(objectBucket, "kubelet /api/v1/x"); err != nil {
+			t.Error(err)
+		}
+		if _, err := a.load(objectBucket, "pod /api/v1/0"); !errors.Is(err, store.ErrNotFound) {
+			t.Errorf("the flood is kept whole: %v", err)
+		}
+	})
+}
+
+// TestAnswersWaitForTheDiskWithinABound has a disk that writes nothing.
+func TestAnswersWaitForTheDiskWithinABound(t *testing.T) {
+	t.Parallel()
+	s, err := store.Open(store.Config{Path: t.TempDir() + "/store", Key: bytes.Repeat([]byte{7}, 32)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	a := newAnswers(s, slog.New(slog.DiscardHandler)) // and no run
+	var bomb bytes.Buffer
+	packer := gzip.NewWriter(&bomb)
+	_, _ = packer.Write(make([]byte, 2*maxAnswer))
+	_ = packer.Close()
+	big := strings.Repeat("x", 3<<20)
+	for i := range 50 {
+		known := answer{ContentType: "application/json"}
+		a.remember(documentBucket, fmt.Sprintf("/bomb/%d", i), "gzip", known, bomb.Bytes())
+		a.remember(documentBucket, fmt.Sprintf("/apis/%d", i), "", known, []byte(big))
+	}
+	waiting := 0
+	for len(a.queue) > 0 {
+		waiting += len((<-a.queue).answer.Body)
+	}
+	if waiting == 0 || waiting > maxQueued {
+		t.Errorf("%d bytes wait, may be %d", waiting, maxQueued)
+	}
+	if err := s.Close(); err != nil {
+		t.Error(err)
+	}
+}
+
 type roundTripper func(*http.Request) (*http.Response, error)
 
 func (rt roundTripper) RoundTrip(r *http.Request) (*http.Response, error) { return rt(r) }

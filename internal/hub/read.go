@@ -20,6 +20,7 @@ import (
 	"github.com/yurt-edge/yurt/internal/hub/replica"
 	"github.com/yurt-edge/yurt/internal/hub/request"
 	"github.com/yurt-edge/yurt/internal/hub/store"
+	"github.com/yurt-edge/yurt/internal/hub/turn"
 	"github.com/yurt-edge/yurt/internal/hub/wire"
 )
 
@@ -561,6 +562,18 @@ func (h *Hub) eventOf(w http.ResponseWriter, r *http.Request, c *identity.Caller
 	if c.Local && h.link.Online() {
 		h.forward(w, r, c, as)
 		return
+	}
+	if !h.link.Online() && !h.isNode(c) {
+		if _, err := readBody(r); err != nil { // before others have to wait
+			httpx.WriteStatus(w, r, err)
+			return
+		}
+		place := turn.From(h.lanes.events.With(r.Context(), laneOf(c)))
+		if err := place.Begin(r.Context()); err != nil {
+			httpx.WriteStatus(w, r, statusOf(err))
+			return
+		}
+		defer place.End()
 	}
 	h.event(w, r, as)
 }
