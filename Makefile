@@ -16,7 +16,7 @@ TESTFLAGS ?=
 export YURT_CACHE ?= $(CURDIR)/.cache
 
 # No target is a file: Go and the playground know what is up to date.
-.PHONY: help demo test check lint race e2e test-skew bench bin fmt vuln bin/controlplane packages setup generate verify clean
+.PHONY: help demo test check lint race e2e test-skew bench soak bin fmt vuln bin/controlplane packages setup generate verify clean
 
 help: ## Show this list.
 	@awk -F ':.*## ' '/^[a-z0-9\/-]+:.*## / {printf "  %-17s %s\n", $$1, $$2}' Makefile
@@ -52,6 +52,9 @@ test-skew: setup ## Conformance and scenarios with older kubelets, and with an o
 
 bench: setup ## Measure direct against through the hub (BENCHFLAGS=-short is quick).
 	go run ./test/bench $(BENCHFLAGS)
+
+soak: setup ## A day's churn in SOAK (10m unless given): nothing may grow.
+	go test -count=1 -v -timeout 2h -run 'TestSoak' ./test/soak -soak $(or $(SOAK),10m)
 
 bin: ## Build our binaries into bin/.
 	@mkdir -p bin
