@@ -175,7 +175,7 @@ func TestConnectionsHaveLimits(t *testing.T) {
 		}
 		// In all: a connection that is kept is not the one to go.
 		go func() { _, _ = io.WriteString(local[0], "GET /keep HTTP/1.1\r\nHost: x\r\n\r\n") }()
-		if resp, err := http.ReadResponse(bufio.NewReader(local[0]), nil); err != nil || resp.StatusCode != 200 {
+		if resp, err := http.ReadResponse(bufio.NewReader(local[0]), nil); err != nil || resp.StatusCode != http.StatusOK {
 			t.Fatal(err)
 		}
 		synctest.Wait()

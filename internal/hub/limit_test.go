@@ -164,7 +164,7 @@ func TestShortOfMemoryNewListsWait(t *testing.T) {
 		used := uint64(0)
 		h := &Hub{memory: &ceiling{limit: 100, read: func() uint64 { return used }}}
 		ok := func(http.ResponseWriter, *http.Request) {}
-		pod, kubelet := staged(t, h, somePod, ok), http.Handler(nil)
+		pod := staged(t, h, somePod, ok)
 		ask := func(pipeline http.Handler, path string) int {
 			w := httptest.NewRecorder()
 			pipeline.ServeHTTP(w, httptest.NewRequest(http.MethodGet, path, nil))
@@ -189,7 +189,7 @@ func TestShortOfMemoryNewListsWait(t *testing.T) {
 		}
 		used = 99
 		pass(memoryCheckEvery)
-		kubelet = staged(t, h, theKubelet, ok)
+		kubelet := staged(t, h, theKubelet, ok)
 		if code := ask(kubelet, list); code != 200 {
 			t.Errorf("the kubelet's list: %d", code)
 		}

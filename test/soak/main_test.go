@@ -272,7 +272,7 @@ func (w *world) measure(ctx context.Context, token string) (vitals, error) {
 	}
 	for line := range strings.Lines(text) {
 		name, value, _ := strings.Cut(strings.TrimSpace(line), " ")
-		n, _ := strconv.ParseFloat(value, 64) //nolint:errcheck // other lines are not numbers
+		n, _ := strconv.ParseFloat(value, 64) // other lines are not numbers
 		switch name {
 		case "go_goroutines":
 			v.goroutines = n

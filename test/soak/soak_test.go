@@ -150,7 +150,7 @@ func (w *world) watchers(ctx context.Context) error {
 		g.Go(func() error {
 			resp, err := c.open(ctx, fmt.Sprintf("%s?watch=true&labelSelector=shard%%3D%d", mapPath, i))
 			if err != nil {
-				return nil //nolint:nilerr // the link may be cut, and the time over
+				return nil // the link may be cut, and the time over
 			}
 			defer resp.Body.Close()
 			_, _ = io.Copy(io.Discard, resp.Body)
