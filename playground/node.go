@@ -82,7 +82,7 @@ func (p *Playground) spec(m Machine, base string, c credentials) (machine.Spec, 
 	}
 	programs := []string{"containerd", "containerd-shim-runc-v2", "ctr", "kubelet", "kube-proxy", "kubectl"}
 	if m.Hub {
-		programs = append(programs, "yurthub")
+		programs = append(programs, "yurthub", "yurtadm")
 	}
 	for _, program := range programs {
 		source, err := filepath.EvalSymlinks(p.bin.Path(program))

@@ -178,8 +178,10 @@ func (p *Playground) build(ctx context.Context, progress Progress) (base string,
 		return "", step.Fail(err)
 	}
 	if slices.ContainsFunc(p.topology.Machines, func(m Machine) bool { return m.Hub }) {
-		if err := goBuild(ctx, p.bin, "yurthub", "./cmd/yurthub"); err != nil {
-			return "", step.Fail(err)
+		for _, program := range []string{"yurthub", "yurtadm"} {
+			if err := goBuild(ctx, p.bin, program, "./cmd/"+program); err != nil {
+				return "", step.Fail(err)
+			}
 		}
 	}
 	step.Done()

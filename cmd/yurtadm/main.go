@@ -10,6 +10,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/yurt-edge/yurt/internal/daemon"
+	"github.com/yurt-edge/yurt/internal/doctor"
 	"github.com/yurt-edge/yurt/internal/playgroundcli"
 	"github.com/yurt-edge/yurt/playground"
 )
@@ -20,6 +21,9 @@ func main() {
 	err := command().ExecuteContext(ctx)
 	if exit, ok := errors.AsType[*playgroundcli.ExitError](err); ok {
 		os.Exit(exit.Code)
+	}
+	if errors.Is(err, doctor.ErrUnhealthy) {
+		os.Exit(1) // it has told what is wrong
 	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "yurtadm:", err)
@@ -38,6 +42,6 @@ func command() *cobra.Command {
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	}
-	cmd.AddCommand(playgroundcli.New())
+	cmd.AddCommand(playgroundcli.New(), doctor.NewStatus(), doctor.NewDoctor())
 	return cmd
 }

@@ -9,7 +9,7 @@ import (
 )
 
 // parts never import one another: they meet in api and on the wire.
-var parts = []string{"hub", "manager", "gateway", "dock", "tunnel", "image", "dashboard", "node"}
+var parts = []string{"hub", "manager", "gateway", "dock", "tunnel", "image", "dashboard", "node", "doctor"}
 
 // leaves are the hub's packages that import no other package of the hub but
 // those named. Arrows inside the hub point down only.

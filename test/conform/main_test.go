@@ -167,6 +167,10 @@ func (w *world) config(token string) *rest.Config {
 
 // await repeats try until it succeeds or patience is over.
 func await(ctx context.Context, try func(context.Context) error) error {
+	return awaitFor(ctx, patience, try)
+}
+
+func awaitFor(ctx context.Context, patience time.Duration, try func(context.Context) error) error {
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	tick := time.NewTicker(20 * time.Millisecond)

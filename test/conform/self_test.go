@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -17,6 +19,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/kubernetes"
 
+	"github.com/yurt-edge/yurt/playground"
 	"github.com/yurt-edge/yurt/test/bed"
 )
 
@@ -52,7 +55,8 @@ func TestConditionsOfTheHub(t *testing.T) {
 	var after time.Time
 	says := func(from kubernetes.Interface, typ, status, reason string) (found corev1.NodeCondition) {
 		t.Helper()
-		mustAwait(t, func(ctx context.Context) error {
+		// A turn settles, and writes keep their distance.
+		err := awaitFor(t.Context(), 2*patience, func(ctx context.Context) error {
 			node, err := from.CoreV1().Nodes().Get(ctx, "edge-2", metav1.GetOptions{ResourceVersion: "0"})
 			if err != nil {
 				return err
@@ -65,6 +69,9 @@ func TestConditionsOfTheHub(t *testing.T) {
 			}
 			return fmt.Errorf("conditions are %v, want %s %s %s", node.Status.Conditions, typ, status, reason)
 		})
+		if err != nil {
+			t.Fatal(err)
+		}
 		return found
 	}
 	for typ, reason := range map[string]string{
@@ -167,4 +174,60 @@ func askSocket(ctx context.Context, hub *bed.Hub) (out hubReport, err error) {
 		return out, fmt.Errorf("the hub answered %s", resp.Status)
 	}
 	return out, json.NewDecoder(resp.Body).Decode(&out)
+}
+
+// TestDoctorOnRealServer: what the server says of the node's rights, and of a
+// certificate that it does not know.
+func TestDoctorOnRealServer(t *testing.T) {
+	ctx := t.Context()
+	dir := t.TempDir()
+	doctor := filepath.Join(dir, "yurtadm")
+	if out, err := exec.CommandContext(ctx, "go", "build", "-o", doctor, "github.com/yurt-edge/yurt/cmd/yurtadm").CombinedOutput(); err != nil {
+		t.Fatalf("build yurtadm: %v: %s", err, out)
+	}
+	elsewhere, err := playground.NewAuthority(dir, "elsewhere")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, tc := range []struct {
+		name   string
+		by     *playground.Authority
+		groups []string
+		check  string
+		result string
+		says   string
+	}{
+		{"rights", shared.Cloud.CA, []string{"system:nodes"}, "rbac", "ok", "rights that the hub needs"},
+		{"no rights", shared.Cloud.CA, nil, "rbac", "fail", "may not list services, watch services, list endpointslices"},
+		{"unknown", elsewhere, []string{"system:nodes"}, "answer", "fail", "does not accept the certificate"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			cert, key, err := tc.by.Client("system:node:edge-1", tc.groups...)
+			if err != nil {
+				t.Fatal(err)
+			}
+			pair := filepath.Join(t.TempDir(), "node.pem")
+			if err := os.WriteFile(pair, slices.Concat(cert, key), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			// Its exit code is of the whole; the ports are those of no hub.
+			out, _ := exec.CommandContext(ctx, doctor, "doctor", "--unit=", "-o", "json", "--credential", pair,
+				"--root-dir", shared.Hub.Dir, "--run-dir", shared.Hub.Dir, "--server-addr", shared.Cloud.RESTConfig().Host).Output()
+			var got struct {
+				Checks []struct{ Check, Outcome, Text string }
+			}
+			if err := json.Unmarshal(out, &got); err != nil {
+				t.Fatalf("%v: %s", err, out)
+			}
+			for _, c := range got.Checks {
+				if c.Check == tc.check {
+					if c.Outcome != tc.result || !strings.Contains(c.Text, tc.says) {
+						t.Errorf("got %+v, want %s %q", c, tc.result, tc.says)
+					}
+					return
+				}
+			}
+			t.Errorf("no check %s in %s", tc.check, out)
+		})
+	}
 }

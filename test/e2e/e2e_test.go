@@ -169,6 +169,7 @@ func params(dir string, vars map[string]string) testscript.Params {
 			"nodeis":     simple(2, nodeIs),
 			"waitlocal":  simple(2, waitLocal),
 			"eventually": simple(1, eventually),
+			"printed":    simple(3, printed),
 			"remember":   remember,
 			"untouched":  untouched,
 		},
@@ -406,12 +407,16 @@ func nodeIs(ctx context.Context, args []string) (string, error) {
 	})
 }
 
-// waitlocal MACHINE True|False: the node's Ready condition as the machine's
-// own hub shows it.
+// waitlocal MACHINE STATUS [CONDITION]: the node's condition, Ready if none is
+// named, as the machine's own hub shows it.
 func waitLocal(ctx context.Context, args []string) (string, error) {
+	typ := "Ready"
+	if len(args) > 2 {
+		typ = args[2]
+	}
 	return "", poll(ctx, func() error {
 		out, err := lab.Exec(ctx, args[0], demo.LocalKubectl("get", "node", args[0],
-			"-o", `jsonpath={.status.conditions[?(@.type=="Ready")].status}`)...)
+			"-o", `jsonpath={.status.conditions[?(@.type=="`+typ+`")].status}`)...)
 		if err == nil && strings.TrimSpace(out) != args[1] {
 			err = fmt.Errorf("node %s says of itself %q, want %s", args[0], out, args[1])
 		}
@@ -427,6 +432,18 @@ func eventually(ctx context.Context, args []string) (string, error) {
 			err = fmt.Errorf("kubectl %s printed %q, not %q", strings.Join(args[1:], " "), out, args[0])
 		}
 		return err
+	})
+}
+
+// printed TEXT MACHINE COMMAND...: the command prints the text at last,
+// whatever its exit code.
+func printed(ctx context.Context, args []string) (string, error) {
+	return "", poll(ctx, func() error {
+		out, err := lab.Exec(ctx, args[1], args[2:]...)
+		if !strings.Contains(out, args[0]) {
+			return fmt.Errorf("%s printed %q, not %q (%w)", strings.Join(args[2:], " "), out, args[0], err)
+		}
+		return nil
 	})
 }
 

@@ -149,17 +149,26 @@ func (w *Writer) step(ctx context.Context, now time.Time) {
 	}
 }
 
-// due returns the changes that have lasted.
+// due returns the changes that have lasted. While others turn, as at a start
+// or with the link, it waits a little to write them all at once.
 func (w *Writer) due(changes []change, now time.Time) []change {
 	var out []change
+	var oldest time.Duration
+	turning := false
 	for _, c := range changes {
-		if now.Sub(w.turns[c.want.Type].at) < settleFor {
+		age := now.Sub(w.turns[c.want.Type].at)
+		if age < settleFor {
+			turning = true
 			continue
 		}
 		if !c.turned() && now.Sub(w.words[c.want.Type]) < wordsEvery {
 			continue
 		}
+		oldest = max(oldest, age)
 		out = append(out, c)
+	}
+	if turning && oldest < 2*settleFor {
+		return nil
 	}
 	return out
 }
