@@ -17,10 +17,7 @@ import (
 func (h *Hub) trackEndpoints() {
 	h.endpoints = endpoint.New(endpoint.Config{
 		Node: h.cfg.NodeName, Online: h.link.Online, Changed: h.link.Changed, Log: h.log, Registerer: h.cfg.Registerer,
-		Pending: func() bool {
-			status, _ := h.journal.Depth()
-			return status > 0
-		},
+		Pending: func() bool { return h.journal.Stats().Status > 0 },
 		Each: func(r schema.GroupVersionResource, namespace string, fn func(string, replica.Kind, []byte) error) error {
 			return h.replica.Each(r, namespace, fn)
 		},
@@ -42,7 +39,7 @@ func (h *Hub) overlay(r schema.GroupVersionResource, key string, k replica.Kind,
 // first of them comes.
 func (h *Hub) show() {
 	h.journal.Show()
-	if status, _ := h.journal.Depth(); status > 0 {
+	if h.journal.Stats().Status > 0 {
 		h.endpoints.Hold()
 	}
 }

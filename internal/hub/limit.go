@@ -46,10 +46,6 @@ const (
 // nobody else can fill, and takes nobody's turn.
 type lanes struct {
 	turns *turn.Queue // for heavy work of all but the node
-	// events lets one of them at a time wait for the disk with an event, so
-	// that the kubelet's status waits for one at most.
-	events *turn.Queue
-
 	mu     sync.Mutex // guards the following
 	busy   map[string]*lane
 	others lane // in flight for all callers but the node
@@ -60,7 +56,7 @@ type lane [2]int
 
 func newLanes() *lanes {
 	// The other processors stay free for the node and for short requests.
-	return &lanes{turns: turn.New(max(1, runtime.GOMAXPROCS(0)/2)), events: turn.New(1), busy: map[string]*lane{}}
+	return &lanes{turns: turn.New(max(1, runtime.GOMAXPROCS(0)/2)), busy: map[string]*lane{}}
 }
 
 // enter takes a place and returns the function that gives it back, or which

@@ -427,8 +427,8 @@ func (h *Hub) mayHaveToken(info request.Info, req *authenticationv1.TokenRequest
 }
 
 // review relays the kubelet's own questions about who may talk to it, and
-// repeats the last answers while the cloud is away. What was never asked is
-// denied.
+// repeats the last answers while the cloud is away. What was never asked gets no
+// answer.
 func (h *Hub) review(w http.ResponseWriter, r *http.Request, as link.Credential) {
 	info := request.From(r.Context())
 	body, err := readBody(r)
@@ -468,20 +468,21 @@ func (h *Hub) review(w http.ResponseWriter, r *http.Request, as link.Credential)
 	if err != nil {
 		h.log.Warn("stored review unusable", "err", err)
 	}
-	if text == nil && h.link.Online() {
-		// Slow, not away: a denial would be cached, an error is asked again.
+	if text == nil {
+		// The kubelet keeps a denial for half a minute; after an error it
+		// asks again.
 		link.Refuse(w, r, tried)
 		return
 	}
 	if tokens {
-		if text == nil || json.Unmarshal(text, &token.Status) != nil {
-			token.Status = authenticationv1.TokenReviewStatus{Error: "the cloud is away and this token was not seen before"}
+		if json.Unmarshal(text, &token.Status) != nil {
+			token.Status = authenticationv1.TokenReviewStatus{Error: "what the cloud said of this token cannot be read"}
 		}
 		respond(w, r, http.StatusCreated, authenticationv1.SchemeGroupVersion, token)
 		return
 	}
-	if text == nil || json.Unmarshal(text, &access.Status) != nil {
-		access.Status = authorizationv1.SubjectAccessReviewStatus{Reason: "the cloud is away and this was not asked before"}
+	if json.Unmarshal(text, &access.Status) != nil {
+		access.Status = authorizationv1.SubjectAccessReviewStatus{Reason: "what the cloud said of this cannot be read"}
 	}
 	respond(w, r, http.StatusCreated, authorizationv1.SchemeGroupVersion, access)
 }

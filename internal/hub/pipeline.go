@@ -161,8 +161,6 @@ func (h *Hub) route(w http.ResponseWriter, r *http.Request) {
 		}
 	}
 	switch {
-	case isEvent(info) && (info.Verb == "create" || info.Verb == "patch") && h.isLocal(caller):
-		h.eventOf(w, r, caller, as)
 	case info.Reads():
 		h.read(w, r, caller, as)
 	case !info.IsResource && r.Method == http.MethodGet && isDocument(info.Path):
@@ -190,6 +188,10 @@ func (h *Hub) nodeRoute(info request.Info) func(http.ResponseWriter, *http.Reque
 		return h.patchStatus
 	case info.Verb == "create" && isReview(info):
 		return h.review
+	case isEvent(info) && (info.Verb == "create" || info.Verb == "patch"):
+		// The node's own only: what is journalled is delivered with its
+		// credential, which is lent to nobody.
+		return h.event
 	}
 	return nil
 }

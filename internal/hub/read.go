@@ -20,7 +20,6 @@ import (
 	"github.com/yurt-edge/yurt/internal/hub/replica"
 	"github.com/yurt-edge/yurt/internal/hub/request"
 	"github.com/yurt-edge/yurt/internal/hub/store"
-	"github.com/yurt-edge/yurt/internal/hub/turn"
 	"github.com/yurt-edge/yurt/internal/hub/wire"
 )
 
@@ -548,32 +547,4 @@ func (h *Hub) document(w http.ResponseWriter, r *http.Request, c *identity.Calle
 	httpx.AddWarning(w.Header(), fmt.Sprintf("yurthub: the cloud cannot be reached; this is what it said %s ago",
 		time.Since(a.At).Round(time.Second)))
 	a.write(w)
-}
-
-// eventOf journals the events of callers on this node. While the cloud is
-// away a caller must have been allowed to write events before.
-func (h *Hub) eventOf(w http.ResponseWriter, r *http.Request, c *identity.Caller, as link.Credential) {
-	if !h.link.Online() && !h.isNode(c) {
-		if err := h.authorize(r.Context(), c, request.From(r.Context())); err != nil {
-			httpx.WriteStatus(w, r, err)
-			return
-		}
-	}
-	if c.Local && h.link.Online() {
-		h.forward(w, r, c, as)
-		return
-	}
-	if !h.link.Online() && !h.isNode(c) {
-		if _, err := readBody(r); err != nil { // before others have to wait
-			httpx.WriteStatus(w, r, err)
-			return
-		}
-		place := turn.From(h.lanes.events.With(r.Context(), laneOf(c)))
-		if err := place.Begin(r.Context()); err != nil {
-			httpx.WriteStatus(w, r, statusOf(err))
-			return
-		}
-		defer place.End()
-	}
-	h.event(w, r, as)
 }

@@ -82,7 +82,8 @@ func (h *Hub) facts() condition.Facts {
 		f.Certificate.NotBefore, f.Certificate.NotAfter = pair.Leaf.NotBefore, pair.Leaf.NotAfter
 	}
 	f.Clock.Skew, f.Clock.Known = h.clock.Skew()
-	f.Journal.Status, f.Journal.Events = h.journal.Depth()
+	waiting := h.journal.Stats()
+	f.Journal.Status, f.Journal.Events, f.Journal.Dropped = waiting.Status, waiting.Events, int64(waiting.Displaced)
 	f.Missing = h.missing()
 	return f
 }
@@ -193,7 +194,11 @@ func (h *Hub) report() report.Report {
 	if !state.Up && state.Since.After(h.about.born) {
 		out.Cut = &report.Cut{From: state.Since, How: condition.HowCut(state.Reason)}
 	}
-	out.StatusPending, out.EventsPending = h.journal.Depth()
+	waiting := h.journal.Stats()
+	out.StatusPending, out.EventsPending = waiting.Status, waiting.Events
+	out.Journal = report.Journal{
+		Bytes: waiting.StatusBytes + waiting.EventBytes, Oldest: waiting.Oldest, Delivered: waiting.Delivered, Dropped: waiting.Dropped,
+	}
 	_, err := h.answers.document(&url.URL{Path: "/apis"}, http.Header{})
 	out.Discovery = err == nil
 	out.KeySource = string(h.keys.Source())

@@ -32,6 +32,8 @@ type Report struct {
 	// StatusPending and EventsPending are the writes that wait for the cloud.
 	StatusPending int `json:"statusPending"`
 	EventsPending int `json:"eventsPending"`
+	// Journal tells more of them.
+	Journal Journal `json:"journal"`
 
 	StoreBytes   int64  `json:"storeBytes"`
 	StoreHealth  string `json:"storeHealth"` // ok, or why not
@@ -56,6 +58,15 @@ type Cut struct {
 	From time.Time `json:"from"`
 	To   time.Time `json:"to,omitzero"` // zero: it lasts
 	How  string    `json:"how"`         // a reason of the condition of the link
+}
+
+// Journal is what waits for the cloud, and what became of earlier writes.
+type Journal struct {
+	Bytes  int       `json:"bytes"`
+	Oldest time.Time `json:"oldest,omitzero"` // when the oldest that waits was made
+	// Delivered and Dropped count since the start of the hub.
+	Delivered int `json:"delivered"`
+	Dropped   int `json:"dropped"`
 }
 
 // Certificate is one of those that the hub holds.

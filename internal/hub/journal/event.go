@@ -25,6 +25,7 @@ type eventEntry struct {
 	Path      string          `json:"path"` // of the collection
 	Namespace string          `json:"namespace"`
 	Name      string          `json:"name"`
+	At        time.Time       `json:"at,omitzero"`
 	Object    json.RawMessage `json:"object"`
 }
 
@@ -66,7 +67,7 @@ func (j *Journal) AddEvent(ctx context.Context, path, namespace string, object [
 	j.mu.Lock()
 	_, taken := j.events[eventKey(path, name)]
 	j.sequence++
-	e := &eventEntry{Sequence: j.sequence, Path: path, Namespace: namespace, Name: name, Object: object}
+	e := &eventEntry{Sequence: j.sequence, Path: path, Namespace: namespace, Name: name, At: time.Now(), Object: object}
 	j.mu.Unlock()
 	if taken {
 		return nil, apierrors.NewAlreadyExists(corev1.Resource("events"), name)
@@ -127,10 +128,12 @@ func (j *Journal) keepEvent(ctx context.Context, e *eventEntry) error {
 	if err := j.cfg.Store.Commit(ctx, batch); err != nil {
 		return fmt.Errorf("write event %s: %w", e.key(), err)
 	}
+	for range gone {
+		j.drop("event", displaced)
+	}
 	j.mu.Lock()
 	for _, old := range gone {
 		delete(j.events, old.key())
-		j.metrics.dropped.WithLabelValues("event", "limit").Inc()
 	}
 	j.events[e.key()] = e
 	j.eventBytes = size
@@ -157,6 +160,10 @@ next:
 }
 
 func (j *Journal) deliverEvent(ctx context.Context, e *eventEntry) error {
+	if older(e.At, j.cfg.EventAge) {
+		j.drop("event", "age")
+		return j.settleEvent(ctx, e)
+	}
 	object, err := merge(e.Object, map[string]any{"metadata": map[string]any{"uid": nil, "creationTimestamp": nil}})
 	if err != nil {
 		return err
@@ -169,13 +176,19 @@ func (j *Journal) deliverEvent(ctx context.Context, e *eventEntry) error {
 	switch {
 	case err != nil:
 		return err
-	case code/100 == 2:
-		j.metrics.sent.WithLabelValues("event").Inc()
-	case final(code):
-		j.metrics.dropped.WithLabelValues("event", http.StatusText(code)).Inc()
+	case code/100 == 2 && isKind(body, "Event"):
+		j.sent("event")
+	case j.final(e.key(), code, body):
+		j.drop("event", http.StatusText(code))
 	default:
 		return refusal("event "+e.key(), code, body)
 	}
+	return j.settleEvent(ctx, e)
+}
+
+// settleEvent ends an entry, unless a newer form took its place meanwhile.
+func (j *Journal) settleEvent(ctx context.Context, e *eventEntry) error {
+	delete(j.denied, e.key())
 	j.write.Lock()
 	defer j.write.Unlock()
 	j.mu.Lock()

@@ -37,8 +37,16 @@ const (
 
 	// deliverBudget is how long one delivery may take.
 	deliverBudget = 10 * time.Second
+	// displaced is the reason for which an event was dropped that made place
+	// for a newer one.
+	displaced = "limit"
+
 	// retryEvery is the pause after a delivery that failed for now.
 	retryEvery = 2 * time.Second
+	// deniedAfter is how long the cloud must say that the node may not write
+	// this before it is believed: an API server that has just started denies
+	// everybody for a moment.
+	deniedAfter = 30 * time.Second
 	// keepTaken is how long an overlay waits for the replica to catch up
 	// with what the cloud took. The object may have left the replica.
 	keepTaken = 10 * time.Minute
@@ -58,6 +66,13 @@ type Config struct {
 	// MaxEvents and MaxEventBytes bound the events kept; the oldest go
 	// first. Zero means 1000 and 1 MiB.
 	MaxEvents, MaxEventBytes int
+	// MaxStatus and MaxStatusBytes bound the statuses kept. None makes place
+	// for another: a write beyond is refused. Zero means 1000 and 16 MiB.
+	MaxStatus, MaxStatusBytes int
+	// StatusAge and EventAge are how old a write may be when it is delivered,
+	// counted from its first form that the cloud has not got. Zero means 90
+	// days and 7 days.
+	StatusAge, EventAge time.Duration
 }
 
 // Journal is the writes that wait for the cloud.
@@ -73,6 +88,11 @@ type Journal struct {
 	events     map[string]*eventEntry
 	eventBytes int
 	sequence   uint64
+	delivered  int // since Open
+	dropped    int
+	displaced  int
+
+	denied map[string]time.Time // since when, by what was sent; only deliver uses it
 }
 
 type metrics struct {
@@ -107,9 +127,22 @@ func Open(cfg Config) (*Journal, error) {
 	if cfg.MaxEventBytes == 0 {
 		cfg.MaxEventBytes = 1 << 20
 	}
+	if cfg.StatusAge == 0 {
+		cfg.StatusAge = 90 * 24 * time.Hour
+	}
+	if cfg.EventAge == 0 {
+		cfg.EventAge = 7 * 24 * time.Hour
+	}
+	if cfg.MaxStatus == 0 {
+		cfg.MaxStatus = 1000
+	}
+	if cfg.MaxStatusBytes == 0 {
+		cfg.MaxStatusBytes = 16 << 20
+	}
 	j := &Journal{
 		cfg: cfg, wake: make(chan struct{}, 1),
 		status: map[target]*statusEntry{}, events: map[string]*eventEntry{},
+		denied: map[string]time.Time{},
 	}
 	j.metrics = metrics{
 		depth: prometheus.NewGaugeVec(prometheus.GaugeOpts{
@@ -123,7 +156,21 @@ func Open(cfg Config) (*Journal, error) {
 		}, []string{"kind"}),
 	}
 	cfg.Registerer.MustRegister(j.metrics.depth, j.metrics.dropped, j.metrics.sent)
+	for name, m := range map[string]struct {
+		help  string
+		value func(Stats) float64
+	}{
+		"bytes":          {"Size of the writes that wait for the cloud.", func(s Stats) float64 { return float64(s.StatusBytes + s.EventBytes) }},
+		"oldest_seconds": {"Age of the oldest write that waits for the cloud.", func(s Stats) float64 { return s.age().Seconds() }},
+	} {
+		cfg.Registerer.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+			Name: "node_yurthub_journal_" + name, Help: m.help,
+		}, func() float64 { return m.value(j.Stats()) }))
+	}
 	err := load(cfg, statusBucket, func(e *statusEntry) {
+		if e.At.IsZero() {
+			e.At = time.Now() // an older hub did not say
+		}
 		j.status[e.target()] = e
 		j.sequence = max(j.sequence, e.Sequence)
 	})
@@ -131,6 +178,9 @@ func Open(cfg Config) (*Journal, error) {
 		return nil, err
 	}
 	err = load(cfg, eventBucket, func(e *eventEntry) {
+		if e.At.IsZero() {
+			e.At = time.Now()
+		}
 		j.events[e.key()] = e
 		j.eventBytes += len(e.Object)
 		j.sequence = max(j.sequence, e.Sequence)
@@ -184,28 +234,68 @@ func load[E any](cfg Config, bucket string, add func(*E)) error {
 }
 
 func (j *Journal) measure() {
-	j.mu.Lock()
-	defer j.mu.Unlock()
-	pending := 0
-	for _, e := range j.status {
-		if !e.delivered() {
-			pending++
-		}
-	}
-	j.metrics.depth.WithLabelValues("status").Set(float64(pending))
-	j.metrics.depth.WithLabelValues("event").Set(float64(len(j.events)))
+	s := j.Stats()
+	j.metrics.depth.WithLabelValues("status").Set(float64(s.Status))
+	j.metrics.depth.WithLabelValues("event").Set(float64(s.Events))
 }
 
-// Depth returns how many writes wait for the cloud.
-func (j *Journal) Depth() (status, events int) {
+// Stats are the writes that wait for the cloud, and what became of others.
+type Stats struct {
+	Status, StatusBytes int
+	Events, EventBytes  int
+	Oldest              time.Time // when the first of them was made
+	// These count since Open. Displaced are those of Dropped that made place
+	// for newer ones.
+	Delivered, Dropped, Displaced int
+}
+
+func (s Stats) age() time.Duration {
+	if s.Oldest.IsZero() {
+		return 0
+	}
+	return max(0, time.Since(s.Oldest))
+}
+
+func (s *Stats) made(at time.Time) {
+	if s.Oldest.IsZero() || at.Before(s.Oldest) {
+		s.Oldest = at
+	}
+}
+
+// Stats tells how much waits for the cloud.
+func (j *Journal) Stats() Stats {
 	j.mu.Lock()
 	defer j.mu.Unlock()
+	s := Stats{Events: len(j.events), EventBytes: j.eventBytes, Delivered: j.delivered, Dropped: j.dropped, Displaced: j.displaced}
 	for _, e := range j.status {
 		if !e.delivered() {
-			status++
+			s.Status++
+			s.StatusBytes += e.size()
+			s.made(e.At)
 		}
 	}
-	return status, len(j.events)
+	for _, e := range j.events {
+		s.made(e.At)
+	}
+	return s
+}
+
+// drop counts a write that is given up, and sent one that the cloud took.
+func (j *Journal) drop(kind, reason string) {
+	j.metrics.dropped.WithLabelValues(kind, reason).Inc()
+	j.mu.Lock()
+	j.dropped++
+	if reason == displaced {
+		j.displaced++
+	}
+	j.mu.Unlock()
+}
+
+func (j *Journal) sent(kind string) {
+	j.metrics.sent.WithLabelValues(kind).Inc()
+	j.mu.Lock()
+	j.delivered++
+	j.mu.Unlock()
 }
 
 func (j *Journal) notify() {
@@ -323,14 +413,15 @@ func (j *Journal) deliver(ctx context.Context) error {
 // notYetError is the cloud's refusal of one write that it may take later.
 type notYetError struct{ error }
 
-// refusal is the error of a write that was not taken and is not dropped.
+// refusal is the error of a write that was not taken and is not dropped. The
+// next one is only tried when it is the API server that refused this one.
 func refusal(what string, code int, body []byte) error {
 	// Only the reason: the message may quote what was sent, and errors are
 	// logged.
 	var status metav1.Status
 	_ = json.Unmarshal(body, &status) // else there is no reason to tell
 	err := fmt.Errorf("deliver %s: the cloud answered %d %s", what, code, status.Reason)
-	if code == http.StatusTooManyRequests || code == http.StatusServiceUnavailable || code == http.StatusUnauthorized {
+	if !isKind(body, "Status") || code == http.StatusTooManyRequests || code == http.StatusServiceUnavailable || code == http.StatusUnauthorized {
 		return err
 	}
 	return notYetError{err}
@@ -362,11 +453,34 @@ func (j *Journal) send(ctx context.Context, method, path, contentType string, bo
 	return resp.StatusCode, text, nil
 }
 
-// final reports whether the cloud's refusal will not change by asking again.
-func final(code int) bool {
+// final reports whether the cloud's refusal of what was sent will not change
+// by asking again.
+func (j *Journal) final(what string, code int, body []byte) bool {
+	if code < 400 || code >= 500 || !isKind(body, "Status") {
+		return false // something on the way may answer anything
+	}
 	switch code {
 	case http.StatusUnauthorized, http.StatusTooManyRequests, http.StatusRequestTimeout, http.StatusConflict:
 		return false
+	case http.StatusForbidden:
+		since, ok := j.denied[what]
+		if !ok {
+			since = time.Now()
+			j.denied[what] = since
+		}
+		return time.Since(since) >= deniedAfter
 	}
-	return code >= 400 && code < 500
+	return true
+}
+
+// older reports whether a write was made longer than limit ago, as far as the
+// node's clock can be believed: one without a battery begins at 1970.
+func older(at time.Time, limit time.Duration) bool {
+	return at.Year() >= 2000 && time.Since(at) > limit
+}
+
+// isKind tells an API server's answer from that of something on the way.
+func isKind(body []byte, want string) bool {
+	_, kind, _, err := wire.ReadObject(wire.JSON, body)
+	return err == nil && kind == want
 }

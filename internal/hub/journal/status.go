@@ -28,6 +28,8 @@ type statusEntry struct {
 	Name      string `json:"name"`
 	UID       string `json:"uid"`      // of the object that it speaks of
 	Sequence  uint64 `json:"sequence"` // of the first unsent write
+	// At is when that was made.
+	At time.Time `json:"at,omitzero"`
 	// Status is the message of the object's status field, and Base what it
 	// was in the cloud's object when the first unsent write was made.
 	Status []byte `json:"status"`
@@ -40,6 +42,8 @@ type statusEntry struct {
 }
 
 func (e *statusEntry) delivered() bool { return e.version != 0 }
+
+func (e *statusEntry) size() int { return len(e.Status) + len(e.Base) }
 
 func (e *statusEntry) target() target {
 	return target{schema.GroupVersionResource{Version: "v1", Resource: e.Resource}, e.Namespace, e.Name}
@@ -95,9 +99,12 @@ func (j *Journal) PatchStatus(ctx context.Context, r schema.GroupVersionResource
 		return nil, err
 	}
 	if old != nil && !old.delivered() && old.UID == e.UID {
-		e.Sequence, e.Base = old.Sequence, old.Base
+		e.Sequence, e.At, e.Base = old.Sequence, old.At, old.Base
 	} else {
-		e.Sequence = j.nextSequence()
+		e.Sequence, e.At = j.nextSequence(), time.Now()
+	}
+	if err := j.fits(t, e); err != nil {
+		return nil, err
 	}
 	if err := j.put(ctx, statusBucket, t.String(), e); err != nil {
 		return nil, err
@@ -108,6 +115,29 @@ func (j *Journal) PatchStatus(ctx context.Context, r schema.GroupVersionResource
 	j.notify()
 	j.refresh(t)
 	return setStatus(object.Data, e.Status), nil
+}
+
+// fits refuses a status beyond the bounds. What is kept is never given up for
+// another, so a newer status of the same object fits while it does not grow.
+func (j *Journal) fits(t target, e *statusEntry) error {
+	s := j.Stats()
+	s.Status, s.StatusBytes = s.Status+1, s.StatusBytes+e.size()
+	j.mu.Lock()
+	old := j.status[t]
+	j.mu.Unlock()
+	if old != nil && !old.delivered() {
+		s.Status, s.StatusBytes = s.Status-1, s.StatusBytes-old.size()
+		if e.size() <= old.size() {
+			return nil
+		}
+	}
+	if s.Status <= j.cfg.MaxStatus && s.StatusBytes <= j.cfg.MaxStatusBytes {
+		return nil
+	}
+	err := apierrors.NewServiceUnavailable(fmt.Sprintf(
+		"yurthub: no place to keep the status of %s until the cloud is back: the journal holds as many as it may", t))
+	err.ErrStatus.Details = &metav1.StatusDetails{RetryAfterSeconds: 10}
+	return err
 }
 
 func (j *Journal) nextSequence() uint64 {
@@ -252,11 +282,16 @@ func (j *Journal) Overlay(r schema.GroupVersionResource, key string, k replica.K
 // good, or again later (an error).
 func (j *Journal) deliverStatus(ctx context.Context, e *statusEntry) error {
 	t := e.target()
+	if older(e.At, j.cfg.StatusAge) {
+		j.cfg.Log.Warn("status dropped", "object", t.String(), "made", e.At)
+		j.drop("status", "age")
+		return j.settle(ctx, e, 0)
+	}
 	patch, err := e.patch()
 	if err != nil {
 		// It cannot be sent by any later try either.
 		j.cfg.Log.Error("status dropped", "object", t.String(), "err", err)
-		j.metrics.dropped.WithLabelValues("status", "unreadable").Inc()
+		j.drop("status", "unreadable")
 		return j.settle(ctx, e, 0)
 	}
 	code, body, err := j.send(ctx, http.MethodPatch, t.path()+"/status", string(types.StrategicMergePatchType), patch)
@@ -266,10 +301,13 @@ func (j *Journal) deliverStatus(ctx context.Context, e *statusEntry) error {
 	switch {
 	case code == http.StatusOK:
 		meta, err := wire.ReadMeta(wire.JSON, body, false)
+		if err == nil && meta.UID != e.UID {
+			err = errors.New("the answer is of another object")
+		}
 		if err != nil {
 			return fmt.Errorf("deliver status of %s: %w", t, err)
 		}
-		j.metrics.sent.WithLabelValues("status").Inc()
+		j.sent("status")
 		return j.settle(ctx, e, meta.Version)
 	case code == http.StatusConflict:
 		// Another object by that name, or one that others write to at the
@@ -279,11 +317,11 @@ func (j *Journal) deliverStatus(ctx context.Context, e *statusEntry) error {
 			return errors.Join(refusal("status of "+t.String(), code, body), err)
 		}
 		fallthrough
-	case final(code):
+	case j.final(t.String(), code, body):
 		// Gone (404, 409), or no longer this node's (403): a status must not
 		// bring anything back.
 		j.cfg.Log.Info("status dropped", "object", t.String(), "code", code)
-		j.metrics.dropped.WithLabelValues("status", http.StatusText(code)).Inc()
+		j.drop("status", http.StatusText(code))
 		return j.settle(ctx, e, 0)
 	}
 	return refusal("status of "+t.String(), code, body)
@@ -292,8 +330,8 @@ func (j *Journal) deliverStatus(ctx context.Context, e *statusEntry) error {
 // gone asks whether the object that the entry speaks of is there no more.
 func (j *Journal) gone(ctx context.Context, e *statusEntry) (bool, error) {
 	code, body, err := j.send(ctx, http.MethodGet, e.target().path(), "", nil)
-	if err != nil || code == http.StatusNotFound {
-		return code == http.StatusNotFound, err
+	if err != nil || (code == http.StatusNotFound && isKind(body, "Status")) {
+		return err == nil, err
 	}
 	if code != http.StatusOK {
 		return false, nil
@@ -364,9 +402,10 @@ func (e *statusEntry) tree(status []byte) (map[string]any, error) {
 // settle ends an entry, unless a newer status took its place meanwhile. With
 // a version the overlay stays until the replica has caught up with it.
 func (j *Journal) settle(ctx context.Context, e *statusEntry, version uint64) error {
+	t := e.target()
+	delete(j.denied, t.String())
 	j.write.Lock()
 	defer j.write.Unlock()
-	t := e.target()
 	j.mu.Lock()
 	current := j.status[t] == e
 	j.mu.Unlock()
