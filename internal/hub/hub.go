@@ -61,7 +61,10 @@ const (
 	gcPercent = 200 // of the live heap, before it is collected
 
 	minTokenLife = 2 * time.Minute
-	stopGrace    = 3 * time.Second
+	// maxTokenRenewal bounds the life that a token is said to have that was
+	// given while the cloud was away.
+	maxTokenRenewal = 10 * time.Minute
+	stopGrace       = 3 * time.Second
 )
 
 var (
@@ -257,7 +260,7 @@ func (h *Hub) build() error {
 	api := identity.NewAPI(&http.Client{Transport: h.link.Node()}, "https://upstream")
 	contact := func() time.Time { return h.link.State().Since }
 	h.authn = identity.NewAuthenticator(identity.AuthenticatorConfig{
-		API: api, Memory: remembered, ClusterCAs: h.certs.ClusterCAs, Local: h.signer,
+		API: api, Memory: remembered, ClusterCAs: h.certs.ClusterCAs, Local: h.signer, Lives: h.podLives,
 		Online: h.link.Online, Contact: contact, MaxAge: cfg.DecisionAge, Log: h.log,
 	})
 	h.authz = identity.NewAuthorizer(identity.AuthorizerConfig{

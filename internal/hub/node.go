@@ -348,28 +348,54 @@ func (h *Hub) token(w http.ResponseWriter, r *http.Request, as link.Credential) 
 	if err != nil {
 		h.log.Warn("stored token unusable", "err", err)
 	}
+	life := time.Hour // what the API server gives who does not say
+	if s := wanted.Spec.ExpirationSeconds; s != nil {
+		life = time.Duration(*s) * time.Second
+	}
 	wanted.Status = kept.Status
-	if time.Until(kept.Status.ExpirationTimestamp.Time) < minTokenLife {
+	expiry := expiryOf(kept)
+	if time.Until(expiry) < minTokenLife {
 		spec := identity.TokenSpec{
 			Namespace: info.Namespace, ServiceAccount: info.Name,
 			ServiceAccountUID: h.authn.AccountUID(info.Namespace, info.Name),
-			NodeName:          h.cfg.NodeName, Audiences: wanted.Spec.Audiences,
+			NodeName:          h.cfg.NodeName, Audiences: wanted.Spec.Audiences, Life: life,
 		}
 		if ref := wanted.Spec.BoundObjectRef; ref != nil {
 			spec.PodName, spec.PodUID = ref.Name, string(ref.UID)
 		}
-		if s := wanted.Spec.ExpirationSeconds; s != nil {
-			spec.Life = time.Duration(*s) * time.Second
-		}
-		token, expiry, err := h.signer.Sign(spec)
-		if err != nil {
+		wanted.Status = authenticationv1.TokenRequestStatus{}
+		if wanted.Status.Token, expiry, err = h.signer.Sign(spec); err != nil {
 			httpx.WriteStatus(w, r, apierrors.NewInternalError(err))
 			return
 		}
-		wanted.Status = authenticationv1.TokenRequestStatus{Token: token, ExpirationTimestamp: metav1.NewTime(expiry)}
+	}
+	if now := time.Now(); wanted.Status.ExpirationTimestamp.Before(&metav1.Time{Time: now}) {
+		soon := now.Add(renewalOf(life))
+		if soon.After(expiry) {
+			soon = expiry
+		}
+		wanted.Status.ExpirationTimestamp = metav1.NewTime(soon)
 	}
 	wanted.Name, wanted.Namespace = info.Name, info.Namespace
 	respond(w, r, http.StatusCreated, authenticationv1.SchemeGroupVersion, wanted)
+}
+
+// expiryOf is how long a kept token is good. The API server tells kubelets an
+// earlier time than the token itself has, so that they renew it in good time;
+// while there is nobody to renew it, it goes on being good.
+func expiryOf(kept storedToken) time.Time {
+	if e := identity.Expiry(kept.Status.Token); !e.IsZero() {
+		return e
+	}
+	return kept.Status.ExpirationTimestamp.Time
+}
+
+// renewalOf is after how long a token given while the cloud is away is said to
+// expire. A kubelet renews a token in the last fifth of the life that it asked
+// for: so it asks again each time that it looks after the pod, and has a new
+// one from the cloud a minute or two after the link is back.
+func renewalOf(life time.Duration) time.Duration {
+	return max(minTokenLife, min(life/5, maxTokenRenewal))
 }
 
 func tokenKey(info request.Info, req *authenticationv1.TokenRequest) string {
@@ -409,21 +435,35 @@ func (h *Hub) mayHaveToken(info request.Info, req *authenticationv1.TokenRequest
 	if ref == nil || ref.Kind != "Pod" {
 		return refused("a node gets tokens for its pods only")
 	}
-	pod := request.Info{
-		Verb: "get", IsResource: true, Resource: podsResource, Namespace: info.Namespace, Name: ref.Name,
-	}
-	held, err := h.replica.Get(pod, 0)
+	got, err := h.localPod(info.Namespace, ref.Name)
 	if err != nil {
 		return refused("the pod is not known to run on this node")
-	}
-	got := &corev1.Pod{}
-	if err := got.Unmarshal(held.Data); err != nil {
-		return apierrors.NewInternalError(err)
 	}
 	if got.UID != ref.UID || got.Spec.NodeName != h.cfg.NodeName || got.Spec.ServiceAccountName != info.Name {
 		return refused("the pod does not run on this node with this service account")
 	}
 	return nil
+}
+
+// localPod returns a pod as the replica has it.
+func (h *Hub) localPod(namespace, name string) (*corev1.Pod, error) {
+	held, err := h.replica.Get(request.Info{
+		Verb: "get", IsResource: true, Resource: podsResource, Namespace: namespace, Name: name,
+	}, 0)
+	if err != nil {
+		return nil, err
+	}
+	pod := &corev1.Pod{}
+	if err := pod.Unmarshal(held.Data); err != nil {
+		return nil, fmt.Errorf("read pod %s/%s: %w", namespace, name, err)
+	}
+	return pod, nil
+}
+
+// podLives reports whether a pod is on this node, as far as is known.
+func (h *Hub) podLives(namespace, name, uid string) bool {
+	pod, err := h.localPod(namespace, name)
+	return err == nil && string(pod.UID) == uid && pod.Spec.NodeName == h.cfg.NodeName
 }
 
 // review relays the kubelet's own questions about who may talk to it, and

@@ -13,6 +13,7 @@ import (
 	"net"
 	"net/http"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -66,6 +67,9 @@ type AuthenticatorConfig struct {
 	ClusterCAs func() *x509.CertPool
 	// Local verifies the tokens that this hub made; nil if it makes none.
 	Local *LocalSigner
+	// Lives reports whether a pod is known to be on this node: a token that
+	// this hub made dies with its pod. Nil means that none does.
+	Lives func(namespace, name, uid string) bool
 	// Online tells the state of the link; nil means that it is always tried.
 	Online func() bool
 	// Contact returns when the link last came up: answers from before are
@@ -225,7 +229,19 @@ func (a *Authenticator) Authenticate(r *http.Request) (*Caller, error) {
 	if v.err != nil {
 		return nil, v.err
 	}
+	if v.caller.Local && !a.podLives(v.caller) {
+		return nil, unauthorized("the pod that the token was made for is no more on this node")
+	}
 	return v.caller.withToken(token), nil
+}
+
+// podLives is asked for each request: a verdict is kept for longer than a pod
+// may be gone.
+func (a *Authenticator) podLives(c *Caller) bool {
+	name, uid := c.Extra[extraPodName], c.Extra[extraPodUID]
+	account, ok := strings.CutPrefix(c.Name, "system:serviceaccount:")
+	namespace, _, _ := strings.Cut(account, ":")
+	return ok && len(name) == 1 && len(uid) == 1 && a.cfg.Lives != nil && a.cfg.Lives(namespace, name[0], uid[0])
 }
 
 func unauthorized(message string) error { return apierrors.NewUnauthorized(message) }

@@ -28,6 +28,7 @@ type bed struct {
 	memory *MapMemory
 	ca     *authority
 	local  *LocalSigner
+	dead   map[string]bool // pods that are no more
 	line
 }
 
@@ -69,6 +70,7 @@ func (b *bed) restart() {
 	pool := b.ca.pool()
 	b.Authenticator = NewAuthenticator(AuthenticatorConfig{
 		API: b.cloud, Memory: b.memory, Local: b.local, Log: quiet(),
+		Lives:      func(_, name, _ string) bool { return !b.dead[name] },
 		ClusterCAs: func() *x509.CertPool { return pool },
 		Online:     b.up, Contact: b.healed,
 	})
@@ -531,6 +533,15 @@ func TestLocalSigner(t *testing.T) {
 		if !c.Local || c.UID != "u" || c.Extra[extraPodUID][0] != "q" {
 			t.Errorf("got %#v", c)
 		}
+		b.dead = map[string]bool{"p": true}
+		b.want(t, r, "") // at once, though the verdict is kept for a minute
+		b.dead = nil
+		unbound, _, err := b.local.Sign(TokenSpec{Namespace: "shop", ServiceAccount: "web"})
+		must(t, err)
+		b.want(t, withToken(unbound), "")
+		other, _, err := b.local.Sign(TokenSpec{Namespace: "shop", ServiceAccount: "web", PodName: "p", PodUID: "q", Audiences: []string{"vault"}})
+		must(t, err)
+		b.want(t, withToken(other), "")
 		// The key outlives the process, the token does not outlive its hour.
 		again, err := NewLocalSigner("edge-1", b.memory)
 		must(t, err)

@@ -113,6 +113,10 @@ func (w *webToken) expiry() time.Time {
 	return w.unverified.Expiry.Time()
 }
 
+// Expiry returns when a token says that it ends; the zero time if it does not
+// say. Whether it is genuine is not looked at.
+func Expiry(token string) time.Time { return parseToken(token).expiry() }
+
 // left returns for how long the token may be used, without end if it has none.
 func (w *webToken) left() time.Duration {
 	if e := w.expiry(); !e.IsZero() {
