@@ -172,7 +172,7 @@ func Run(ctx context.Context, cfg Config) error {
 		return err
 	}
 	runs := []func(context.Context) error{
-		h.clock.Run, h.certs.Run, h.link.Run, h.answers.run, h.announce, h.keepAddress, h.runEndpoints, h.reask,
+		h.clock.Run, h.certs.Run, h.link.Run, h.answers.run, h.announce, h.keepAddress, h.runEndpoints, h.keepNeeds, h.reask,
 		h.certified(h.replica.Run), h.certified(h.journal.Run), h.certified(h.authn.Run), h.certified(h.follow),
 		h.certified(h.conditions.Run),
 		daemon.Watchdog(h.log, h.alive),
@@ -453,6 +453,9 @@ func (h *Hub) follow(ctx context.Context) error {
 		if h.link.Online() {
 			if err := h.answers.prefetch(ctx, h.link.Node()); err != nil && ctx.Err() == nil {
 				h.log.Debug("discovery not fetched", "err", err)
+			}
+			if err := h.prefetchCSINode(ctx); err != nil && ctx.Err() == nil {
+				h.log.Debug("storage drivers not fetched", "err", err)
 			}
 		}
 		state := h.link.State()

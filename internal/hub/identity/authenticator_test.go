@@ -196,26 +196,26 @@ func TestAuthenticate(t *testing.T) {
 			return withToken(token)
 		}},
 		{name: "local token for the API's audience", online: webUser, offline: webUser, request: func(t *testing.T, b *bed) *http.Request {
-			token, _, err := b.local.Sign(TokenSpec{Namespace: "shop", ServiceAccount: "web", Audiences: []string{testAudience}})
+			token, _, err := b.local.Sign(TokenSpec{Namespace: "shop", ServiceAccount: "web", PodName: "web-0", Audiences: []string{testAudience}})
 			must(t, err)
 			return withToken(token)
 		}},
 		{name: "local token for another audience", request: func(t *testing.T, b *bed) *http.Request {
-			token, _, err := b.local.Sign(TokenSpec{Namespace: "shop", ServiceAccount: "web", Audiences: []string{"vault"}})
+			token, _, err := b.local.Sign(TokenSpec{Namespace: "shop", ServiceAccount: "web", PodName: "web-0", Audiences: []string{"vault"}})
 			must(t, err)
 			return withToken(token)
 		}},
 		{name: "local token of another hub", request: func(t *testing.T, _ *bed) *http.Request {
 			signer, err := NewLocalSigner("edge-2", &MapMemory{})
 			must(t, err)
-			token, _, err := signer.Sign(TokenSpec{Namespace: "shop", ServiceAccount: "web"})
+			token, _, err := signer.Sign(TokenSpec{Namespace: "shop", ServiceAccount: "web", PodName: "web-0"})
 			must(t, err)
 			return withToken(token)
 		}},
 		{name: "local token of another hub with this hub's name", request: func(t *testing.T, _ *bed) *http.Request {
 			signer, err := NewLocalSigner("edge-1", &MapMemory{})
 			must(t, err)
-			token, _, err := signer.Sign(TokenSpec{Namespace: "shop", ServiceAccount: "web"})
+			token, _, err := signer.Sign(TokenSpec{Namespace: "shop", ServiceAccount: "web", PodName: "web-0"})
 			must(t, err)
 			return withToken(token)
 		}},

@@ -149,7 +149,7 @@ func TestRemadeAccount(t *testing.T) {
 	before := b.want(t, withToken(first), webUser)
 	after := b.want(t, withToken(second), webUser)
 	local := func(uid string) *http.Request {
-		token, _, err := b.local.Sign(TokenSpec{Namespace: "shop", ServiceAccount: "web", ServiceAccountUID: uid, Life: time.Hour})
+		token, _, err := b.local.Sign(TokenSpec{Namespace: "shop", ServiceAccount: "web", ServiceAccountUID: uid, PodName: "web-0", Life: time.Hour})
 		must(t, err)
 		return withToken(token)
 	}

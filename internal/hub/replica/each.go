@@ -32,3 +32,20 @@ func (r *Replica) Each(resource schema.GroupVersionResource, namespace string, f
 	}
 	return errors.Join(errs...)
 }
+
+// Unpin lets a scope go that Pin held: it stays while somebody uses it.
+func (r *Replica) Unpin(scope Scope) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if st, ok := r.streams[scope]; ok {
+		st.pinned = false
+	}
+}
+
+// Changed returns a channel that is closed when the slice's scope changes.
+func (sl *Slice) Changed() <-chan struct{} {
+	s := sl.stream.set
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.changed
+}

@@ -302,6 +302,7 @@ func (r *Replica) Pin(scope Scope) error {
 	r.mu.Lock()
 	st.pinned = true
 	r.mu.Unlock()
+	st.touch()
 	st.offer(Credential{})
 	return nil
 }
