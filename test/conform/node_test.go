@@ -7,8 +7,10 @@ import (
 	"fmt"
 	"net/http"
 	"testing"
+	"time"
 
 	authenticationv1 "k8s.io/api/authentication/v1"
+	authorizationv1 "k8s.io/api/authorization/v1"
 	coordinationv1 "k8s.io/api/coordination/v1"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -137,7 +139,8 @@ func TestNodeWrites(t *testing.T) {
 	more.Count = 7
 	must(second(kubelet.CoreV1().Events("conform-b").Create(ctx, more, metav1.CreateOptions{})))
 
-	offlineToken(t, kubelet, made["kept"])
+	token := offlineToken(t, kubelet, made["kept"])
+	unkept(t, kubelet, made["kept"])
 	api, pods := kubelet.CoreV1().RESTClient(), "/api/v1/namespaces/conform-b/pods"
 	for what, request := range map[string]*rest.Request{
 		"create a pod": api.Post().AbsPath(pods).Body(&corev1.Pod{ObjectMeta: metav1.ObjectMeta{Name: "x"}}),
@@ -201,9 +204,20 @@ func TestNodeWrites(t *testing.T) {
 	mustAwait(t, func(ctx context.Context) error {
 		return same(ctx, server, edge, question{"/api/v1/namespaces/conform-b/pods", "resourceVersion=0", inJSON})
 	})
+	// A token made on the node lives as long as its pod.
+	ofPod := newSide(t, "hub", mustThrough(t, token))
+	tokenIs := func(ctx context.Context, want int) error {
+		a, err := ofPod.ask(ctx, question{"/version", "", inJSON})
+		if err == nil && a.code != want {
+			err = fmt.Errorf("with a token made on the node: %d %s", a.code, a.body)
+		}
+		return err
+	}
+	must(tokenIs(ctx, http.StatusOK))
 	for _, name := range []string{"kept", "replaced"} {
 		must(inCloud.Delete(ctx, name, metav1.DeleteOptions{GracePeriodSeconds: &grace}))
 	}
+	mustAwait(t, func(ctx context.Context) error { return tokenIs(ctx, http.StatusUnauthorized) })
 }
 
 func second[T any](_ T, err error) error { return err }
@@ -219,7 +233,7 @@ func podEvent(pod *corev1.Pod, name string) *corev1.Event {
 
 // offlineToken asks for the token of a pod, as a kubelet does to start it, and
 // reads with it what the pod's account may read.
-func offlineToken(t *testing.T, kubelet *kubernetes.Clientset, pod *corev1.Pod) {
+func offlineToken(t *testing.T, kubelet *kubernetes.Clientset, pod *corev1.Pod) string {
 	t.Helper()
 	request := &authenticationv1.TokenRequest{Spec: authenticationv1.TokenRequestSpec{
 		BoundObjectRef: &authenticationv1.BoundObjectReference{Kind: "Pod", APIVersion: "v1", Name: pod.Name, UID: pod.UID},
@@ -248,6 +262,7 @@ func offlineToken(t *testing.T, kubelet *kubernetes.Clientset, pod *corev1.Pod) 
 			t.Errorf("token of %s: %v", account, err)
 		}
 	}
+	first := made.Status.Token
 	// The reader of the other namespace may read, and still may with a token
 	// that the hub makes.
 	mine, err := shared.admin.CoreV1().Pods("conform-a").Get(t.Context(), "web-1", metav1.GetOptions{})
@@ -262,5 +277,50 @@ func offlineToken(t *testing.T, kubelet *kubernetes.Clientset, pod *corev1.Pod) 
 	edge = newSide(t, "hub", mustThrough(t, made.Status.Token))
 	if a := edge.mustAsk(t, question{"/api/v1/pods", "resourceVersion=0", inJSON}); a.code != http.StatusOK {
 		t.Errorf("with a token made on the node: %d %s", a.code, a.body)
+	}
+	// It is worth nothing anywhere else, one for somebody else nothing here,
+	// and the kubelet is told to come back soon.
+	direct := newSide(t, "API server", shared.config(made.Status.Token))
+	if a := direct.mustAsk(t, question{"/version", "", inJSON}); a.code != http.StatusUnauthorized {
+		t.Errorf("the API server takes a token made on the node: %d %s", a.code, a.body)
+	}
+	if left := time.Until(made.Status.ExpirationTimestamp.Time); left > 12*time.Minute || left < time.Minute {
+		t.Errorf("the kubelet is told that the token expires in %s", left)
+	}
+	request.Spec.Audiences = []string{"vault"}
+	foreign, err := kubelet.CoreV1().ServiceAccounts("conform-a").CreateToken(t.Context(), "reader", request, metav1.CreateOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	edge = newSide(t, "hub", mustThrough(t, foreign.Status.Token))
+	if a := edge.mustAsk(t, question{"/version", "", inJSON}); a.code != http.StatusUnauthorized {
+		t.Errorf("a token for another audience: %d %s", a.code, a.body)
+	}
+	return first
+}
+
+// unkept asks for what must not be kept: it gets an error that says so.
+func unkept(t *testing.T, kubelet *kubernetes.Clientset, pod *corev1.Pod) {
+	t.Helper()
+	mine, err := kubernetes.NewForConfig(mustThrough(t, shared.tokens["reader"]))
+	if err != nil {
+		t.Fatal(err)
+	}
+	base := "/api/v1/namespaces/" + pod.Namespace
+	status := []byte(`{"status":{"phase":"Failed"}}`)
+	own, other := mine.CoreV1().RESTClient(), kubelet.CoreV1().RESTClient()
+	review := &authorizationv1.SubjectAccessReview{Spec: authorizationv1.SubjectAccessReviewSpec{
+		User: "never-asked", ResourceAttributes: &authorizationv1.ResourceAttributes{Verb: "get", Resource: "nodes"},
+	}}
+	for what, request := range map[string]*rest.Request{
+		"a pod's event":               own.Post().AbsPath(base + "/events").Body(podEvent(pod, "of-a-pod")),
+		"a status by a pod":           own.Patch(types.StrategicMergePatchType).AbsPath(base + "/pods/" + pod.Name + "/status").Body(status),
+		"a whole status":              other.Put().AbsPath(base + "/pods/" + pod.Name + "/status").Body(pod),
+		"a node's whole status":       other.Put().AbsPath("/api/v1/nodes/edge-1/status").Body(&corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "edge-1"}}),
+		"a review never asked before": kubelet.AuthorizationV1().RESTClient().Post().Resource("subjectaccessreviews").Body(review),
+	} {
+		if err := request.MaxRetries(0).Do(t.Context()).Error(); !apierrors.IsServiceUnavailable(err) {
+			t.Errorf("%s while the cloud is away: %v", what, err)
+		}
 	}
 }
