@@ -156,17 +156,17 @@ func Open(cfg Config) (*Journal, error) {
 		}, []string{"kind"}),
 	}
 	cfg.Registerer.MustRegister(j.metrics.depth, j.metrics.dropped, j.metrics.sent)
-	for name, m := range map[string]struct {
-		help  string
-		value func(Stats) float64
-	}{
-		"bytes":          {"Size of the writes that wait for the cloud.", func(s Stats) float64 { return float64(s.StatusBytes + s.EventBytes) }},
-		"oldest_seconds": {"Age of the oldest write that waits for the cloud.", func(s Stats) float64 { return s.age().Seconds() }},
-	} {
-		cfg.Registerer.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
-			Name: "node_yurthub_journal_" + name, Help: m.help,
-		}, func() float64 { return m.value(j.Stats()) }))
-	}
+	cfg.Registerer.MustRegister(
+		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+			Name: "node_yurthub_journal_bytes", Help: "Size of the writes that wait for the cloud.",
+		}, func() float64 {
+			s := j.Stats()
+			return float64(s.StatusBytes + s.EventBytes)
+		}),
+		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+			Name: "node_yurthub_journal_oldest_seconds", Help: "Age of the oldest write that waits for the cloud.",
+		}, func() float64 { return j.Stats().age().Seconds() }),
+	)
 	err := load(cfg, statusBucket, func(e *statusEntry) {
 		if e.At.IsZero() {
 			e.At = time.Now() // an older hub did not say
