@@ -46,6 +46,7 @@ const (
 // nobody else can fill, and takes nobody's turn.
 type lanes struct {
 	turns *turn.Queue // for heavy work of all but the node
+
 	mu     sync.Mutex // guards the following
 	busy   map[string]*lane
 	others lane // in flight for all callers but the node
