@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -20,10 +21,11 @@ import (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-// edge is a Node and the facts of its hub. Everything happens in one bubble,
-// between waits.
+// edge is a Node and the facts of its hub. The test holds mu but while it lets
+// time go by.
 type edge struct {
 	t      *testing.T
+	mu     sync.Mutex
 	facts  Facts
 	node   *corev1.Node
 	writes []time.Time
@@ -38,16 +40,28 @@ func newEdge(t *testing.T) *edge {
 	now := time.Now()
 	f.Link.Since = now
 	f.Certificate.NotBefore, f.Certificate.NotAfter = now, now.AddDate(1, 0, 0)
-	return &edge{t: t, facts: f, node: &corev1.Node{}}
+	e := &edge{t: t, facts: f, node: &corev1.Node{}}
+	e.mu.Lock()
+	return e
 }
 
 // run starts the writer and returns what stops it.
 func (e *edge) run() (stop func()) {
 	e.writer = New(Config{
 		NodeName: "edge-1", Off: e.off,
-		Facts: func() Facts { return e.facts },
-		Node:  func() (*corev1.Node, error) { return e.node, nil },
+		Facts: func() Facts {
+			e.mu.Lock()
+			defer e.mu.Unlock()
+			return e.facts
+		},
+		Node: func() (*corev1.Node, error) {
+			e.mu.Lock()
+			defer e.mu.Unlock()
+			return e.node, nil
+		},
 		PatchStatus: func(_ context.Context, patch []byte) error {
+			e.mu.Lock()
+			defer e.mu.Unlock()
 			e.writes = append(e.writes, time.Now())
 			if e.fail != nil {
 				return e.fail
@@ -64,6 +78,8 @@ func (e *edge) run() (stop func()) {
 			return json.Unmarshal(after, e.node)
 		},
 		AddEvent: func(_ context.Context, _ string, text []byte) error {
+			e.mu.Lock()
+			defer e.mu.Unlock()
 			var event corev1.Event
 			err := json.Unmarshal(text, &event)
 			e.events = append(e.events, event)
@@ -76,6 +92,8 @@ func (e *edge) run() (stop func()) {
 	go func() { done <- e.writer.Run(ctx) }()
 	return func() {
 		cancel()
+		e.mu.Unlock()
+		defer e.mu.Lock()
 		if err := <-done; err != nil {
 			e.t.Error(err)
 		}
@@ -83,9 +101,11 @@ func (e *edge) run() (stop func()) {
 }
 
 // pass lets time go by.
-func pass(d time.Duration) {
+func (e *edge) pass(d time.Duration) {
+	e.mu.Unlock()
 	<-time.After(d)
 	synctest.Wait()
+	e.mu.Lock()
 }
 
 func (e *edge) cut() { e.facts.Link = LinkFacts{Since: time.Now(), Reason: "connection refused"} }
@@ -105,18 +125,18 @@ func TestWritesOnChangeOnly(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newEdge(t)
 		defer e.run()()
-		pass(24 * time.Hour)
+		e.pass(24 * time.Hour)
 		if len(e.writes) != 1 || len(e.node.Status.Conditions) != 6 || len(e.events) != 0 {
 			t.Fatalf("a day of nothing: %d writes, %d conditions, events %s; want 1, 6 and none",
 				len(e.writes), len(e.node.Status.Conditions), e.reasons())
 		}
 		e.cut()
-		pass(time.Minute)
+		e.pass(time.Minute)
 		e.facts.Journal.Status = 1
-		pass(time.Minute)
+		e.pass(time.Minute)
 		e.heal()
 		e.facts.Journal.Status = 0
-		pass(time.Minute)
+		e.pass(time.Minute)
 		if got, want := e.reasons(), "YurtHubLinkRefused YurtHubLinkRestored"; got != want {
 			t.Errorf("events %s, want %s", got, want)
 		}
@@ -135,12 +155,12 @@ func TestShortCutIsNotTold(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newEdge(t)
 		defer e.run()()
-		pass(time.Minute)
+		e.pass(time.Minute)
 		for range 100 {
 			e.cut()
-			pass(5 * time.Second)
+			e.pass(5 * time.Second)
 			e.heal()
-			pass(5 * time.Second)
+			e.pass(5 * time.Second)
 		}
 		if len(e.writes) != 1 || len(e.events) != 0 {
 			t.Errorf("%d writes, events %s; want one write, at the start", len(e.writes), e.reasons())
@@ -155,9 +175,9 @@ func TestFlappingIsBounded(t *testing.T) {
 		const hours = 10
 		for range hours * 60 {
 			e.cut()
-			pass(30 * time.Second)
+			e.pass(30 * time.Second)
 			e.heal()
-			pass(30 * time.Second)
+			e.pass(30 * time.Second)
 		}
 		if most := writeBurst + hours*12 + 1; len(e.writes) > most || len(e.writes) < hours*6 {
 			t.Errorf("%d writes in %d hours, want at most %d and not none", len(e.writes), hours, most)
@@ -174,7 +194,7 @@ func TestFlappingIsBounded(t *testing.T) {
 		if told <= int32(len(e.events)) || len(names) != len(e.events) {
 			t.Errorf("%d events by %d names tell of %d turns: what was left out is not counted", len(e.events), len(names), told)
 		}
-		pass(time.Hour)
+		e.pass(time.Hour)
 		if got := conditionOf(e.node, Link); got.Status != corev1.ConditionTrue {
 			t.Errorf("in the end the Node says %+v", got)
 		}
@@ -186,11 +206,11 @@ func TestWordsChangeSeldom(t *testing.T) {
 		e := newEdge(t)
 		defer e.run()()
 		e.facts.Store.Err = "error 0"
-		pass(time.Minute)
+		e.pass(time.Minute)
 		before := len(e.writes)
 		for i := range 600 {
 			e.facts.Store.Err = "error " + strings.Repeat("i", i%7)
-			pass(6 * time.Second)
+			e.pass(6 * time.Second)
 		}
 		if got := len(e.writes) - before; got < 1 || got > 2 {
 			t.Errorf("%d writes of words in an hour, want one every %s", got, wordsEvery)
@@ -203,10 +223,10 @@ func TestFailedWriteIsTriedAgain(t *testing.T) {
 		e := newEdge(t)
 		e.fail = errors.New("not now")
 		defer e.run()()
-		pass(2 * time.Minute)
+		e.pass(2 * time.Minute)
 		tried := slices.Clone(e.writes)
 		e.fail = nil
-		pass(2 * writeEvery) // failures share the budget
+		e.pass(2 * writeEvery) // failures share the budget
 		if len(tried) < 2 || tried[1].Sub(tried[0]) < writeGap || len(e.node.Status.Conditions) != 6 {
 			t.Errorf("tried at %v, then %d conditions", tried, len(e.node.Status.Conditions))
 		}
@@ -217,11 +237,11 @@ func TestOffTakesAwayWhatIsThere(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newEdge(t)
 		stop := e.run()
-		pass(time.Minute)
+		e.pass(time.Minute)
 		stop()
 		e.off = true
 		stop = e.run()
-		pass(time.Hour)
+		e.pass(time.Hour)
 		stop()
 		if len(e.writes) != 2 || len(e.node.Status.Conditions) != 0 {
 			t.Errorf("%d writes, conditions %+v; want 2 and none", len(e.writes), e.node.Status.Conditions)
