@@ -87,6 +87,35 @@ func TestEmptyScope(t *testing.T) {
 	}
 }
 
+// TestWhoSawSomeOfAGapIsToldOfItsEnd is about a watcher that a relist shows
+// some change of, but not the last: it may come back as if nothing had been.
+func TestWhoSawSomeOfAGapIsToldOfItsEnd(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBed(t, nil)
+		defer func() { b.stop() }()
+		b.cloud.put("configmaps", "ns", "a", "1", nil)
+		b.sync(configMaps)
+		narrow := configMaps
+		narrow.Fields = "metadata.name=a"
+		c := b.inform(b.held(narrow))
+		synctest.Wait()
+		b.cloud.cut()
+		mine := b.cloud.put("configmaps", "ns", "a", "2", nil)
+		last := b.cloud.put("configmaps", "ns", "other", "1", nil)
+		b.cloud.compact()
+		b.cloud.heal()
+		pass(30 * time.Second) // less than bookmarkEvery
+		wantLog(t, c.settled(), fmt.Sprintf("MODIFIED ns/a@%d", mine))
+		if c.version < last {
+			t.Errorf("told of version %d, want the end of the gap, %d", c.version, last)
+		}
+		c.end()
+		if again := b.watch(b.held(narrow), c.version); again.isClosed() {
+			t.Errorf("who comes back from %d: %v", c.version, again.err)
+		}
+	})
+}
+
 func TestGapBecomesDifferences(t *testing.T) {
 	for _, scope := range []Scope{configMaps, widgets} {
 		t.Run(scope.Resource.Resource, func(t *testing.T) {

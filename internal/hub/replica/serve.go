@@ -737,8 +737,16 @@ func (w *watcher) bookmark(version uint64, initialEventsEnd bool) error {
 	return nil
 }
 
+// insideGap reports whether a watcher that comes back with this version would
+// be told to list again because of a relist.
+func (s *set) insideGap(version uint64) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return !s.window.tells(version, 0)
+}
+
 func (w *watcher) follow(ctx context.Context, start watchStart, end <-chan time.Time) error {
-	s, seq := w.slice.stream.set, start.seq
+	s, seq, told := w.slice.stream.set, start.seq, start.after
 	bookmarks := time.NewTicker(bookmarkEvery - rand.N(bookmarkEvery/4))
 	defer bookmarks.Stop()
 	defer func() {
@@ -754,6 +762,7 @@ func (w *watcher) follow(ctx context.Context, start watchStart, end <-chan time.
 		s.window.taken[w] = s.window.next
 		s.window.trim()
 		ok = ok && s.synced && s.recalls == start.calls && s.window.tells(start.after, start.seq)
+		version := s.version
 		s.mu.Unlock()
 		if !ok {
 			// Too far behind, or wanted with a new credential: the client
@@ -769,7 +778,16 @@ func (w *watcher) follow(ctx context.Context, start watchStart, end <-chan time.
 				if err := w.send(typ, shown.object, shown); err != nil {
 					return err
 				}
+				told = e.position
 			}
+		}
+		if w.bookmarks && s.insideGap(told) {
+			// It has all that the relist found. Without this it would come
+			// back with a version from the midst of it and have to list.
+			if err := w.bookmark(version, false); err != nil {
+				return err
+			}
+			told = version
 		}
 		if err := w.out.flush(); err != nil {
 			return err
@@ -785,7 +803,8 @@ func (w *watcher) follow(ctx context.Context, start watchStart, end <-chan time.
 				continue
 			}
 			s.mu.Lock()
-			version, behind := s.version, s.window.next != seq
+			behind := s.window.next != seq
+			version = s.version
 			s.mu.Unlock()
 			if !behind {
 				if err := w.bookmark(version, false); err != nil {
