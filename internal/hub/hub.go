@@ -221,7 +221,7 @@ func (h *Hub) build() error {
 	h.certs, err = cert.New(cert.Config{
 		Dir: filepath.Join(cfg.RootDir, "pki"), NodeName: cfg.NodeName, Mode: cfg.Mode, Servers: servers,
 		BootstrapKubeconfig: cfg.Bootstrap, CAHashes: cfg.CAHashes,
-		DummyIP: cfg.DummyIP, NodeIPs: cfg.NodeIPs, ServerIPs: cfg.ServiceIPs, Keys: h.keys, Log: h.log,
+		DummyIP: cfg.DummyIP, NodeIPs: cfg.NodeIPs, ServerIPs: cfg.ServiceIPs, Clock: h.clock, Keys: h.keys, Log: h.log,
 	})
 	if err != nil {
 		return err
@@ -251,20 +251,21 @@ func (h *Hub) build() error {
 	if err != nil {
 		return err
 	}
-	h.tokens = memory{store: h.store, bucket: "tokens", limit: maxKept}
-	h.reviews = memory{store: h.store, bucket: "reviews", limit: maxKept, maxAge: cfg.DecisionAge}
-	remembered := memory{store: h.store, bucket: "identity"}
-	if h.signer, err = identity.NewLocalSigner(cfg.NodeName, remembered); err != nil {
+	h.tokens = memory{store: h.store, clock: h.clock, bucket: "tokens", limit: maxKept}
+	h.reviews = memory{store: h.store, clock: h.clock, bucket: "reviews", limit: maxKept, maxAge: cfg.DecisionAge}
+	remembered := memory{store: h.store, clock: h.clock, bucket: "identity"}
+	if h.signer, err = identity.NewLocalSigner(cfg.NodeName, remembered, h.clock); err != nil {
 		return err
 	}
 	api := identity.NewAPI(&http.Client{Transport: h.link.Node()}, "https://upstream")
 	contact := func() time.Time { return h.link.State().Since }
 	h.authn = identity.NewAuthenticator(identity.AuthenticatorConfig{
-		API: api, Memory: remembered, ClusterCAs: h.certs.ClusterCAs, Local: h.signer, Lives: h.podLives,
-		Online: h.link.Online, Contact: contact, MaxAge: cfg.DecisionAge, Log: h.log,
+		API: api, Memory: remembered, ClusterCAs: h.certs.ClusterCAs, Local: h.signer, Lives: h.podLives, Own: h.certs.Own,
+		Clock: h.clock, Online: h.link.Online, Contact: contact, MaxAge: cfg.DecisionAge, Log: h.log,
 	})
 	h.authz = identity.NewAuthorizer(identity.AuthorizerConfig{
-		API: api, Memory: remembered, Online: h.link.Online, Contact: contact, MaxAge: cfg.DecisionAge, Log: h.log,
+		API: api, Memory: remembered, Online: h.link.Online, Contact: contact, MaxAge: cfg.DecisionAge,
+		Self: h.self, Clock: h.clock, Log: h.log,
 	})
 	h.answers = newAnswers(h.store, h.log)
 	h.journal, err = journal.Open(journal.Config{

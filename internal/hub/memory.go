@@ -7,6 +7,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/yurt-edge/yurt/internal/hub/clock"
 	"github.com/yurt-edge/yurt/internal/hub/store"
 )
 
@@ -17,6 +18,7 @@ const commitBudget = 5 * time.Second
 // the identity package's Memory.
 type memory struct {
 	store  *store.Store
+	clock  *clock.Clock // the machine's if nil
 	bucket string
 	// limit bounds the records; the oldest go first. Zero is for a user that
 	// bounds its keys itself.
@@ -47,7 +49,7 @@ func (m memory) LoadAt(key string) ([]byte, time.Time, error) {
 		return nil, time.Time{}, err
 	}
 	at := time.Unix(int64(record.Version), 0) //nolint:gosec // as Save made it
-	if m.maxAge > 0 && time.Since(at) > m.maxAge {
+	if m.maxAge > 0 && m.clock.Since(at) > m.maxAge {
 		return nil, time.Time{}, nil
 	}
 	return record.Data, at, nil
@@ -62,7 +64,7 @@ func (m memory) Save(key string, value []byte) error {
 			return err
 		}
 	}
-	batch.Put(m.bucket, key, store.Record{Version: uint64(time.Now().Unix()), Data: value})
+	batch.Put(m.bucket, key, store.Record{Version: uint64(m.clock.Now().Unix()), Data: value})
 	return m.store.Commit(ctx, batch)
 }
 

@@ -354,7 +354,7 @@ func (h *Hub) token(w http.ResponseWriter, r *http.Request, as link.Credential) 
 	}
 	wanted.Status = kept.Status
 	expiry := expiryOf(kept)
-	if time.Until(expiry) < minTokenLife {
+	if h.clock.Until(expiry) < minTokenLife {
 		spec := identity.TokenSpec{
 			Namespace: info.Namespace, ServiceAccount: info.Name,
 			ServiceAccountUID: h.authn.AccountUID(info.Namespace, info.Name),
@@ -369,7 +369,13 @@ func (h *Hub) token(w http.ResponseWriter, r *http.Request, as link.Credential) 
 			return
 		}
 	}
-	if now := time.Now(); wanted.Status.ExpirationTimestamp.Before(&metav1.Time{Time: now}) {
+	// The kubelet judges this by the machine's clock, which may be wrong and may
+	// be set right at any time: a time that has surely come is always too early.
+	now := h.clock.Machine()
+	if wanted.Status.ExpirationTimestamp.Before(&metav1.Time{Time: now}) {
+		if floor := h.clock.Floor(); floor.Before(now) {
+			now = floor
+		}
 		soon := now.Add(renewalOf(life))
 		if soon.After(expiry) {
 			soon = expiry
@@ -557,7 +563,7 @@ func (h *Hub) keepReview(key string, tokens bool, answer []byte) {
 	if err != nil {
 		return
 	}
-	if old, at, err := h.reviews.LoadAt(key); err == nil && bytes.Equal(old, text) && time.Since(at) < h.cfg.DecisionAge/8 {
+	if old, at, err := h.reviews.LoadAt(key); err == nil && bytes.Equal(old, text) && h.clock.Since(at) < h.cfg.DecisionAge/8 {
 		return
 	}
 	if err := h.reviews.Save(key, text); err != nil {

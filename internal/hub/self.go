@@ -81,6 +81,12 @@ func (h *Hub) facts() condition.Facts {
 	if pair := h.certs.ClientCertificate(); pair != nil {
 		f.Certificate.NotBefore, f.Certificate.NotAfter = pair.Leaf.NotBefore, pair.Leaf.NotAfter
 	}
+	for _, s := range h.certs.Status() {
+		if (s.Name == "client" || s.Name == "authority") && s.Problem != "" {
+			f.Certificate.Stuck, f.Certificate.Remedy = s.Problem, s.Hint
+			break
+		}
+	}
 	f.Clock.Skew, f.Clock.Known = h.clock.Skew()
 	waiting := h.journal.Stats()
 	f.Journal.Status, f.Journal.Events, f.Journal.Dropped = waiting.Status, waiting.Events, int64(waiting.Displaced)
@@ -208,11 +214,11 @@ func (h *Hub) report() report.Report {
 	if err := h.store.Health(); err != nil {
 		out.StoreHealth = err.Error()
 	}
-	if pair := h.certs.ClientCertificate(); pair != nil {
-		out.Certificates = append(out.Certificates, report.Certificate{
-			Name: "client", NotBefore: pair.Leaf.NotBefore, NotAfter: pair.Leaf.NotAfter,
-		})
+	for _, s := range h.certs.Status() {
+		out.Certificates = append(out.Certificates, report.Certificate(s))
 	}
+	ahead, known := h.clock.Skew()
+	out.Clock = report.Clock{Now: h.clock.Now(), Machine: h.clock.Machine(), Known: known, AheadSeconds: ahead.Seconds()}
 	for _, s := range h.replica.Status() {
 		out.Scopes = append(out.Scopes, report.Scope(s))
 	}

@@ -48,6 +48,7 @@ type Report struct {
 	// Discovery says that kubectl can work without the cloud.
 	Discovery bool `json:"discovery"`
 
+	Clock        Clock         `json:"clock"`
 	Certificates []Certificate `json:"certificates"`
 	Conditions   []Condition   `json:"conditions"`
 	Scopes       []Scope       `json:"scopes"`
@@ -72,8 +73,21 @@ type Journal struct {
 // Certificate is one of those that the hub holds.
 type Certificate struct {
 	Name      string    `json:"name"`
-	NotBefore time.Time `json:"notBefore"`
-	NotAfter  time.Time `json:"notAfter"`
+	NotBefore time.Time `json:"notBefore,omitzero"` // zero: there is none
+	NotAfter  time.Time `json:"notAfter,omitzero"`
+	Issuer    string    `json:"issuer,omitempty"`
+	// Problem is what is in the way of a new one, and Hint what helps.
+	Problem string `json:"problem,omitempty"`
+	Hint    string `json:"hint,omitempty"`
+}
+
+// Clock is the hub's notion of time beside the machine's. Known says that the
+// cloud was heard since the start.
+type Clock struct {
+	Now          time.Time `json:"now"`
+	Machine      time.Time `json:"machine"`
+	Known        bool      `json:"known"`
+	AheadSeconds float64   `json:"aheadSeconds"` // of the machine's; 0 within a minute
 }
 
 // Condition is one fact about the hub. True is good, for all of them.

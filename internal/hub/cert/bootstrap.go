@@ -126,12 +126,14 @@ func parseBootstrap(data []byte, dir string) (*bootstrap, error) {
 	return b, nil
 }
 
+var errNoAuthority = errors.New("the cluster's certificate authority is not known: give it in the bootstrap file, or give its hash")
+
 // discover asks the servers for the cluster's authority and believes what the
 // pinned hashes confirm. The answer itself comes over a connection that proves
 // nothing, which is sound because the pin covers all that is taken from it.
 func (c *Certificates) discover(ctx context.Context) error {
 	if len(c.cfg.CAHashes) == 0 {
-		return errors.New("the cluster's certificate authority is not known: give it in the bootstrap file, or give its hash")
+		return errNoAuthority
 	}
 	transport := &http.Transport{
 		DisableKeepAlives: true,
@@ -153,7 +155,7 @@ func (c *Certificates) discover(ctx context.Context) error {
 }
 
 func fetchAuthority(ctx context.Context, client *http.Client, server string) ([]byte, error) {
-	url := strings.TrimSuffix(server, "/") + "/api/v1/namespaces/kube-public/configmaps/cluster-info"
+	url := strings.TrimSuffix(server, "/") + infoPath
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
 	if err != nil {
 		return nil, err

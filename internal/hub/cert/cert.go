@@ -17,6 +17,8 @@ import (
 	"time"
 
 	"golang.org/x/sync/errgroup"
+
+	"github.com/yurt-edge/yurt/internal/hub/clock"
 )
 
 // Mode says where the client certificate comes from.
@@ -88,6 +90,9 @@ type Config struct {
 	// files' owner.
 	Keys Sealer
 
+	// Clock is what validity is judged by; the machine's if nil.
+	Clock *clock.Clock
+
 	Log *slog.Logger // slog.Default() if nil
 }
 
@@ -104,15 +109,19 @@ type Certificates struct {
 	files sync.Mutex // guards writing of the authority and the bundle
 
 	mu            sync.Mutex    // guards the following
-	clientChanged chan struct{} // closed and replaced when client changes
+	clientChanged chan struct{} // closed and replaced when client or authority changes
+	replaced      []byte        // the client certificate before, in DER
+	replacedAt    time.Time
+	trouble       map[string]trouble // by file of the order
 
 	local localAuthority
 }
 
 // authority is the cluster's certificate authority.
 type authority struct {
-	pem  []byte
-	pool *x509.CertPool
+	pem   []byte
+	certs []*x509.Certificate
+	pool  *x509.CertPool
 }
 
 // New loads what is on disk and makes the local authority and its server
@@ -140,7 +149,7 @@ func New(cfg Config) (*Certificates, error) {
 	if err := os.MkdirAll(cfg.Dir, 0o700); err != nil {
 		return nil, fmt.Errorf("keep certificates: %w", err)
 	}
-	c := &Certificates{cfg: cfg, ready: make(chan struct{}), clientChanged: make(chan struct{})}
+	c := &Certificates{cfg: cfg, ready: make(chan struct{}), clientChanged: make(chan struct{}), trouble: map[string]trouble{}}
 	c.servers.Store(&cfg.Servers)
 	if err := c.loadCluster(); err != nil {
 		return nil, err
@@ -169,6 +178,7 @@ func (c *Certificates) Run(ctx context.Context) error {
 	}
 	g.Go(func() error { c.keepClusterServer(ctx); return nil })
 	g.Go(func() error { c.keepFiles(ctx); return nil })
+	g.Go(func() error { c.keepAuthority(ctx); return nil })
 	return g.Wait()
 }
 
@@ -179,8 +189,9 @@ func (c *Certificates) Ready() <-chan struct{} { return c.ready }
 // have expired.
 func (c *Certificates) ClientCertificate() *tls.Certificate { return c.client.Load() }
 
-// ClientChanged returns a channel that is closed when the client certificate is
-// next replaced. Connections that were made with the old one should then end.
+// ClientChanged returns a channel that is closed when the client certificate or
+// the cluster's authority is next replaced. Connections that were made with the
+// old one should then end.
 func (c *Certificates) ClientChanged() <-chan struct{} {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -208,7 +219,7 @@ func (c *Certificates) Servers() []string { return *c.servers.Load() }
 // for a name of the Kubernetes service, are pods: they get the certificate that
 // the cluster signed, when there is one. All others get the local one.
 func (c *Certificates) GetCertificate(hello *tls.ClientHelloInfo) (*tls.Certificate, error) {
-	if pair := c.clusterServer.Load(); pair != nil && c.fromPod(hello) && time.Now().Before(pair.Leaf.NotAfter) {
+	if pair := c.clusterServer.Load(); pair != nil && c.fromPod(hello) && c.cfg.Clock.Now().Before(pair.Leaf.NotAfter) {
 		return pair, nil
 	}
 	return c.local.certificate()
@@ -232,14 +243,41 @@ func (c *Certificates) userName() string { return "system:node:" + c.cfg.NodeNam
 // setClient makes pair the client certificate and tells those who care.
 func (c *Certificates) setClient(pair *tls.Certificate) {
 	old := c.client.Swap(pair)
+	c.cfg.Clock.Saw(pair.Leaf.NotBefore)
 	c.cfg.Log.Info("client certificate in use", "name", pair.Leaf.Subject.CommonName, "expires", pair.Leaf.NotAfter)
-	if old == nil {
-		close(c.ready)
-	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	if old == nil {
+		close(c.ready)
+	} else {
+		c.replaced, c.replacedAt = old.Leaf.Raw, time.Now()
+	}
+	c.changedLocked()
+}
+
+func (c *Certificates) changedLocked() {
 	close(c.clientChanged)
 	c.clientChanged = make(chan struct{})
+}
+
+// overlap is how long a replaced certificate still counts as the node's own:
+// clients look for a new one every few minutes.
+const overlap = 10 * time.Minute
+
+// Own tells whether a certificate, in DER, is the one by which this node is
+// known now: the hub's, the kubelet's, or the one that was replaced just now.
+func (c *Certificates) Own(der []byte) bool {
+	if pair := c.client.Load(); pair != nil && bytes.Equal(pair.Leaf.Raw, der) {
+		return true
+	}
+	c.mu.Lock()
+	replaced := bytes.Equal(c.replaced, der) && time.Since(c.replacedAt) < overlap
+	c.mu.Unlock()
+	if replaced {
+		return true
+	}
+	pair, err := loadPair(c.cfg.KubeletCert, nil)
+	return err == nil && bytes.Equal(pair.Leaf.Raw, der) && pair.Leaf.Subject.CommonName == c.userName()
 }
 
 // loadOwn loads a certificate of this node from Dir. One that cannot be used is

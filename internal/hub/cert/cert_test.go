@@ -1,6 +1,7 @@
 package cert
 
 import (
+	"bytes"
 	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -109,33 +110,68 @@ type cluster struct {
 	deny     bool
 	life     time.Duration
 	refuse   bool // the bootstrap token has expired
+
+	serving, signing *signer   // of its own certificate, and of those that it issues
+	trusted          []*signer // for clients
+	roots            []byte    // what kube-root-ca.crt holds; nil: the node may not read it
+	info             []byte    // what cluster-info holds; nil: there is none
+	now              func() time.Time
+	ahead            time.Duration // of what it issues
 }
 
 func newCluster(t testing.TB) *cluster {
-	c := &cluster{signer: newSigner(t), t: t, requests: make(map[string]*certificatesv1.CertificateSigningRequest), life: 365 * 24 * time.Hour}
+	c := &cluster{
+		signer: newSigner(t), t: t, requests: make(map[string]*certificatesv1.CertificateSigningRequest),
+		life: 365 * 24 * time.Hour, now: time.Now,
+	}
+	c.serving, c.signing, c.trusted = c.signer, c.signer, []*signer{c.signer}
 	mux := http.NewServeMux()
 	mux.HandleFunc("POST "+requestsPath, c.create)
 	mux.HandleFunc("GET "+requestsPath+"/{name}", c.get)
-	mux.HandleFunc("GET /api/v1/namespaces/kube-public/configmaps/cluster-info", func(w http.ResponseWriter, _ *http.Request) {
-		other := newSigner(t) // that the node must not trust
-		bundle := append(append([]byte(nil), other.pem...), c.pem...)
-		k := fmt.Sprintf("clusters:\n- cluster:\n    certificate-authority-data: %s\n", base64.StdEncoding.EncodeToString(bundle))
+	mux.HandleFunc("GET "+rootsPath, func(w http.ResponseWriter, r *http.Request) {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		switch user := c.user(w, r); {
+		case user == "":
+		case user != testUser || c.roots == nil:
+			status(w, http.StatusForbidden, metav1.StatusReasonForbidden)
+		default:
+			_ = json.NewEncoder(w).Encode(map[string]any{"data": map[string]string{"ca.crt": string(c.roots)}})
+		}
+	})
+	mux.HandleFunc("GET "+infoPath, func(w http.ResponseWriter, _ *http.Request) {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		if c.info == nil {
+			status(w, http.StatusForbidden, metav1.StatusReasonForbidden)
+			return
+		}
+		k := fmt.Sprintf("clusters:\n- cluster:\n    certificate-authority-data: %s\n", base64.StdEncoding.EncodeToString(c.info))
 		_ = json.NewEncoder(w).Encode(map[string]any{"data": map[string]string{"kubeconfig": k}})
 	})
-	c.Server = httptest.NewUnstartedServer(mux)
+	c.Server = httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		c.mu.Lock()
+		date := c.now()
+		c.mu.Unlock()
+		w.Header().Set("Date", date.UTC().Format(http.TimeFormat))
+		mux.ServeHTTP(w, r)
+	}))
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	must(t, err)
-	pool := x509.NewCertPool()
-	pool.AddCert(c.cert)
-	leaf := c.sign(t, &x509.Certificate{
-		Subject: pkix.Name{CommonName: "kube-apiserver"}, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(1000 * time.Hour),
-		IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
-	}, key.Public())
-	keyPEM, err := encodeKey(key)
-	must(t, err)
-	pair, err := tls.X509KeyPair(leaf, keyPEM)
-	must(t, err)
-	c.TLS = &tls.Config{Certificates: []tls.Certificate{pair}, ClientAuth: tls.VerifyClientCertIfGiven, ClientCAs: pool}
+	c.TLS = &tls.Config{GetConfigForClient: func(*tls.ClientHelloInfo) (*tls.Config, error) {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		leaf := c.serving.sign(t, &x509.Certificate{
+			Subject: pkix.Name{CommonName: "kube-apiserver"}, NotBefore: c.now().Add(-time.Hour), NotAfter: c.now().Add(1000 * time.Hour),
+			IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
+		}, key.Public())
+		keyPEM, err := encodeKey(key)
+		if err != nil {
+			return nil, err
+		}
+		pair, err := tls.X509KeyPair(leaf, keyPEM)
+		return &tls.Config{Certificates: []tls.Certificate{pair}, ClientAuth: tls.RequestClientCert, MinVersion: tls.VersionTLS12}, err
+	}}
 	c.Config.ErrorLog = slog.NewLogLogger(slog.DiscardHandler, slog.LevelError)
 	c.StartTLS()
 	t.Cleanup(c.Close)
@@ -149,7 +185,14 @@ func status(w http.ResponseWriter, code int, reason metav1.StatusReason) {
 
 func (c *cluster) user(w http.ResponseWriter, r *http.Request) string {
 	if len(r.TLS.PeerCertificates) > 0 {
-		return r.TLS.PeerCertificates[0].Subject.CommonName
+		pool := x509.NewCertPool()
+		for _, s := range c.trusted {
+			pool.AddCert(s.cert)
+		}
+		leaf := r.TLS.PeerCertificates[0]
+		if _, err := leaf.Verify(x509.VerifyOptions{Roots: pool, CurrentTime: c.now(), KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}}); err == nil {
+			return leaf.Subject.CommonName
+		}
 	}
 	if r.Header.Get("Authorization") == "Bearer "+testToken && !c.refuse {
 		return "system:bootstrap:abcdef"
@@ -218,8 +261,9 @@ func (c *cluster) issue(csr *certificatesv1.CertificateSigningRequest) {
 	default:
 		c.t.Errorf("signer %s", csr.Spec.SignerName)
 	}
-	csr.Status.Certificate = c.sign(c.t, &x509.Certificate{
-		Subject: request.Subject, NotBefore: time.Now().Add(-5 * time.Minute), NotAfter: time.Now().Add(c.life),
+	now := c.now().Add(c.ahead)
+	csr.Status.Certificate = c.signing.sign(c.t, &x509.Certificate{
+		Subject: request.Subject, NotBefore: now.Add(-5 * time.Minute), NotAfter: now.Add(c.life),
 		DNSNames: request.DNSNames, IPAddresses: request.IPAddresses, ExtKeyUsage: []x509.ExtKeyUsage{usage},
 	}, request.PublicKey)
 }
@@ -252,7 +296,7 @@ func (c *cluster) config(t testing.TB) Config {
 	dir := t.TempDir()
 	return Config{
 		Dir: filepath.Join(dir, "pki"), NodeName: testNode, BootstrapKubeconfig: c.kubeconfig(dir, c.pem),
-		DummyIP: net.IPv4(169, 254, 2, 1), NodeIPs: []net.IP{net.IPv4(10, 0, 0, 5)}, ServerIPs: []net.IP{net.IPv4(10, 96, 0, 1)}, Keys: newSealer(t),
+		KubeletCert: filepath.Join(dir, "kubelet.pem"), DummyIP: net.IPv4(169, 254, 2, 1), NodeIPs: []net.IP{net.IPv4(10, 0, 0, 5)}, ServerIPs: []net.IP{net.IPv4(10, 96, 0, 1)}, Keys: newSealer(t),
 		Log: slog.New(slog.DiscardHandler),
 	}
 }
@@ -331,6 +375,8 @@ func TestBootstrapByHash(t *testing.T) {
 	cluster := newCluster(t)
 	cfg := cluster.config(t)
 	cluster.kubeconfig(filepath.Dir(cfg.BootstrapKubeconfig), nil)
+	other := newSigner(t) // that the node must not trust
+	cluster.set(func() { cluster.info = append(bytes.Clone(other.pem), cluster.pem...) })
 	cfg.CAHashes = []string{"sha256:" + strings.Repeat("0", 64)}
 	c := open(t, cfg)
 	if err := c.discover(t.Context()); err == nil || !strings.Contains(err.Error(), "pinned") || c.ClusterCAs() != nil {
@@ -338,9 +384,8 @@ func TestBootstrapByHash(t *testing.T) {
 	}
 	cfg.CAHashes = append(cfg.CAHashes, cluster.hash())
 	c = open(t, cfg)
-	stop := run(t, c)
-	<-c.Ready()
-	stop()
+	_, err := c.obtain(t.Context(), c.clientOrder())
+	must(t, err)
 	bundle, err := os.ReadFile(c.BundlePath())
 	must(t, err)
 	if string(bundle) != string(cluster.pem)+string(c.local.authorityPEM()) {

@@ -117,7 +117,11 @@ func parseAuthority(data []byte) (*authority, error) {
 		if err != nil {
 			return nil, fmt.Errorf("parse certificate authority: %w", err)
 		}
+		if len(a.certs) == maxAuthorities {
+			return nil, fmt.Errorf("parse certificate authority: more than %d certificates", maxAuthorities)
+		}
 		a.pool.AddCert(cert)
+		a.certs = append(a.certs, cert)
 		a.pem = append(a.pem, pem.EncodeToMemory(&pem.Block{Type: blockCertificate, Bytes: block.Bytes})...)
 	}
 	if len(a.pem) == 0 {
@@ -126,40 +130,28 @@ func parseAuthority(data []byte) (*authority, error) {
 	return a, nil
 }
 
-// loadCluster reads the cluster's authority from the first file that has it.
-// That none has it is no error.
-func (c *Certificates) loadCluster() error {
-	data, err := c.clusterPEM()
-	if err != nil || len(data) == 0 {
-		return err
-	}
-	return c.setCluster(data)
-}
-
-func (c *Certificates) clusterPEM() ([]byte, error) {
+// givenPEM returns the authority that an operator gives, nil if there is none.
+func (c *Certificates) givenPEM() ([]byte, error) {
 	if c.cfg.ClusterCAFile != "" {
 		data, err := os.ReadFile(c.cfg.ClusterCAFile)
 		if !errors.Is(err, os.ErrNotExist) {
 			return data, err
 		}
 	}
-	if c.cfg.Mode == ModeToken && c.cfg.BootstrapKubeconfig != "" {
-		boot, err := loadBootstrap(c.cfg.BootstrapKubeconfig)
-		if err == nil && len(c.Servers()) == 0 && boot.server != "" {
-			c.servers.Store(&[]string{boot.server})
-		}
-		if err == nil && len(boot.ca) > 0 {
-			return boot.ca, nil
-		}
-		if err != nil && !errors.Is(err, os.ErrNotExist) {
-			return nil, err
-		}
+	if c.cfg.Mode != ModeToken || c.cfg.BootstrapKubeconfig == "" {
+		return nil, nil
 	}
-	data, err := os.ReadFile(c.path(clusterCAFile))
+	boot, err := loadBootstrap(c.cfg.BootstrapKubeconfig)
 	if errors.Is(err, os.ErrNotExist) {
 		return nil, nil
 	}
-	return data, err
+	if err != nil {
+		return nil, err
+	}
+	if len(c.Servers()) == 0 && boot.server != "" {
+		c.servers.Store(&[]string{boot.server})
+	}
+	return boot.ca, nil
 }
 
 // setCluster makes data the cluster's authority, here and on disk.
@@ -176,7 +168,11 @@ func (c *Certificates) setCluster(data []byte) error {
 	if err := writeIfChanged(c.path(clusterCAFile), next.pem); err != nil {
 		return err
 	}
-	c.cluster.Store(next)
+	if c.cluster.Swap(next) != nil {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		c.changedLocked()
+	}
 	return nil
 }
 

@@ -19,6 +19,8 @@ import (
 	"slices"
 	"sync"
 	"time"
+
+	"github.com/yurt-edge/yurt/internal/hub/clock"
 )
 
 const (
@@ -36,6 +38,7 @@ func serviceNames() []string {
 // node, so trusting it costs little even if its key is stolen.
 type localAuthority struct {
 	dir   string
+	clock *clock.Clock
 	names []string
 	ips   []net.IP // those that the certificate must have
 	extra []net.IP // those that it has if the authority permits them
@@ -51,6 +54,7 @@ type localAuthority struct {
 // for this node.
 func (l *localAuthority) open(cfg Config) error {
 	l.dir, l.keys, l.log = cfg.Dir, cfg.Keys, cfg.Log
+	l.clock = cfg.Clock
 	l.names = append([]string{"localhost", cfg.NodeName}, serviceNames()...)
 	l.ips = []net.IP{net.IPv4(127, 0, 0, 1), net.IPv6loopback}
 	if cfg.DummyIP != nil {
@@ -91,8 +95,7 @@ func (l *localAuthority) authorityPEM() []byte {
 // than if this were 2026, because a node without a working clock must neither
 // make a certificate that is useless once the time is known, nor refuse one
 // that it made before a power cut.
-func validity(life time.Duration) (from, to time.Time) {
-	now := time.Now()
+func validity(now time.Time, life time.Duration) (from, to time.Time) {
 	if floor := time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC); now.Before(floor) {
 		now = floor
 	}
@@ -103,7 +106,7 @@ func serial() (*big.Int, error) { return rand.Int(rand.Reader, new(big.Int).Lsh(
 
 // suits tells whether the authority lasts and may vouch for what is required.
 func (l *localAuthority) suits(ca *x509.Certificate) bool {
-	return ca.IsCA && time.Until(ca.NotAfter) > localServerLife &&
+	return ca.IsCA && l.clock.Until(ca.NotAfter) > localServerLife &&
 		!slices.ContainsFunc(l.names, func(n string) bool { return !slices.Contains(ca.PermittedDNSDomains, n) }) &&
 		!slices.ContainsFunc(l.ips, func(ip net.IP) bool { return !permits(ca, ip) })
 }
@@ -121,7 +124,7 @@ func (l *localAuthority) makeCA() error {
 	if err != nil {
 		return err
 	}
-	from, to := validity(localCALife)
+	from, to := validity(l.clock.Now(), localCALife)
 	template := &x509.Certificate{
 		SerialNumber:                number,
 		Subject:                     pkix.Name{CommonName: "yurthub-local-ca-" + l.names[1]},
@@ -171,7 +174,7 @@ func (l *localAuthority) certificate() (*tls.Certificate, error) {
 // current tells whether the server certificate is of this authority, names what
 // it must and has a third of its life left.
 func (l *localAuthority) current() bool {
-	if l.server == nil || time.Until(l.server.Leaf.NotAfter) < localServerLife/3 {
+	if l.server == nil || l.clock.Until(l.server.Leaf.NotAfter) < localServerLife/3 {
 		return false
 	}
 	leaf := l.server.Leaf
@@ -199,7 +202,7 @@ func (l *localAuthority) sign() (*tls.Certificate, error) {
 	if err != nil {
 		return nil, err
 	}
-	from, to := validity(localServerLife)
+	from, to := validity(l.clock.Now(), localServerLife)
 	template := &x509.Certificate{
 		SerialNumber: number,
 		Subject:      pkix.Name{CommonName: "yurthub-" + l.names[1]},

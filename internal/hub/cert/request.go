@@ -17,6 +17,7 @@ import (
 	mathrand "math/rand/v2"
 	"net"
 	"net/http"
+	"net/url"
 	"os"
 	"path/filepath"
 	"slices"
@@ -42,12 +43,28 @@ const (
 	retryMin, retryMax = time.Second, time.Minute
 	// deniedWait is how long a denial is respected before asking anew.
 	deniedWait = time.Hour
+	// approvalWait is after how long a request is said to wait for a person.
+	approvalWait = time.Minute
+	// soundPoll is how often a clock that is a guess is looked at again.
+	soundPoll = 5 * time.Second
+	// successorWait is how often a certificate of the cluster's newest
+	// authority is asked for while another one still signs.
+	successorWait = 12 * time.Hour
+	// futureLeeway is how far ahead of its time a certificate may be.
+	futureLeeway = 10 * time.Minute
 
 	requestsPath = "/apis/certificates.k8s.io/v1/certificatesigningrequests"
 )
 
-// errDenied says that the cluster will not sign a request.
-var errDenied = errors.New("the certificate request is denied")
+// errNoCredential says that there is nothing to ask the cluster with.
+var errNoCredential = errors.New("neither a client certificate nor a bootstrap token")
+
+// deniedError says that the cluster will not sign a request.
+type deniedError struct{ name, reason string }
+
+func (e *deniedError) Error() string {
+	return "the certificate request " + e.name + " is denied: " + e.reason
+}
 
 // order says which certificate to ask of the cluster.
 type order struct {
@@ -77,7 +94,7 @@ func (c *Certificates) serverOrder() order {
 // keepClient requests the client certificate when there is none, and again
 // before it ends.
 func (c *Certificates) keepClient(ctx context.Context) {
-	c.keep(ctx, c.clientOrder(), c.client.Load, c.setClient)
+	c.keep(ctx, c.clientOrder, c.client.Load, c.setClient)
 }
 
 // keepClusterServer does the same for the server certificate, as soon as there
@@ -88,45 +105,73 @@ func (c *Certificates) keepClusterServer(ctx context.Context) {
 	case <-ctx.Done():
 		return
 	}
-	c.keep(ctx, c.serverOrder(), c.clusterServer.Load, func(pair *tls.Certificate) {
+	c.keep(ctx, c.serverOrder, c.clusterServer.Load, func(pair *tls.Certificate) {
 		c.clusterServer.Store(pair)
 		c.cfg.Log.Info("server certificate of the cluster in use", "expires", pair.Leaf.NotAfter)
 	})
 }
 
-// keep obtains the ordered certificate whenever the loaded one will not do.
-func (c *Certificates) keep(ctx context.Context, o order, load func() *tls.Certificate, use func(*tls.Certificate)) {
+// keep obtains the ordered certificate whenever the loaded one will not do. The
+// loaded one stays in use until the new one has proved itself.
+func (c *Certificates) keep(ctx context.Context, ordered func() order, load func() *tls.Certificate, use func(*tls.Certificate)) {
 	retry := backoff{min: retryMin, max: retryMax}
+	var last time.Time // when one was obtained
 	for {
-		if pair := load(); pair != nil && hasNames(pair.Leaf, o.names, o.ips) {
-			if left := time.Until(renewal(pair.Leaf)); left > 0 {
-				if !sleep(ctx, min(left, refreshInterval)) {
-					return
-				}
-				continue
+		o := ordered()
+		if left := c.left(o, load(), last); left > 0 {
+			if !sleep(ctx, min(left, refreshInterval)) {
+				return
 			}
+			continue
 		}
 		pair, err := c.obtain(ctx, o)
 		if ctx.Err() != nil {
 			return
 		}
+		c.note(o.file, err)
 		wait := retry.next()
-		if err == nil {
+		switch _, denied := errors.AsType[*deniedError](err); {
+		case err == nil:
 			retry.reset()
 			use(pair)
-			// By a clock that runs ahead every certificate is old. That must
-			// not flood the cluster with requests.
-			wait = max(refreshInterval, pair.Leaf.NotAfter.Sub(pair.Leaf.NotBefore)/10)
-		} else {
-			if errors.Is(err, errDenied) {
-				wait = deniedWait + mathrand.N(deniedWait/4)
+			last, wait = time.Now(), refreshInterval
+			if c.left(o, pair, last) <= 0 {
+				// The cluster's own clock is wrong, perhaps. That must not
+				// flood it with requests.
+				wait = deniedWait + jitter(deniedWait)
 			}
-			c.cfg.Log.Warn("certificate is not obtained", "signer", o.signer, "err", err, "retry", wait)
+		case denied:
+			wait = deniedWait + jitter(deniedWait/4)
 		}
 		if !sleep(ctx, wait) {
 			return
 		}
 	}
+}
+
+// left returns for how long a certificate will do. Last is when one was
+// obtained by this process.
+func (c *Certificates) left(o order, pair *tls.Certificate, last time.Time) time.Duration {
+	if pair == nil || !hasNames(pair.Leaf, o.names, o.ips) {
+		return 0
+	}
+	if a := c.cluster.Load(); a != nil {
+		known, newest := a.signed(pair.Leaf)
+		// Where intermediates sign, dates alone count.
+		direct := len(pair.Certificate) == 1
+		if direct && (!known || !newest) && (last.IsZero() || time.Since(last) > successorWait) {
+			return 0
+		}
+	}
+	if !c.cfg.Clock.Sound() {
+		// By a clock that runs ahead every certificate is old. Who can sign a
+		// new one can tell the time first.
+		return soundPoll
+	}
+	if c.cfg.Clock.Until(pair.Leaf.NotBefore) > futureLeeway {
+		return 0 // made while some clock was ahead; it is refused until then
+	}
+	return c.cfg.Clock.Until(renewal(pair.Leaf))
 }
 
 // renewal returns when a certificate is to be replaced: after 70 to 90 % of its
@@ -143,8 +188,10 @@ type backoff struct{ min, max, now time.Duration }
 
 func (b *backoff) next() time.Duration {
 	b.now = min(max(b.now*3/2, b.min), b.max)
-	return b.now*3/4 + mathrand.N(b.now/2)
+	return b.now*3/4 + jitter(b.now/2)
 }
+
+func jitter(most time.Duration) time.Duration { return mathrand.N(most) }
 
 func (b *backoff) reset() { b.now = 0 }
 
@@ -182,12 +229,15 @@ func (c *Certificates) obtain(ctx context.Context, o order) (*tls.Certificate, e
 			return nil, err
 		}
 	}
-	issued, err := c.await(ctx, p.Name)
-	if errors.Is(err, errDenied) || apierrors.IsNotFound(err) {
+	issued, err := c.await(ctx, o.file, p.Name)
+	if _, denied := errors.AsType[*deniedError](err); denied || apierrors.IsNotFound(err) {
 		// NotFound: the cluster forgets requests after a day, or an hour.
 		return nil, errors.Join(err, os.Remove(path))
 	}
 	if err != nil {
+		return nil, err
+	}
+	if err := c.try(ctx, o, p, issued); err != nil {
 		return nil, err
 	}
 	pair, err := storePair(c.path(o.file), issued, p.key, c.cfg.Keys)
@@ -195,6 +245,32 @@ func (c *Certificates) obtain(ctx context.Context, o order) (*tls.Certificate, e
 		return nil, errors.Join(err, os.Remove(path))
 	}
 	return pair, os.Remove(path)
+}
+
+// try uses a new client certificate once, so that one that does not work never
+// takes the place of one that does. The request stays pending until then.
+func (c *Certificates) try(ctx context.Context, o order, p *pending, issued []byte) error {
+	if o.usage != certificatesv1.UsageClientAuth {
+		return nil
+	}
+	keyPEM, err := encodeKey(p.key)
+	if err != nil {
+		return err
+	}
+	pair, err := tls.X509KeyPair(issued, keyPEM)
+	if err != nil {
+		return nil //nolint:nilerr // storing it fails likewise, and says so
+	}
+	csr := &certificatesv1.CertificateSigningRequest{}
+	err = c.doAs(ctx, c.ClusterCAs(), credential{certificate: &pair}, http.MethodGet, requestsPath+"/"+p.Name, nil, csr)
+	var status *apierrors.StatusError
+	if errors.As(err, &status) && status.ErrStatus.Code != http.StatusUnauthorized {
+		return nil // it knows who we are, whatever we may do
+	}
+	if err != nil {
+		return fmt.Errorf("use the new certificate: %w", err)
+	}
+	return nil
 }
 
 // loadPending returns nil when there is none for the same order.
@@ -272,8 +348,9 @@ func (c *Certificates) request(ctx context.Context, o order) (*pending, error) {
 
 // await returns the certificate that the cluster issues for a request. It
 // returns an error when it is not to come, or when the cloud cannot be asked.
-func (c *Certificates) await(ctx context.Context, name string) ([]byte, error) {
+func (c *Certificates) await(ctx context.Context, file, name string) ([]byte, error) {
 	poll := backoff{min: pollMin, max: pollMax}
+	begun := time.Now()
 	for {
 		csr := &certificatesv1.CertificateSigningRequest{}
 		if err := c.do(ctx, http.MethodGet, requestsPath+"/"+name, nil, csr); err != nil {
@@ -282,11 +359,14 @@ func (c *Certificates) await(ctx context.Context, name string) ([]byte, error) {
 		for _, condition := range csr.Status.Conditions {
 			switch condition.Type {
 			case certificatesv1.CertificateDenied, certificatesv1.CertificateFailed:
-				return nil, fmt.Errorf("%w: %s %s: %s", errDenied, name, condition.Reason, condition.Message)
+				return nil, &deniedError{name, condition.Reason + ": " + condition.Message}
 			}
 		}
 		if len(csr.Status.Certificate) > 0 {
 			return csr.Status.Certificate, nil
+		}
+		if time.Since(begun) > approvalWait {
+			c.waits(file, name)
 		}
 		if !sleep(ctx, poll.next()) {
 			return nil, context.Cause(ctx)
@@ -300,23 +380,35 @@ type credential struct {
 	token       string
 }
 
-// credentials returns what there is, the likeliest to work first. An expired
-// certificate comes last but is tried, because the clock may be wrong.
+// credentials returns what there is, the likeliest to work first: the hub's own
+// certificate, the bootstrap token, whose file is read anew, and the
+// certificate of the kubelet, who is the same user. An expired certificate comes
+// last but is tried, because the clock may be wrong.
 func (c *Certificates) credentials() []credential {
-	var out []credential
-	if c.cfg.Mode == ModeToken && c.cfg.BootstrapKubeconfig != "" {
-		if boot, err := loadBootstrap(c.cfg.BootstrapKubeconfig); err == nil && boot.token != "" {
-			out = append(out, credential{token: boot.token})
+	var out, lapsed []credential
+	add := func(pair *tls.Certificate) {
+		if c.cfg.Clock.Now().Before(pair.Leaf.NotAfter) {
+			out = append(out, credential{certificate: pair})
+		} else {
+			lapsed = append(lapsed, credential{certificate: pair})
 		}
 	}
-	if pair := c.client.Load(); pair != nil {
-		own := credential{certificate: pair}
-		if time.Now().Before(pair.Leaf.NotAfter) {
-			return append([]credential{own}, out...)
-		}
-		return append(out, own)
+	own := c.client.Load()
+	if own != nil {
+		add(own)
 	}
-	return out
+	if c.cfg.Mode == ModeToken {
+		if c.cfg.BootstrapKubeconfig != "" {
+			if boot, err := loadBootstrap(c.cfg.BootstrapKubeconfig); err == nil && boot.token != "" {
+				out = append(out, credential{token: boot.token})
+			}
+		}
+		pair, err := loadPair(c.cfg.KubeletCert, nil)
+		if err == nil && pair.Leaf.Subject.CommonName == c.userName() {
+			add(pair)
+		}
+	}
+	return append(out, lapsed...)
 }
 
 // do sends a request to the first server that can be reached, with the first
@@ -325,7 +417,7 @@ func (c *Certificates) credentials() []credential {
 func (c *Certificates) do(ctx context.Context, method, path string, in, out any) error {
 	credentials := c.credentials()
 	if len(credentials) == 0 {
-		return fmt.Errorf("neither a client certificate nor a bootstrap token in %q", c.cfg.BootstrapKubeconfig)
+		return fmt.Errorf("%w in %q", errNoCredential, c.cfg.BootstrapKubeconfig)
 	}
 	if len(c.Servers()) == 0 {
 		return errors.New("no API server is known")
@@ -339,7 +431,7 @@ func (c *Certificates) do(ctx context.Context, method, path string, in, out any)
 	}
 	var errs []error
 	for _, as := range credentials {
-		err := c.doAs(ctx, as, method, path, body, out)
+		err := c.doAs(ctx, c.ClusterCAs(), as, method, path, body, out)
 		if err == nil {
 			return nil
 		}
@@ -353,15 +445,15 @@ func (c *Certificates) do(ctx context.Context, method, path string, in, out any)
 	return errors.Join(errs...)
 }
 
-func (c *Certificates) doAs(ctx context.Context, as credential, method, path string, body []byte, out any) error {
-	config := &tls.Config{RootCAs: c.ClusterCAs(), MinVersion: tls.VersionTLS12}
-	if as.certificate != nil {
-		config.Certificates = []tls.Certificate{*as.certificate}
-	}
-	transport := &http.Transport{TLSClientConfig: config, Proxy: http.ProxyFromEnvironment, DisableKeepAlives: true}
-	client := &http.Client{Transport: transport, Timeout: requestTimeout}
+// doAs sends a request to the first server that can be reached and that roots
+// vouch for.
+func (c *Certificates) doAs(ctx context.Context, roots *x509.CertPool, as credential, method, path string, body []byte, out any) error {
 	var errs []error
 	for _, server := range c.Servers() {
+		client, err := c.httpClient(server, roots, as)
+		if err != nil {
+			return err
+		}
 		req, err := http.NewRequestWithContext(ctx, method, strings.TrimSuffix(server, "/")+path, bytes.NewReader(body))
 		if err != nil {
 			return err
@@ -373,14 +465,39 @@ func (c *Certificates) doAs(ctx context.Context, as credential, method, path str
 		if as.token != "" {
 			req.Header.Set("Authorization", "Bearer "+as.token)
 		}
+		asked := time.Now()
 		resp, err := client.Do(req)
 		if err != nil {
 			errs = append(errs, err)
 			continue
 		}
+		if date, err := http.ParseTime(resp.Header.Get("Date")); err == nil {
+			c.cfg.Clock.Hear(date, time.Since(asked))
+		}
 		return decode(resp, out)
 	}
 	return errors.Join(errs...)
+}
+
+// httpClient returns a client for one request to a server, which may fail by
+// the clock's word only.
+func (c *Certificates) httpClient(server string, roots *x509.CertPool, as credential) (*http.Client, error) {
+	u, err := url.Parse(server)
+	if err != nil {
+		return nil, fmt.Errorf("server %q: %w", server, err)
+	}
+	config := &tls.Config{RootCAs: roots, ServerName: u.Hostname(), MinVersion: tls.VersionTLS12}
+	if config.RootCAs == nil {
+		return nil, errNoAuthority // nil would mean the system's
+	}
+	c.cfg.Clock.Server(config)
+	if as.certificate != nil {
+		// Not Certificates: it is shown whatever authorities the server hints
+		// at.
+		config.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return as.certificate, nil }
+	}
+	transport := &http.Transport{TLSClientConfig: config, Proxy: http.ProxyFromEnvironment, DisableKeepAlives: true}
+	return &http.Client{Transport: transport, Timeout: requestTimeout}, nil
 }
 
 func decode(resp *http.Response, out any) error {

@@ -6,6 +6,8 @@ import (
 	"errors"
 	"strings"
 	"time"
+
+	"github.com/yurt-edge/yurt/internal/hub/clock"
 )
 
 // accounts remembers the UID of each ServiceAccount as the cloud last stated
@@ -16,8 +18,8 @@ type accounts struct{ uids table[string] }
 
 var errReplacedAccount = errors.New("the token's service account was deleted and made anew")
 
-func newAccounts(memory Memory, maxAge time.Duration) accounts {
-	return accounts{uids: table[string]{memory: memory, prefix: "account", ways: 16, maxAge: maxAge}}
+func newAccounts(memory Memory, maxAge time.Duration, by *clock.Clock) accounts {
+	return accounts{uids: table[string]{memory: memory, prefix: "account", ways: 16, maxAge: maxAge, clock: by}}
 }
 
 // note remembers what the cloud said about a caller.
@@ -27,7 +29,7 @@ func (a *accounts) note(name, uid string) error {
 	}
 	set, d := accountSet(name)
 	known, at, found, err := a.uids.get(set, d)
-	if err != nil || (found && known == uid && time.Since(at) < a.uids.maxAge/8) {
+	if err != nil || (found && known == uid && a.uids.clock.Since(at) < a.uids.maxAge/8) {
 		return err
 	}
 	return a.uids.put(set, d, &uid)

@@ -23,6 +23,8 @@ import (
 	authenticationv1 "k8s.io/api/authentication/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	utilcache "k8s.io/apimachinery/pkg/util/cache"
+
+	"github.com/yurt-edge/yurt/internal/hub/clock"
 )
 
 const (
@@ -50,7 +52,6 @@ const (
 	keysInterval = time.Hour        // between refreshes of the signing keys
 	keysRetry    = 30 * time.Second // after a failed one, and at least between two
 	keysPoll     = 5 * time.Second  // of the link's state while it is down
-	seenGrain    = 24 * time.Hour   // of trust.Seen, so that it is seldom saved
 
 	maxAudiences = 16
 	trustKey     = "trust"
@@ -70,6 +71,12 @@ type AuthenticatorConfig struct {
 	// Lives reports whether a pod is known to be on this node: a token that
 	// this hub made dies with its pod. Nil means that none does.
 	Lives func(namespace, name, uid string) bool
+	// Own tells whether a certificate, in DER, is the one that the node uses
+	// now. It does not stop to count on loopback because it has expired: a node
+	// that was cut off for longer must still run. Nil: none is.
+	Own func(der []byte) bool
+	// Clock is what expiry is judged by; the machine's if nil.
+	Clock *clock.Clock
 	// Online tells the state of the link; nil means that it is always tried.
 	Online func() bool
 	// Contact returns when the link last came up: answers from before are
@@ -133,8 +140,8 @@ func NewAuthenticator(cfg AuthenticatorConfig) *Authenticator {
 		certificates: utilcache.NewLRUExpireCache(256),
 		tokens:       utilcache.NewLRUExpireCache(2048),
 		limiters:     utilcache.NewLRUExpireCache(512),
-		reviewed:     table[reviewed]{memory: cfg.Memory, prefix: "token", ways: 8, maxAge: cfg.MaxAge},
-		accounts:     newAccounts(cfg.Memory, cfg.MaxAge),
+		reviewed:     table[reviewed]{memory: cfg.Memory, prefix: "token", ways: 8, maxAge: cfg.MaxAge, clock: cfg.Clock},
+		accounts:     newAccounts(cfg.Memory, cfg.MaxAge, cfg.Clock),
 		contact:      newContact(cfg.Online, cfg.Contact),
 		wake:         make(chan struct{}, 1),
 	}
@@ -183,7 +190,7 @@ func (a *Authenticator) Learn(token string, forAPI bool) error {
 	}
 	t := *a.trust.Load()
 	t.Audiences = c.Audience
-	if _, err := t.verify(w); err != nil {
+	if _, err := t.verify(w, a.cfg.Clock); err != nil {
 		return fmt.Errorf("learn audiences: %w", err)
 	}
 	a.learnAudiences(t.Audiences)
@@ -211,7 +218,7 @@ func (a *Authenticator) Doubt(token string) {
 func (a *Authenticator) Authenticate(r *http.Request) (*Caller, error) {
 	token := bearer(r)
 	if r.TLS != nil && len(r.TLS.PeerCertificates) > 0 {
-		caller, err := a.certificate(r.TLS)
+		caller, err := a.certificate(r.TLS, remoteHost(r))
 		if err == nil || token == "" {
 			return caller, err
 		}
@@ -259,7 +266,7 @@ type certificateKey struct {
 	pool *x509.CertPool
 }
 
-func (a *Authenticator) certificate(state *tls.ConnectionState) (*Caller, error) {
+func (a *Authenticator) certificate(state *tls.ConnectionState, host string) (*Caller, error) {
 	leaf := state.PeerCertificates[0]
 	key := certificateKey{leaf: sha256.Sum256(leaf.Raw), pool: a.cfg.ClusterCAs()}
 	if c, ok := a.certificates.Get(key); ok {
@@ -277,7 +284,12 @@ func (a *Authenticator) certificate(state *tls.ConnectionState) (*Caller, error)
 	for _, c := range state.PeerCertificates[1:] {
 		options.Intermediates.AddCert(c)
 	}
-	chains, err := leaf.Verify(options)
+	chains, err := a.cfg.Clock.Verify(leaf, options)
+	lapsed := err != nil && a.isOwn(leaf, host)
+	if lapsed {
+		options.CurrentTime = leaf.NotAfter
+		chains, err = leaf.Verify(options)
+	}
 	if err != nil {
 		return nil, unauthorized(certificateMessage(err))
 	}
@@ -290,13 +302,24 @@ func (a *Authenticator) certificate(state *tls.ConnectionState) (*Caller, error)
 		Extra:       map[string][]string{extraCredentialID: {"X509SHA256=" + hex.EncodeToString(key.leaf[:])}},
 		Certificate: true,
 	}
+	if lapsed {
+		return caller, nil // not cached: it counts from this host only
+	}
 	ttl := certificateTTL
 	for _, c := range chains[0] {
-		ttl = min(ttl, time.Until(c.NotAfter))
+		// By a clock that is a guess it may have ended already.
+		if left := a.cfg.Clock.Until(c.NotAfter); left > 0 {
+			ttl = min(ttl, left)
+		}
 	}
 	caller.remember()
 	a.certificates.Add(key, caller, ttl)
 	return caller, nil
+}
+
+// isOwn tells whether the node itself shows its current certificate.
+func (a *Authenticator) isOwn(leaf *x509.Certificate, host string) bool {
+	return a.cfg.Own != nil && net.ParseIP(host).IsLoopback() && a.cfg.Own(leaf.Raw)
 }
 
 func certificateMessage(err error) string {
@@ -378,13 +401,13 @@ func (a *Authenticator) judge(ctx context.Context, token string, d digest, admit
 		if err != nil {
 			return verdict{err: unauthorized(err.Error())}, negativeTTL, nil
 		}
-		return verdict{caller: caller}, min(certificateTTL, w.left()), nil
+		return verdict{caller: caller}, min(certificateTTL, max(negativeTTL, w.left(a.cfg.Clock))), nil
 	}
 
 	var genuine *Caller
 	reason := errors.New("it is not signed by this cluster and was never checked before")
 	if w != nil {
-		genuine, reason = t.verify(w)
+		genuine, reason = t.verify(w, a.cfg.Clock)
 		if errors.Is(reason, errUnknownKey) {
 			a.wakeUp()
 		}
@@ -393,7 +416,7 @@ func (a *Authenticator) judge(ctx context.Context, token string, d digest, admit
 	if err != nil {
 		a.cfg.Log.Warn("remembered tokens are unreadable", "err", err)
 	}
-	isKnown = isKnown && (known.Expiry == 0 || time.Now().Before(time.Unix(known.Expiry, 0).Add(leeway)))
+	isKnown = isKnown && (known.Expiry == 0 || a.cfg.Clock.Now().Before(time.Unix(known.Expiry, 0).Add(leeway)))
 
 	if a.contact.online() {
 		vouched := genuine != nil || isKnown && known.Caller != nil
@@ -407,7 +430,7 @@ func (a *Authenticator) judge(ctx context.Context, token string, d digest, admit
 			v, ttl, value := a.learn(review, w)
 			switch {
 			case value == nil && !isKnown:
-			case value != nil && isKnown && sameUser(value.Caller, known.Caller) && time.Since(at) < a.cfg.MaxAge/8:
+			case value != nil && isKnown && sameUser(value.Caller, known.Caller) && a.cfg.Clock.Since(at) < a.cfg.MaxAge/8:
 			default:
 				if err := a.reviewed.put(tokenSet(d), d, value); err != nil {
 					a.cfg.Log.Warn("token review is not remembered", "err", err)
@@ -429,7 +452,7 @@ func (a *Authenticator) judge(ctx context.Context, token string, d digest, admit
 		if reason = a.accounts.check(caller); reason == nil {
 			out := *caller
 			out.Remembered = true
-			return verdict{caller: &out, refresh: time.Now().Add(fallbackTTL)}, min(tokenTTL, w.left()), nil
+			return verdict{caller: &out, refresh: time.Now().Add(fallbackTTL)}, min(tokenTTL, w.left(a.cfg.Clock)), nil
 		}
 	}
 	return verdict{err: unauthorized(fmt.Sprintf(
@@ -448,11 +471,11 @@ func (a *Authenticator) learn(review *authenticationv1.TokenReview, w *webToken)
 			a.cfg.Log.Warn("account is not remembered", "err", err)
 		}
 		// With a clock that runs ahead, every token seems to have ended.
-		ttl = max(min(tokenTTL, w.left()), negativeTTL)
+		ttl = max(min(tokenTTL, w.left(a.cfg.Clock)), negativeTTL)
 	}
 	genuine := false
 	if w != nil {
-		_, err := a.trust.Load().verify(w)
+		_, err := a.trust.Load().verify(w, a.cfg.Clock)
 		genuine = err == nil
 	}
 	// The keys' word is enough exactly when it agrees with the cloud's.
@@ -559,10 +582,9 @@ func (a *Authenticator) updateTrust(change func(*trust)) error {
 	next := *old
 	change(&next)
 	same := string(old.JWKS) == string(next.JWKS) && old.Issuer == next.Issuer && slices.Equal(old.Audiences, next.Audiences)
-	if same && time.Since(old.Seen) < seenGrain {
+	if same {
 		return nil
 	}
-	next.Seen = time.Now()
 	a.trust.Store(&next)
 	data, err := json.Marshal(&next)
 	if err != nil {

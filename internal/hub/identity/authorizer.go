@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
+	"math"
 	"slices"
 	"strings"
 	"time"
@@ -19,6 +20,8 @@ import (
 	"k8s.io/apimachinery/pkg/labels"
 	"k8s.io/apimachinery/pkg/selection"
 	utilcache "k8s.io/apimachinery/pkg/util/cache"
+
+	"github.com/yurt-edge/yurt/internal/hub/clock"
 )
 
 const (
@@ -69,7 +72,12 @@ type AuthorizerConfig struct {
 	Budget time.Duration
 	// MaxAge is how old a remembered decision may be; DefaultMaxAge if zero.
 	MaxAge time.Duration
-	Log    *slog.Logger // slog.Default() if nil
+	// Self is the node's own user, for whom decisions do not age: a node that
+	// is cut off for longer must still run its pods. Nil: there is none.
+	Self *Caller
+	// Clock is what ages are judged by; the machine's if nil.
+	Clock *clock.Clock
+	Log   *slog.Logger // slog.Default() if nil
 }
 
 // Authorizer tells what a Caller may do. It is safe for concurrent use.
@@ -78,6 +86,8 @@ type Authorizer struct {
 	cache    *utilcache.LRUExpireCache // digest -> ruling
 	flights  singleflight.Group
 	remember table[bool]
+	self     digest      // of Self
+	own      table[bool] // what is remembered of Self
 	contact  contact
 }
 
@@ -99,12 +109,25 @@ func NewAuthorizer(cfg AuthorizerConfig) *Authorizer {
 	if cfg.Log == nil {
 		cfg.Log = slog.Default()
 	}
-	return &Authorizer{
+	z := &Authorizer{
 		cfg:      cfg,
 		cache:    utilcache.NewLRUExpireCache(8192),
-		remember: table[bool]{memory: cfg.Memory, prefix: "access", ways: 16, maxAge: cfg.MaxAge},
+		remember: table[bool]{memory: cfg.Memory, prefix: "access", ways: 16, maxAge: cfg.MaxAge, clock: cfg.Clock},
+		own:      table[bool]{memory: cfg.Memory, prefix: "own", ways: 16, maxAge: math.MaxInt64, clock: cfg.Clock},
 		contact:  newContact(cfg.Online, cfg.Contact),
 	}
+	if cfg.Self != nil {
+		z.self = userDigest(cfg.Self)
+	}
+	return z
+}
+
+// memoryOf returns what is remembered of a user.
+func (z *Authorizer) memoryOf(user digest) *table[bool] {
+	if z.cfg.Self != nil && user == z.self {
+		return &z.own
+	}
+	return &z.remember
 }
 
 // Authorize tells whether c may do what a says. It asks the cloud, or recalls
@@ -229,7 +252,7 @@ type recalled struct {
 // lookup returns the latest remembered answer to the question itself or, if
 // allowed, to a wider one.
 func (z *Authorizer) lookup(user, q digest, a Attributes) (best recalled, err error) {
-	allowed, at, found, err := z.remember.get(accessSet(user, q), q)
+	allowed, at, found, err := z.memoryOf(user).get(accessSet(user, q), q)
 	if err != nil {
 		return recalled{}, err
 	}
@@ -238,7 +261,7 @@ func (z *Authorizer) lookup(user, q digest, a Attributes) (best recalled, err er
 	}
 	for _, w := range wider(a) {
 		wq := questionDigest(user, w)
-		allowed, at, found, err := z.remember.get(accessSet(user, wq), wq)
+		allowed, at, found, err := z.memoryOf(user).get(accessSet(user, wq), wq)
 		if err != nil {
 			return recalled{}, err
 		}
@@ -280,11 +303,12 @@ func (z *Authorizer) learn(user, q digest, a Attributes, allowed bool) {
 		z.cfg.Log.Warn("remembered decisions are unreadable", "err", err)
 		return
 	}
-	fresh := time.Since(best.at) < z.cfg.MaxAge/8
+	age := z.cfg.Clock.Since(best.at)
+	fresh := age < z.cfg.MaxAge/8 && age > -leeway
 	if best.allowed == allowed && (!allowed || fresh) {
 		return
 	}
-	if err := z.remember.put(accessSet(user, q), q, &allowed); err != nil {
+	if err := z.memoryOf(user).put(accessSet(user, q), q, &allowed); err != nil {
 		z.cfg.Log.Warn("decision is not remembered", "err", err)
 	}
 }

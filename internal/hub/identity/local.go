@@ -12,6 +12,8 @@ import (
 	"github.com/go-jose/go-jose/v4"
 	"github.com/go-jose/go-jose/v4/jwt"
 	"k8s.io/apimachinery/pkg/util/uuid"
+
+	"github.com/yurt-edge/yurt/internal/hub/clock"
 )
 
 const (
@@ -26,8 +28,18 @@ const (
 // signed by the node's own key, so only the hub of this node accepts them.
 type LocalSigner struct {
 	issuer string
+	clock  *clock.Clock
 	key    *ecdsa.PrivateKey
 	signer jose.Signer
+}
+
+// localClaims are those of a local token. Age is told by the time since boot,
+// which no step of a clock changes; the other claims count after a reboot.
+type localClaims struct {
+	claims
+
+	Boot string        `json:"boot,omitempty"`
+	Up   time.Duration `json:"up,omitempty"`
 }
 
 // TokenSpec says for whom a local token is.
@@ -45,8 +57,9 @@ type TokenSpec struct {
 }
 
 // NewLocalSigner returns the signer of the named node, with the key that memory
-// holds or else a new one that it will hold from now on.
-func NewLocalSigner(node string, memory Memory) (*LocalSigner, error) {
+// holds or else a new one that it will hold from now on. By is the clock of its
+// tokens; the machine's if nil.
+func NewLocalSigner(node string, memory Memory, by *clock.Clock) (*LocalSigner, error) {
 	der, err := memory.Load(localKey)
 	if err != nil {
 		return nil, fmt.Errorf("load local signing key: %w", err)
@@ -70,7 +83,7 @@ func NewLocalSigner(node string, memory Memory) (*LocalSigner, error) {
 	if err != nil {
 		return nil, fmt.Errorf("use local signing key: %w", err)
 	}
-	return &LocalSigner{issuer: "https://" + node + ".yurthub.local", key: key, signer: signer}, nil
+	return &LocalSigner{issuer: "https://" + node + ".yurthub.local", clock: by, key: key, signer: signer}, nil
 }
 
 // Issuer returns the issuer of the signer's tokens. It is also the audience of
@@ -86,9 +99,11 @@ func (s *LocalSigner) Sign(spec TokenSpec) (token string, expiry time.Time, err 
 	if life <= 0 || life > maxLocalLife {
 		life = maxLocalLife
 	}
-	now := time.Now().Truncate(time.Second)
+	now := s.clock.Now().Truncate(time.Second)
 	expiry = now.Add(max(life, minLocalLife))
-	c := claims{
+	c := localClaims{}
+	c.Boot, c.Up = s.clock.Uptime()
+	c.claims = claims{
 		Claims: jwt.Claims{
 			Issuer:    s.issuer,
 			Subject:   serviceAccountName(spec.Namespace, spec.ServiceAccount),
@@ -122,14 +137,18 @@ func (s *LocalSigner) Sign(spec TokenSpec) (token string, expiry time.Time, err 
 // verify returns whom a token of this signer names. The signer's issuer and the
 // given audiences are accepted.
 func (s *LocalSigner) verify(w *webToken, audiences []string) (*Caller, error) {
-	var c claims
+	var c localClaims
 	if err := w.jwt.Claims(&s.key.PublicKey, &c); err != nil {
 		return nil, errors.New("the token's signature is wrong")
 	}
 	if c.Issuer != s.issuer {
 		return nil, errors.New("the token is from another issuer")
 	}
-	caller, err := c.caller(time.Now(), true, append([]string{s.issuer}, audiences...))
+	now := s.clock.Now()
+	if boot, up := s.clock.Uptime(); boot != "" && boot == c.Boot && c.IssuedAt != nil {
+		now = c.IssuedAt.Time().Add(up - c.Up)
+	}
+	caller, err := c.caller(now, true, append([]string{s.issuer}, audiences...))
 	if err != nil {
 		return nil, err
 	}

@@ -9,6 +9,8 @@ import (
 	"slices"
 	"sync"
 	"time"
+
+	"github.com/yurt-edge/yurt/internal/hub/clock"
 )
 
 // Memory keeps what the cloud said across restarts. The caller seals it: values
@@ -85,6 +87,7 @@ type table[V any] struct {
 	prefix string
 	ways   int           // entries per set
 	maxAge time.Duration // older entries do not count
+	clock  *clock.Clock
 
 	mu sync.Mutex // guards read-modify-write of a record
 }
@@ -111,7 +114,7 @@ func (t *table[V]) load(set string) ([]tableEntry[V], error) {
 	if err := json.Unmarshal(data, &entries); err != nil {
 		return nil, nil //nolint:nilerr // see above
 	}
-	oldest := time.Now().Add(-t.maxAge).Unix()
+	oldest := t.clock.Now().Add(-t.maxAge).Unix()
 	return slices.DeleteFunc(entries, func(e tableEntry[V]) bool { return e.At < oldest }), nil
 }
 
@@ -137,7 +140,7 @@ func (t *table[V]) put(set string, d digest, value *V) error {
 	}
 	entries = slices.DeleteFunc(entries, func(e tableEntry[V]) bool { return bytes.Equal(e.Hash, d[:]) })
 	if value != nil {
-		entries = append(entries, tableEntry[V]{Hash: d[:], At: time.Now().Unix(), Value: *value})
+		entries = append(entries, tableEntry[V]{Hash: d[:], At: t.clock.Now().Unix(), Value: *value})
 	}
 	if extra := len(entries) - t.ways; extra > 0 {
 		slices.SortStableFunc(entries, func(a, b tableEntry[V]) int { return int(a.At - b.At) })

@@ -13,6 +13,8 @@ import (
 
 	"github.com/go-jose/go-jose/v4"
 	"github.com/go-jose/go-jose/v4/jwt"
+
+	"github.com/yurt-edge/yurt/internal/hub/clock"
 )
 
 const (
@@ -118,9 +120,9 @@ func (w *webToken) expiry() time.Time {
 func Expiry(token string) time.Time { return parseToken(token).expiry() }
 
 // left returns for how long the token may be used, without end if it has none.
-func (w *webToken) left() time.Duration {
+func (w *webToken) left(by *clock.Clock) time.Duration {
 	if e := w.expiry(); !e.IsZero() {
-		return max(0, time.Until(e)+leeway)
+		return max(0, by.Until(e)+leeway)
 	}
 	return math.MaxInt64
 }
@@ -132,10 +134,7 @@ type trust struct {
 	// Audiences are those that the API server accepts, learned from its
 	// reviews.
 	Audiences []string `json:"audiences,omitempty"`
-	// Seen is when the cloud last confirmed the above, to about a day.
-	Seen time.Time `json:"seen,omitzero"`
-
-	keys jose.JSONWebKeySet
+	keys      jose.JSONWebKeySet
 }
 
 // parse fills keys from JWKS.
@@ -152,22 +151,11 @@ func (t *trust) parse() error {
 	return nil
 }
 
-// clock returns the time by which tokens are judged, and whether the node's
-// clock can be believed. A node without a working real-time clock boots in the
-// past; then the time when the cloud was last seen is the better guess.
-func (t *trust) clock() (now time.Time, sound bool) {
-	now = time.Now()
-	if now.Before(t.Seen.Add(-leeway)) {
-		return t.Seen, false
-	}
-	return now, true
-}
-
 // errUnknownKey says that a token was signed by a key that is not known.
 var errUnknownKey = errors.New("the token is signed by an unknown key")
 
 // verify checks a token as the API server would, by the known keys.
-func (t *trust) verify(w *webToken) (*Caller, error) {
+func (t *trust) verify(w *webToken, by *clock.Clock) (*Caller, error) {
 	if t.Issuer == "" || w.issuer() != t.Issuer {
 		return nil, errors.New("the token is from another issuer")
 	}
@@ -178,8 +166,9 @@ func (t *trust) verify(w *webToken) (*Caller, error) {
 			err = errors.New("the token's signature is wrong")
 			continue
 		}
-		now, sound := t.clock()
-		return c.caller(now, sound, t.Audiences)
+		// While the clock is a guess it may be behind, and would find every
+		// recent token not yet valid. The cloud signs none for later.
+		return c.caller(by.Now(), by.Sound(), t.Audiences)
 	}
 	return nil, err
 }
@@ -192,7 +181,6 @@ func (c *claims) caller(now time.Time, sound bool, audiences []string) (*Caller,
 	if now.Add(-leeway).After(c.Expiry.Time()) {
 		return nil, errors.New("the token has expired")
 	}
-	// With a clock in the past every recent token would be "not yet valid".
 	if sound && c.NotBefore != nil && now.Add(leeway).Before(c.NotBefore.Time()) {
 		return nil, errors.New("the token is not valid yet")
 	}
