@@ -74,7 +74,7 @@ func (s *Server) Run(ctx context.Context) error {
 		HTTP2: &http.HTTP2Config{
 			MaxConcurrentStreams: maxStreams, MaxReadFrameSize: maxFrame,
 			MaxReceiveBufferPerStream: maxUpload, MaxReceiveBufferPerConnection: 4 * maxUpload,
-			SendPingTimeout: pingAfter, PingTimeout: pingTimeout, WriteByteTimeout: stuckAfter,
+			SendPingTimeout: pingAfter, PingTimeout: pingTimeout, // writes are the guest's to bound
 		},
 		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
 			g := guestOf(c)
