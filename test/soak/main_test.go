@@ -255,19 +255,24 @@ func (v vitals) values() map[string]float64 {
 	}
 }
 
-// measure looks at the hub's process. The heap is what its last collection
-// left, after one that the question itself asks for.
+// measure looks at the hub's process. The heap is what a collection leaves,
+// which the question itself asks for.
 func (w *world) measure(ctx context.Context, token string) (vitals, error) {
 	v := vitals{at: time.Now()}
 	health, err := newHealth(w.Hub.Health, token)
 	if err != nil {
 		return v, err
 	}
-	if _, err := health(ctx, "/debug/pprof/heap?gc=1"); err != nil {
+	text, err := health(ctx, "/debug/pprof/heap?gc=1&debug=1")
+	if err != nil {
 		return v, err
 	}
-	text, err := health(ctx, "/metrics")
-	if err != nil {
+	_, rest, _ := strings.Cut(text, "# HeapAlloc = ")
+	if _, err := fmt.Sscan(rest, &v.heap); err != nil {
+		return v, fmt.Errorf("find the heap's size in its profile: %w", err)
+	}
+	v.heap /= 1e6
+	if text, err = health(ctx, "/metrics"); err != nil {
 		return v, err
 	}
 	for line := range strings.Lines(text) {
@@ -276,8 +281,6 @@ func (w *world) measure(ctx context.Context, token string) (vitals, error) {
 		switch name {
 		case "go_goroutines":
 			v.goroutines = n
-		case "go_memstats_heap_alloc_bytes":
-			v.heap = n / 1e6
 		case "process_open_fds":
 			v.descriptors = n
 		case "node_yurthub_replica_scopes":
