@@ -11,12 +11,15 @@ TOOL    := go tool -modfile=go.tools.mod
 CMDS    := $(notdir $(patsubst %/main.go,%,$(wildcard cmd/*/main.go)))
 # Packages whose tests must pass under the race detector on every change.
 RACE    ?= ./internal/...
+# How long `make fuzz` runs each target, and how often `make torture` kills.
+FUZZTIME  ?= 10s
+CYCLES    ?= 10000
 # Extra flags for `make test`, for example TESTFLAGS=-v.
 TESTFLAGS ?=
 export YURT_CACHE ?= $(CURDIR)/.cache
 
 # No target is a file: Go and the playground know what is up to date.
-.PHONY: help demo test check lint race e2e test-skew bench soak bin fmt vuln bin/controlplane packages setup generate verify clean
+.PHONY: help demo test check lint race e2e test-skew fuzz torture bench soak bin fmt vuln bin/controlplane packages setup generate verify clean
 
 help: ## Show this list.
 	@awk -F ':.*## ' '/^[a-z0-9\/-]+:.*## / {printf "  %-17s %s\n", $$1, $$2}' Makefile
@@ -49,6 +52,14 @@ e2e: setup ## Run the scenarios on a playground.
 test-skew: setup ## Conformance and scenarios with older kubelets, and with an older API server.
 	YURT_KUBELET=1.34 go test -count=1 -timeout 20m $(TESTFLAGS) -run 'TestCuts|TestScenarios' ./test/e2e
 	YURT_KUBERNETES=1.35 YURT_KUBELET=1.35 go test -count=1 -p 1 -timeout 25m $(TESTFLAGS) ./test/conform ./test/e2e
+
+fuzz: ## Run every fuzz target for FUZZTIME (10s); what it finds goes to testdata/fuzz, to be kept.
+	@git grep -nE '^func Fuzz' -- '*_test.go' | sed -E 's|^(.*)/[^/]+:[0-9]+:func (Fuzz[A-Za-z0-9_]*).*|\1 \2|' | \
+	while read -r dir name; do echo "== $$name in $$dir"; go test -run '^$$' -fuzz "^$$name\$$" -fuzztime $(FUZZTIME) "./$$dir"; done
+
+torture: setup ## Kill the store CYCLES (10000) times under load, and a whole hub a fiftieth of that.
+	STORE_KILL_CYCLES=$(CYCLES) go test -count=1 -v -timeout 24h -run '^TestKillUnderLoadLosesNothingAcknowledged$$' ./internal/hub/store
+	HUB_KILL_CYCLES=$$(($(CYCLES) / 50)) go test -count=1 -v -timeout 24h -run '^TestKilledHubLosesNoAcknowledgedWrite$$' ./test/conform
 
 bench: setup ## Measure direct against through the hub (BENCHFLAGS=-short is quick).
 	go run ./test/bench $(BENCHFLAGS)

@@ -39,7 +39,7 @@ func (h *Hub) readyz(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, "the hub has no client certificate yet", http.StatusServiceUnavailable)
 		return
 	}
-	if err := h.store.Health(); err != nil {
+	if err := h.diskHealth(); err != nil {
 		http.Error(w, "store: "+err.Error(), http.StatusServiceUnavailable)
 		return
 	}

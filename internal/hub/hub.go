@@ -141,6 +141,9 @@ type Hub struct {
 	about      self
 	conditions *condition.Writer
 
+	disk    error  // why RootDir is a copy in memory; nil when it is not
+	rootDir string // what it is a copy of
+
 	heartbeat heartbeat
 	watches   watches
 	self      *identity.Caller // the node's user, which the hub's streams are
@@ -162,6 +165,7 @@ func Run(ctx context.Context, cfg Config) error {
 	if err != nil {
 		return err
 	}
+	defer h.leaveDisk()
 	defer func() {
 		if err := h.store.Close(); err != nil {
 			h.log.Error("store not closed", "err", err)
@@ -172,7 +176,8 @@ func Run(ctx context.Context, cfg Config) error {
 		return err
 	}
 	runs := []func(context.Context) error{
-		h.clock.Run, h.certs.Run, h.link.Run, h.answers.run, h.announce, h.keepAddress, h.runEndpoints, h.keepNeeds, h.reask,
+		h.clock.Run, h.certs.Run, h.link.Run, h.answers.run, h.announce, h.keepAddress, h.runEndpoints, h.keepNeeds,
+		h.reask, h.awaitDisk,
 		h.certified(h.replica.Run), h.certified(h.journal.Run), h.certified(h.authn.Run), h.certified(h.follow),
 		h.certified(h.conditions.Run),
 		daemon.Watchdog(h.log, h.alive),
@@ -197,14 +202,22 @@ func open(cfg Config) (*Hub, error) {
 	h.self = &identity.Caller{
 		Name: "system:node:" + cfg.NodeName, Groups: []string{"system:nodes", "system:authenticated"}, Certificate: true,
 	}
-	h.clock = clock.Open(clock.Config{Path: filepath.Join(cfg.RootDir, "clock"), Source: cfg.Time, Log: h.log})
-	var err error
-	if h.keys, err = keyring.Open(cfg.keyring()); err != nil {
+	err := h.settleDisk()
+	if err != nil {
+		return nil, err
+	}
+	h.clock = clock.Open(clock.Config{Path: filepath.Join(h.cfg.RootDir, "clock"), Source: cfg.Time, Log: h.log})
+	keys := h.cfg.keyring()
+	if h.disk != nil {
+		keys.Sealed = nil // the store cannot be renamed; it will not open
+	}
+	if h.keys, err = keyring.Open(keys); err != nil {
 		return nil, err
 	}
 	if h.store, err = h.openStore(); err != nil {
 		return nil, err
 	}
+	h.countStore(cfg.Registerer)
 	if err := h.build(); err != nil {
 		return nil, errors.Join(err, h.store.Close())
 	}
@@ -310,7 +323,7 @@ func (h *Hub) build() error {
 func (h *Hub) openStore() (*store.Store, error) {
 	path := h.cfg.storePath()
 	s, err := store.Open(store.Config{
-		Path: path, Key: h.keys.DataKey(), Log: h.log,
+		Path: path, Key: h.keys.DataKey(), Fallback: true, Log: h.log,
 		OnDamage: func(bucket, object string) {
 			h.log.Error("stored object damaged", "scope", bucket, "object", object)
 		},

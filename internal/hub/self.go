@@ -71,7 +71,7 @@ func (h *Hub) facts() condition.Facts {
 	f.Store = condition.StoreFacts{
 		Damaged: h.store.Stats().Damaged, Rebuilt: h.store.Rebuilt(), Dir: filepath.Dir(h.cfg.storePath()),
 	}
-	if err := h.store.Health(); err != nil {
+	if err := h.diskHealth(); err != nil {
 		f.Store.Err = err.Error()
 		f.Store.Full = errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT)
 	}
@@ -211,7 +211,7 @@ func (h *Hub) report() report.Report {
 	if err := h.keys.Problem(); err != nil {
 		out.KeyProblem = err.Error()
 	}
-	if err := h.store.Health(); err != nil {
+	if err := h.diskHealth(); err != nil {
 		out.StoreHealth = err.Error()
 	}
 	for _, s := range h.certs.Status() {

@@ -125,7 +125,7 @@ func (j *Journal) keepEvent(ctx context.Context, e *eventEntry) error {
 		batch.Delete(eventBucket, oldest.key())
 	}
 	j.mu.Unlock()
-	if err := j.cfg.Store.Commit(ctx, batch); err != nil {
+	if err := j.commit(ctx, batch); err != nil {
 		return fmt.Errorf("write event %s: %w", e.key(), err)
 	}
 	for range gone {

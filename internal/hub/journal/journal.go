@@ -314,10 +314,19 @@ func (j *Journal) put(ctx context.Context, bucket, key string, e any) error {
 	}
 	batch := store.NewBatch()
 	batch.Put(bucket, key, store.Record{Encoding: uint8(wire.JSON), Data: text})
-	if err := j.cfg.Store.Commit(ctx, batch); err != nil {
+	if err := j.commit(ctx, batch); err != nil {
 		return fmt.Errorf("write journal entry %s: %w", key, err)
 	}
 	return nil
+}
+
+// commit makes entries durable. A store in memory would take them and keep
+// them through nothing.
+func (j *Journal) commit(ctx context.Context, batch *store.Batch) error {
+	if err := j.cfg.Store.Durable(); err != nil {
+		return err
+	}
+	return j.cfg.Store.Commit(ctx, batch)
 }
 
 func (j *Journal) remove(ctx context.Context, bucket string, keys ...string) error {

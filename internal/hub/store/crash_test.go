@@ -201,6 +201,9 @@ func TestKillUnderLoadLosesNothingAcknowledged(t *testing.T) {
 		if err := s.Close(); err != nil {
 			t.Fatal(err)
 		}
+		if (cycle+1)%500 == 0 {
+			t.Logf("%d cycles, %d batches acknowledged", cycle+1, total)
+		}
 	}
 	t.Logf("%d batches acknowledged in %d cycles", total, cycles)
 }

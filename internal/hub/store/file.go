@@ -16,8 +16,11 @@ const (
 )
 
 // lockFile opens the file at path, making it if need be, and locks it
-// against other processes.
+// against other processes. Anything else that has the name is ErrDamaged.
 func lockFile(path string) (*os.File, error) {
+	if st, err := os.Lstat(path); err == nil && !st.Mode().IsRegular() {
+		return nil, fmt.Errorf("%w: it is not a file: %s", ErrDamaged, st.Mode())
+	}
 	for give := time.Now().Add(lockWait); ; time.Sleep(lockRetry) {
 		f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
 		if err != nil {
@@ -61,7 +64,12 @@ func rewrite(f *os.File, at int64, size int) error {
 }
 
 func setAside(path string) error {
-	if err := os.Rename(path, path+".damaged"); err != nil {
+	aside := path + ".damaged"
+	// A folder there would be in the way.
+	if err := os.RemoveAll(aside); err != nil {
+		return err
+	}
+	if err := os.Rename(path, aside); err != nil {
 		return err
 	}
 	return syncDir(filepath.Dir(path))

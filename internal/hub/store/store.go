@@ -97,6 +97,11 @@ type Config struct {
 	// largest transaction. Default 1 MiB, at most 4 MiB.
 	MaxBatchBytes int
 
+	// Fallback opens a store in memory where the disk gives none: it cannot
+	// be written, or not read. Memory begins with what is in the file, if
+	// that can be read. See Store.Durable.
+	Fallback bool
+
 	// OnDamage, if set, is told of a damaged value after it was set aside,
 	// once, on the committer's goroutine: it must be quick and must not call
 	// Commit, Submit or Close.
@@ -111,6 +116,7 @@ type Store struct {
 	file    *os.File // owned by db
 	db      *bolt.DB
 	rebuilt bool
+	memory  error // why the store is not on disk; nil when it is
 
 	space   *semaphore.Weighted // bytes free in the queue
 	wake    chan struct{}       // holds one token
@@ -177,7 +183,11 @@ func Open(cfg Config) (*Store, error) {
 		suspect: make(map[string]bool),
 		damage:  make(map[location]bool),
 	}
-	if err := s.open(); err != nil {
+	err = s.open()
+	if err != nil && cfg.Fallback && !errors.Is(err, ErrLocked) {
+		err = s.openMemory(err)
+	}
+	if err != nil {
 		return nil, fmt.Errorf("open store %s: %w", cfg.Path, err)
 	}
 	go s.run()
@@ -190,10 +200,9 @@ func (s *Store) open() error {
 		return err
 	}
 	f, err := lockFile(s.cfg.Path)
-	if err != nil {
-		return err
+	if err == nil {
+		err = s.load(f)
 	}
-	err = s.load(f)
 	if !errors.Is(err, ErrDamaged) {
 		return err
 	}
@@ -236,8 +245,8 @@ func (s *Store) load(f *os.File) (err error) {
 			// Never map again: bbolt would wait for all readers to end, and
 			// a reader that commits or opens a second snapshot would wait
 			// for bbolt. Only address space is taken.
-			InitialMmapSize: maxFileSize,
-			MaxSize:         maxFileSize,
+			InitialMmapSize: s.maxSize(),
+			MaxSize:         s.maxSize(),
 			// NoFreelistSync stays off though it saves a page per commit:
 			// without a stored list bbolt walks the mapped file on a
 			// goroutine of its own, at open and after each failed commit,
@@ -275,6 +284,9 @@ func (s *Store) begin() error {
 	})
 	if err != nil {
 		return fmt.Errorf("begin: %w", err)
+	}
+	if s.memory != nil {
+		return nil //nolint:nilerr // it is why there is no name to keep
 	}
 	return syncDir(filepath.Dir(s.cfg.Path))
 }
@@ -317,12 +329,16 @@ func (s *Store) Rebuilt() bool { return s.rebuilt }
 
 // Health returns nil, or why the store cannot be written or read: damage of
 // its structure, which stays until it is opened anew, or the error of the
-// last transaction, which the next one may clear.
+// last transaction, which the next one may clear; or why it is not Durable.
 func (s *Store) Health() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return errors.Join(s.faultErr, s.commitErr)
+	return errors.Join(s.Durable(), s.faultErr, s.commitErr)
 }
+
+// Durable returns nil, or why the store lives in memory only: Commit then
+// keeps nothing through a restart.
+func (s *Store) Durable() error { return s.memory }
 
 // Stats returns the counters.
 func (s *Store) Stats() Stats {
