@@ -571,13 +571,21 @@ func (h *Hub) keepReview(key string, tokens bool, answer []byte) {
 	}
 }
 
+// briefly is how long a cut may be over in a moment: until then clients are
+// told to try again. Later that would only keep a person waiting: client-go
+// tries ten times, each second, before it says what it was told.
+const briefly = 10 * time.Second
+
 // away is the answer to what only the cloud can do while it is away.
-func (h *Hub) away(info request.Info) error {
-	state := h.link.State()
+func (h *Hub) away(info request.Info) error { return away(info, h.link.State()) }
+
+func away(info request.Info, state link.State) error {
 	err := apierrors.NewServiceUnavailable(fmt.Sprintf(
 		"yurthub: %s needs the cloud, which cannot be reached since %s (%s)",
 		info, time.Since(state.Since).Round(time.Second), state.Reason))
-	err.ErrStatus.Details = &metav1.StatusDetails{RetryAfterSeconds: 1}
+	if time.Since(state.Since) < briefly {
+		err.ErrStatus.Details = &metav1.StatusDetails{RetryAfterSeconds: 1}
+	}
 	return err
 }
 

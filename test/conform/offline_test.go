@@ -203,7 +203,8 @@ func offlineErrors(t *testing.T, edge *side) {
 		if err != nil || string(s.Reason) != c.reason {
 			t.Errorf("%s: reason %q (%v), want %s", q, s.Reason, err, c.reason)
 		}
-		if retry := a.header.Get("Retry-After"); (retry != "") != (c.code == 503 || c.code == 504) {
+		// Of a 503 only while the cut is fresh.
+		if retry := a.header.Get("Retry-After"); (retry != "") != (c.code == 504) && c.code != 503 {
 			t.Errorf("%s: Retry-After %q", q, retry)
 		}
 		if c.code == 504 && (s.Details == nil || len(s.Details.Causes) == 0 || s.Details.Causes[0].Type != "ResourceVersionTooLarge") {
@@ -231,8 +232,8 @@ func offlineErrors(t *testing.T, edge *side) {
 			continue
 		}
 		resp.Body.Close()
-		if resp.StatusCode != http.StatusServiceUnavailable || resp.Header.Get("Retry-After") == "" {
-			t.Errorf("%s: %s, Retry-After %q", method, resp.Status, resp.Header.Get("Retry-After"))
+		if resp.StatusCode != http.StatusServiceUnavailable {
+			t.Errorf("%s: %s", method, resp.Status)
 		}
 	}
 }

@@ -122,6 +122,8 @@ func selectors(k kind) []string {
 		"fieldSelector=" + url.QueryEscape("metadata.name="+k.object+",metadata.namespace=conform-a"),
 		"fieldSelector=" + url.QueryEscape("spec.nodeName=edge-1"),
 		"fieldSelector=" + url.QueryEscape("spec.nodeName=edge-1") + "&labelSelector=app%3Dweb",
+		"fieldSelector=" + url.QueryEscape("spec.nodeName=edge-1,status.phase!=Failed,status.phase!=Succeeded"), // kubectl describe node
+		"fieldSelector=" + url.QueryEscape("status.phase=Running"),
 		"fieldSelector=" + url.QueryEscape("spec.nonsense=1"),
 		"fieldSelector=" + url.QueryEscape("metadata.name"),
 	}

@@ -40,7 +40,13 @@ type thing struct {
 	uid             string
 	version         uint64
 	labels          map[string]string
-	value           string
+	value           string // a pod's is "NODE" or "NODE PHASE"
+}
+
+// pod returns what the value says of a pod.
+func (th *thing) pod() (node, phase string) {
+	node, phase, _ = strings.Cut(th.value, " ")
+	return node, phase
 }
 
 func (th *thing) key() string { return th.resource + "|" + keyOf(th.namespace, th.name) }
@@ -70,7 +76,10 @@ func (th *thing) data(t testing.TB) []byte {
 	case "configmaps":
 		out, err = (&corev1.ConfigMap{ObjectMeta: th.meta(), Data: map[string]string{"value": th.value}}).Marshal()
 	case "pods":
-		out, err = (&corev1.Pod{ObjectMeta: th.meta(), Spec: corev1.PodSpec{NodeName: th.value}}).Marshal()
+		node, phase := th.pod()
+		out, err = (&corev1.Pod{
+			ObjectMeta: th.meta(), Spec: corev1.PodSpec{NodeName: node}, Status: corev1.PodStatus{Phase: corev1.PodPhase(phase)},
+		}).Marshal()
 	default:
 		out, err = json.Marshal(map[string]any{
 			"apiVersion": "example.com/v1", "kind": "Widget", "metadata": th.meta(), "spec": map[string]string{"value": th.value},
@@ -318,7 +327,7 @@ func selects(s Scope, th *thing) bool {
 		}
 		have := map[string]string{"metadata.name": th.name, "metadata.namespace": th.namespace}
 		if th.resource == "pods" {
-			have["spec.nodeName"] = th.value
+			have["spec.nodeName"], have["status.phase"] = th.pod()
 		}
 		if (have[field] == value) == differs {
 			return false

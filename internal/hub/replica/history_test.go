@@ -201,7 +201,8 @@ func TestCovers(t *testing.T) {
 	pick := func(of ...string) string { return of[rng.IntN(len(of))] }
 	labelTerms := []string{"a", "!a", "a=1", "a!=1", "a in (1,2)", "a notin (1,2)", "b=1", "b"}
 	fieldTerms := []string{
-		"metadata.name=x", "metadata.name!=x", "metadata.namespace=n", "spec.nodeName=e", "spec.nodeName!=e", "status.phase=Running",
+		"metadata.name=x", "metadata.name!=x", "metadata.namespace=n", "spec.nodeName=e", "spec.nodeName!=e",
+		"status.phase=Running", "status.phase!=Failed", "spec.unschedulable=true",
 	}
 	some := func(terms []string) string {
 		var out []string
@@ -230,15 +231,15 @@ func TestCovers(t *testing.T) {
 		for range 4 {
 			th := &thing{
 				resource: narrow.Resource.Resource, namespace: pick("n", "m", "o"), name: pick("x", "y"),
-				labels: map[string]string{}, value: pick("e", "f", ""),
+				labels: map[string]string{}, value: pick("e", "f", "") + pick("", " Running", " Failed"),
 			}
 			for _, name := range []string{"a", "b"} {
 				if v := pick("", "1", "2"); v != "" {
 					th.labels[name] = v
 				}
 			}
-			if unknown := strings.Contains(wide.Fields+narrow.Fields, "status.phase"); unknown {
-				continue // the cloud of these tests knows no phases
+			if unknown := strings.Contains(wide.Fields+narrow.Fields, "spec.unschedulable"); unknown {
+				continue // nor does the cloud of these tests know it
 			}
 			inWide, inNarrow := selects(wide, th), selects(narrow, th)
 			if inNarrow && !inWide {
@@ -246,7 +247,7 @@ func TestCovers(t *testing.T) {
 			}
 			meta := wire.Meta{Namespace: th.namespace, Name: th.name, Labels: maps.Clone(th.labels)}
 			if th.resource == "pods" {
-				meta.NodeName = th.value
+				meta.NodeName, meta.Phase = th.pod()
 			}
 			if inWide && m.matches(&meta) != inNarrow {
 				t.Fatalf("%s of %s: %+v matches: %v", narrow.ID(), wide.ID(), th, !inNarrow)

@@ -453,7 +453,8 @@ func (r *Replica) Held(scope Scope) (*Slice, bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if st, ok := r.streams[scope]; ok && st.set.isSynced() {
-		return &Slice{stream: st, scope: scope}, true
+		m, _ := newMatcher(scope, scope)
+		return &Slice{stream: st, scope: scope, match: m}, true
 	}
 	var best *Slice
 	for wide, st := range r.streams {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net/http"
 	"os"
 	"slices"
@@ -1011,12 +1012,24 @@ func (o *overlays) set(key, value string) {
 	}
 }
 
-func (o *overlays) overlay(_ schema.GroupVersionResource, key string, _ Kind, base []byte) ([]byte, bool) {
+func (o *overlays) overlay(r schema.GroupVersionResource, key string, _ Kind, base []byte) ([]byte, bool) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	value, ok := o.values[key]
 	if !ok {
 		return nil, false
+	}
+	if isPods(r) { // the value is a phase
+		pod := &corev1.Pod{}
+		if err := pod.Unmarshal(base); err != nil {
+			o.t.Error(err)
+		}
+		pod.Status.Phase = corev1.PodPhase(value)
+		out, err := pod.Marshal()
+		if err != nil {
+			o.t.Error(err)
+		}
+		return out, true
 	}
 	m := &corev1.ConfigMap{}
 	if err := m.Unmarshal(base); err != nil {
@@ -1105,4 +1118,100 @@ func TestOverlay(t *testing.T) {
 			t.Errorf("%d overlays of nothing", n)
 		}
 	})
+}
+
+// TestPhases: selections by phase go by what local readers see, whether the
+// hub makes them or the cloud did.
+func TestPhases(t *testing.T) {
+	live := Scope{Resource: pods.Resource, Fields: "spec.nodeName=edge-1,status.phase!=Failed,status.phase!=Succeeded"}
+	ended := Scope{Resource: pods.Resource, Fields: "spec.nodeName=edge-1,status.phase=Succeeded"}
+	for name, held := range map[string][]Scope{
+		"by the hub":   {{Resource: pods.Resource, Fields: "spec.nodeName=edge-1"}},
+		"by the cloud": {live, ended},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				o := &overlays{t: t, values: map[string]string{}}
+				b := newBed(t, func(c *Config) { c.Overlay = o.overlay })
+				defer func() { b.stop() }()
+				b.cloud.put("pods", "ns", "other", "edge-1 Running", nil)
+				b.cloud.put("pods", "ns", "away", "edge-2 Running", nil)
+				v := b.cloud.put("pods", "ns", "a", "edge-1 Running", nil)
+				for _, scope := range held {
+					pin(b, scope)
+				}
+				refresh := func(phase string) {
+					t.Helper()
+					o.set("ns/a", phase)
+					if err := b.Refresh(pods.Resource, "ns", "a"); err != nil {
+						t.Fatal(err)
+					}
+				}
+				names := func(scope Scope, want ...string) {
+					t.Helper()
+					synctest.Wait()
+					got, _, err := list(t, b.held(scope))
+					if keys := slices.Sorted(maps.Keys(got)); err != nil || !slices.Equal(keys, want) {
+						t.Errorf("%s: %v, want %v; %v", scope.Fields, keys, want, err)
+					}
+				}
+				c, d := b.inform(b.held(live)), b.inform(b.held(ended))
+				c.local, d.local = true, true
+				names(live, "ns/a", "ns/other")
+				names(ended)
+
+				// A status that waits makes it leave, under the version that it has.
+				refresh("Succeeded")
+				names(live, "ns/other")
+				wantLog(t, c.settled(), fmt.Sprintf("DELETED ns/a@%d", v))
+				if len(held) == 1 { // else the cloud has yet to tell of it
+					names(ended, "ns/a")
+					wantLog(t, d.settled(), fmt.Sprintf("ADDED ns/a@%d", v))
+				}
+				// Who comes back may have it still.
+				late := b.watch(b.held(live), b.held(live).Version())
+				wantLog(t, late.settled(), fmt.Sprintf("DELETED ns/a@%d", v))
+				late.end()
+
+				// What the cloud changes meanwhile does not bring it back.
+				v = b.cloud.put("pods", "ns", "a", "edge-1 Running", map[string]string{"new": "label"})
+				names(live, "ns/other")
+				wantLog(t, c.settled())
+				if len(held) == 1 {
+					wantLog(t, d.settled(), fmt.Sprintf("MODIFIED ns/a@%d", v))
+				}
+
+				// Delivered: nobody is told of it again.
+				w := b.cloud.put("pods", "ns", "a", "edge-1 Succeeded", nil)
+				synctest.Wait()
+				o.set("ns/a", "")
+				_ = b.Refresh(pods.Resource, "ns", "a") // one scope may not have it any more
+				names(live, "ns/other")
+				names(ended, "ns/a")
+				wantLog(t, c.settled())
+				first := "MODIFIED" // it was there by its overlay
+				if len(held) > 1 {
+					first = "ADDED"
+				}
+				wantLog(t, d.settled(), fmt.Sprintf("%s ns/a@%d", first, w), fmt.Sprintf("MODIFIED ns/a@%d", w))
+
+				// The cloud's own changes of phase.
+				w = b.cloud.put("pods", "ns", "other", "edge-1 Failed", nil)
+				wantLog(t, c.settled(), fmt.Sprintf("DELETED ns/other@%d", w))
+				w = b.cloud.put("pods", "ns", "other", "edge-1 Succeeded", nil)
+				wantLog(t, c.settled())
+				wantLog(t, d.settled(), fmt.Sprintf("ADDED ns/other@%d", w))
+				w = b.cloud.remove("pods", "ns", "other")
+				wantLog(t, c.settled())
+				wantLog(t, d.settled(), fmt.Sprintf("DELETED ns/other@%d", w))
+
+				// An overlay that is gone for good shows the cloud's again.
+				refresh("Failed")
+				wantLog(t, d.settled(), fmt.Sprintf("DELETED ns/a@%d", v+1))
+				refresh("")
+				wantLog(t, d.settled(), fmt.Sprintf("ADDED ns/a@%d", v+1))
+				names(ended, "ns/a")
+			})
+		})
+	}
 }

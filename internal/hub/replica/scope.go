@@ -35,7 +35,7 @@ func ScopeOf(info request.Info) Scope {
 		}
 	}
 	if info.Name != "" {
-		s.Fields = "metadata.name=" + info.Name
+		s.Fields = fieldName + "=" + info.Name
 	}
 	return s
 }
@@ -140,6 +140,14 @@ func labelsCover(wide, narrow string) bool {
 	return true
 }
 
+// The fields that the hub can select by. The last two are those of pods.
+const (
+	fieldName      = "metadata.name"
+	fieldNamespace = "metadata.namespace"
+	fieldNode      = "spec.nodeName"
+	fieldPhase     = "status.phase"
+)
+
 // matcher tells which objects of a scope belong to a narrower one.
 type matcher struct {
 	namespace string
@@ -161,7 +169,7 @@ func newMatcher(wide, narrow Scope) (matcher, bool) {
 		}
 		m.labels = sel
 	}
-	if narrow.Fields == wide.Fields || narrow.Fields == "" {
+	if narrow.Fields == "" {
 		return m, true
 	}
 	sel, err := fields.ParseSelector(narrow.Fields)
@@ -175,18 +183,20 @@ func newMatcher(wide, narrow Scope) (matcher, bool) {
 		}
 	}
 	for _, r := range sel.Requirements() {
-		if held[r] {
+		// A phase that the cloud selected by may not be the one that local
+		// readers see.
+		if held[r] && (r.Field != fieldPhase || !isPods(narrow.Resource)) {
 			continue
 		}
 		switch r.Field {
-		case "metadata.name":
-		case "metadata.namespace":
+		case fieldName:
+		case fieldNamespace:
 			// Objects without a namespace do not have the field, and across
 			// namespaces the hub cannot tell which objects these are.
 			if narrow.Namespace == "" {
 				return m, false
 			}
-		case "spec.nodeName":
+		case fieldNode, fieldPhase:
 			if !isPods(narrow.Resource) {
 				return m, false
 			}
@@ -210,12 +220,7 @@ func (m matcher) byKey() bool {
 	if m.labels != nil {
 		return false
 	}
-	for _, r := range m.fields {
-		if r.Field == "spec.nodeName" {
-			return false
-		}
-	}
-	return true
+	return !slices.ContainsFunc(m.fields, func(r fields.Requirement) bool { return r.Field == fieldNode || r.Field == fieldPhase })
 }
 
 // matchesKey is matches for a matcher that is decided by the key alone.
@@ -230,8 +235,13 @@ func (m matcher) matchesKey(key string) bool {
 // mayMatch reports whether some object of that key could match.
 func (m matcher) mayMatch(key string) bool {
 	m.labels = nil
-	m.fields = slices.DeleteFunc(slices.Clone(m.fields), func(r fields.Requirement) bool { return r.Field == "spec.nodeName" })
-	return m.matchesKey(key)
+	return m.without(fieldNode, fieldPhase).matchesKey(key)
+}
+
+// without returns the matcher that takes any value of some fields.
+func (m matcher) without(names ...string) matcher {
+	m.fields = slices.DeleteFunc(slices.Clone(m.fields), func(r fields.Requirement) bool { return slices.Contains(names, r.Field) })
+	return m
 }
 
 // matches reports whether an object of the scope belongs to the narrower one.
@@ -245,12 +255,14 @@ func (m matcher) matches(meta *wire.Meta) bool {
 	for _, r := range m.fields {
 		var value string
 		switch r.Field {
-		case "metadata.name":
+		case fieldName:
 			value = meta.Name
-		case "metadata.namespace":
+		case fieldNamespace:
 			value = meta.Namespace
-		case "spec.nodeName":
+		case fieldNode:
 			value = meta.NodeName
+		case fieldPhase:
+			value = meta.Phase
 		}
 		if (value == r.Value) != (r.Operator != selection.NotEquals) {
 			return false

@@ -682,10 +682,18 @@ func (w *watcher) initial(ctx context.Context, start watchStart) error {
 		}
 	}
 	for _, e := range start.shown {
-		if typ, _ := e.as(w.slice.match); typ != "" {
-			if err := w.send(watch.Modified, e.object, e); err != nil {
-				return err
-			}
+		// The client may have seen the object as the cloud has it, or under
+		// another overlay.
+		typ := watch.Modified
+		switch m := w.slice.match; {
+		case m.matches(e.meta):
+		case m.without(fieldPhase).matches(e.meta):
+			typ = watch.Deleted
+		default:
+			continue
+		}
+		if err := w.send(typ, e.object, e); err != nil {
+			return err
 		}
 	}
 	return w.out.flush()

@@ -337,15 +337,22 @@ func (s *set) applyLocked(typ watch.EventType, meta *wire.Meta, object []byte, v
 	}
 	e := newEntry(meta.Version, object)
 	s.index.Set(key, e)
-	if shown, ok := s.overlayLocked(key, e, object); ok {
-		object = shown
+	if shown, shownMeta, ok := s.overlayLocked(key, e, object); ok {
+		object, meta = shown, shownMeta
 	}
 	ev := newEvent(typ, key, meta, prev, s.kind, object)
 	ev.blind = blind
-	if prev != nil && (!maps.Equal(prev.Labels, meta.Labels) || prev.NodeName != meta.NodeName) {
-		ev.left = s.goneLocked(key, prev, old, meta.Version)
-	}
+	ev.left = s.leftLocked(key, prev, meta, old)
 	s.publishLocked(ev)
+}
+
+// leftLocked returns the event for watchers whose selection an object left by
+// its change from prev to meta: nil when no selection tells them apart.
+func (s *set) leftLocked(key string, prev, meta *wire.Meta, old []byte) *event {
+	if prev == nil || maps.Equal(prev.Labels, meta.Labels) && prev.NodeName == meta.NodeName && prev.Phase == meta.Phase {
+		return nil
+	}
+	return s.goneLocked(key, prev, old, meta.Version)
 }
 
 // baseLocked returns the cloud's entry of a key.
@@ -396,18 +403,23 @@ func (s *set) goneLocked(key string, prev *wire.Meta, old []byte, shown uint64) 
 	return newEvent(watch.Deleted, key, prev, prev, s.kind, object)
 }
 
-// overlayLocked puts what the journal has for the key over its base entry.
-func (s *set) overlayLocked(key string, base *entry, object []byte) ([]byte, bool) {
+// overlayLocked puts what the journal has for the key over its base entry,
+// and returns it.
+func (s *set) overlayLocked(key string, base *entry, object []byte) ([]byte, *wire.Meta, bool) {
 	if s.overlay == nil {
-		return nil, false
+		return nil, nil, false
 	}
 	shown, ok := s.overlay(s.scope.Resource, key, s.kind, object)
 	if !ok {
-		return nil, false
+		return nil, nil, false
+	}
+	meta, err := wire.ReadMeta(s.kind.Encoding, shown, isPods(s.scope.Resource))
+	if err != nil {
+		return nil, nil, false // what cannot be read is not shown
 	}
 	s.bases[key] = base
 	s.index.Set(key, newEntry(base.version, shown))
-	return shown, true
+	return shown, &meta, true
 }
 
 // refresh shows the object as the journal now has it, or as the cloud has it
@@ -432,22 +444,25 @@ func (s *set) refreshLocked(key string) (lost bool, err error) {
 	if err != nil {
 		return s.loseLocked(key, base, err), err
 	}
-	shown, ok := s.overlayLocked(key, base, object)
+	prev, old, blind := s.shownLocked(key)
+	shown, meta, ok := s.overlayLocked(key, base, object)
 	switch {
 	case ok:
 		object = shown
 	case overlaid:
 		delete(s.bases, key)
 		s.index.Set(key, base)
+		m, err := wire.ReadMeta(s.kind.Encoding, object, isPods(s.scope.Resource))
+		if err != nil {
+			return false, fmt.Errorf("read %s in %s: %w", key, s.id, err)
+		}
+		meta = &m
 	default:
 		return false, nil
 	}
-	meta, err := wire.ReadMeta(s.kind.Encoding, object, isPods(s.scope.Resource))
-	if err != nil {
-		return false, fmt.Errorf("read overlay of %s in %s: %w", key, s.id, err)
-	}
-	e := newEvent(watch.Modified, key, &meta, &meta, s.kind, object)
-	e.local = true
+	e := newEvent(watch.Modified, key, meta, prev, s.kind, object)
+	e.local, e.blind = true, blind
+	e.left = s.leftLocked(key, prev, meta, old)
 	s.publishLocked(e)
 	return false, nil
 }
@@ -472,22 +487,33 @@ func (s *set) readLocked(key string, e *entry) ([]byte, error) {
 	return out, nil
 }
 
-// keepLocked is called before the entry is overwritten. It keeps the bytes
-// for open views, and returns them and their metadata; or true when they
-// cannot be read.
-func (s *set) keepLocked(key string, e *entry) (prev *wire.Meta, old []byte, blind bool) {
-	old, err := s.readLocked(key, e)
-	if err != nil {
-		return nil, nil, true
-	}
+// keepLocked is called before the cloud's entry of a key is overwritten. It
+// keeps the bytes for open views, and returns what [set.shownLocked] does.
+func (s *set) keepLocked(key string, base *entry) (prev *wire.Meta, old []byte, blind bool) {
 	if s.views > 0 {
-		e.data.Store(&old)
+		if data, err := s.readLocked(key, base); err == nil {
+			base.data.Store(&data)
+		}
 	}
-	meta, err := wire.ReadMeta(s.kind.Encoding, old, isPods(s.scope.Resource))
+	return s.shownLocked(key)
+}
+
+// shownLocked returns what watchers saw last of an object that is held, and
+// its metadata; or true when it cannot be read.
+func (s *set) shownLocked(key string) (meta *wire.Meta, object []byte, blind bool) {
+	e, ok := s.index.Get(key)
+	if !ok {
+		return nil, nil, true
+	}
+	object, err := s.readLocked(key, e)
 	if err != nil {
 		return nil, nil, true
 	}
-	return &meta, old, false
+	m, err := wire.ReadMeta(s.kind.Encoding, object, isPods(s.scope.Resource))
+	if err != nil {
+		return nil, nil, true
+	}
+	return &m, object, false
 }
 
 func (s *set) publishLocked(e *event) {

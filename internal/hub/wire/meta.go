@@ -16,12 +16,14 @@ type Meta struct {
 	Labels map[string]string
 	// NodeName is spec.nodeName of a Pod, else "".
 	NodeName string
+	// Phase is status.phase of a Pod, else "".
+	Phase string
 	// DeletionTimestamp says whether metadata.deletionTimestamp is set.
 	DeletionTimestamp bool
 }
 
 // ReadMeta scans object data for its Meta. pod says that the object is a Pod,
-// whose NodeName is wanted. The result shares no memory with data.
+// whose NodeName and Phase are wanted. The result shares no memory with data.
 func ReadMeta(enc Encoding, data []byte, pod bool) (Meta, error) {
 	var m Meta
 	var err error
@@ -47,12 +49,15 @@ func parseVersion[T string | []byte](s T) (uint64, error) {
 	return v, nil
 }
 
-// Numbers of the fields of ObjectMeta, PodSpec and their parents.
+// Numbers of the fields of ObjectMeta, PodSpec, PodStatus and their parents.
 const (
 	fieldMetadata protowire.Number = 1 // of every object
 
 	fieldPodSpec  protowire.Number = 2
 	fieldNodeName protowire.Number = 10
+
+	fieldPodStatus protowire.Number = 3
+	fieldPhase     protowire.Number = 1
 
 	fieldName              protowire.Number = 1
 	fieldNamespace         protowire.Number = 3
@@ -75,7 +80,11 @@ func (m *Meta) readProto(data []byte, pod bool) error {
 				return err
 			}
 		case num == fieldPodSpec && pod:
-			if err := m.readProtoPodSpec(b); err != nil {
+			if err := readProtoString(b, fieldNodeName, &m.NodeName); err != nil {
+				return err
+			}
+		case num == fieldPodStatus && pod:
+			if err := readProtoString(b, fieldPhase, &m.Phase); err != nil {
 				return err
 			}
 		}
@@ -123,14 +132,15 @@ func (m *Meta) readProtoMetadata(data []byte) error {
 	return nil
 }
 
-func (m *Meta) readProtoPodSpec(data []byte) error {
+// readProtoString sets value to the message's string field want, if it is there.
+func readProtoString(data []byte, want protowire.Number, value *string) error {
 	for len(data) > 0 {
 		num, typ, b, _, n := field(data)
 		if n < 0 {
-			return malformed("pod spec: %v", protowire.ParseError(n))
+			return malformed("field %d: %v", want, protowire.ParseError(n))
 		}
-		if num == fieldNodeName && typ == protowire.BytesType {
-			m.NodeName = string(b)
+		if num == want && typ == protowire.BytesType {
+			*value = string(b)
 		}
 		data = data[n:]
 	}
@@ -162,13 +172,9 @@ func (m *Meta) readJSON(data []byte, pod bool) error {
 		case string(key) == "metadata":
 			return m.readJSONMetadata(&s)
 		case pod && string(key) == "spec":
-			return s.object(func(key []byte) (err error) {
-				if string(key) != "nodeName" {
-					return s.skip()
-				}
-				m.NodeName, err = s.str()
-				return err
-			})
+			return s.member("nodeName", &m.NodeName)
+		case pod && string(key) == "status":
+			return s.member("phase", &m.Phase)
 		}
 		return s.skip()
 	})
@@ -176,6 +182,18 @@ func (m *Meta) readJSON(data []byte, pod bool) error {
 		return err
 	}
 	return s.end()
+}
+
+// member sets value to the string member want of the object that comes next,
+// if it is there.
+func (s *scanner) member(want string, value *string) error {
+	return s.object(func(key []byte) (err error) {
+		if string(key) != want {
+			return s.skip()
+		}
+		*value, err = s.str()
+		return err
+	})
 }
 
 func (m *Meta) readJSONMetadata(s *scanner) error {

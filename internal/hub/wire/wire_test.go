@@ -62,7 +62,7 @@ func TestReadMetaEqualsTyped(t *testing.T) {
 			}
 			want := Meta{
 				Namespace: typed.Namespace, Name: typed.Name, UID: string(typed.UID), Version: 12345678901,
-				Labels: typed.Labels, NodeName: typed.Spec.NodeName, DeletionTimestamp: typed.DeletionTimestamp != nil,
+				Labels: typed.Labels, NodeName: typed.Spec.NodeName, Phase: string(typed.Status.Phase), DeletionTimestamp: typed.DeletionTimestamp != nil,
 			}
 			got, err := ReadMeta(enc, data, true)
 			if err != nil {
@@ -74,8 +74,8 @@ func TestReadMetaEqualsTyped(t *testing.T) {
 			if !reflect.DeepEqual(got, want) {
 				t.Fatalf("%s: got %+v, want %+v", enc, got, want)
 			}
-			if got, err = ReadMeta(enc, data, false); err != nil || got.NodeName != "" {
-				t.Fatalf("node name %q of no pod, %v", got.NodeName, err)
+			if got, err = ReadMeta(enc, data, false); err != nil || got.NodeName != "" || got.Phase != "" {
+				t.Fatalf("node name %q and phase %q of no pod, %v", got.NodeName, got.Phase, err)
 			}
 		}
 	}
