@@ -39,8 +39,8 @@ func newTarget(cfg *rest.Config, http1 bool) (target, error) {
 	if !t.tls.RootCAs.AppendCertsFromPEM(cfg.CAData) {
 		return target{}, errors.New("no CA certificate for " + cfg.Host)
 	}
-	if cfg.CertFile != "" {
-		pair, err := tls.LoadX509KeyPair(cfg.CertFile, cfg.KeyFile)
+	if len(cfg.CertData) > 0 {
+		pair, err := tls.X509KeyPair(cfg.CertData, cfg.KeyData)
 		if err != nil {
 			return target{}, fmt.Errorf("load the node's certificate: %w", err)
 		}

@@ -239,6 +239,11 @@ func (b *bench) pods(ctx context.Context, namespace, node string, n int) error {
 	if err != nil {
 		return fmt.Errorf("make node: %w", err)
 	}
+	return b.morePods(ctx, namespace, node, n)
+}
+
+// morePods makes n pods in a namespace of their own on a node that is there.
+func (b *bench) morePods(ctx context.Context, namespace, node string, n int) error {
 	no := false
 	return b.create(ctx, podPath, namespace, n, func(name string) runtime.Object {
 		return &corev1.Pod{
