@@ -56,11 +56,13 @@ type signer struct {
 	pem  []byte
 }
 
-func newSigner(t testing.TB) *signer {
+func newSigner(t testing.TB) *signer { return newSignerFrom(t, time.Now().Add(-time.Hour)) }
+
+func newSignerFrom(t testing.TB, from time.Time) *signer {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	must(t, err)
 	template := &x509.Certificate{
-		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "kubernetes"}, NotBefore: time.Now().Add(-time.Hour),
+		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "kubernetes"}, NotBefore: from,
 		NotAfter: time.Now().Add(100000 * time.Hour), IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
 	}
 	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
@@ -110,6 +112,7 @@ type cluster struct {
 	deny     bool
 	life     time.Duration
 	refuse   bool // the bootstrap token has expired
+	refused  int  // requests of nobody whom it knows
 
 	serving, signing *signer   // of its own certificate, and of those that it issues
 	trusted          []*signer // for clients
@@ -197,6 +200,7 @@ func (c *cluster) user(w http.ResponseWriter, r *http.Request) string {
 	if r.Header.Get("Authorization") == "Bearer "+testToken && !c.refuse {
 		return "system:bootstrap:abcdef"
 	}
+	c.refused++
 	status(w, http.StatusUnauthorized, metav1.StatusReasonUnauthorized)
 	return ""
 }
@@ -278,6 +282,12 @@ func (c *cluster) created() []string {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return append([]string(nil), c.by...)
+}
+
+func (c *cluster) refusals() int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.refused
 }
 
 // kubeconfig writes a bootstrap file.

@@ -117,10 +117,13 @@ func (c *Certificates) keep(ctx context.Context, ordered func() order, load func
 	retry := backoff{min: retryMin, max: retryMax}
 	var last time.Time // when one was obtained
 	for {
-		o := ordered()
+		o, changed := ordered(), c.ClientChanged()
 		if left := c.left(o, load(), last); left > 0 {
-			if !sleep(ctx, min(left, refreshInterval)) {
+			select {
+			case <-ctx.Done():
 				return
+			case <-changed: // the authority, perhaps
+			case <-time.After(min(left, refreshInterval)):
 			}
 			continue
 		}
@@ -459,6 +462,7 @@ func (c *Certificates) doAs(ctx context.Context, roots *x509.CertPool, as creden
 			return err
 		}
 		req.Header.Set("Accept", "application/json")
+		req.Header.Set("User-Agent", "yurthub")
 		if body != nil {
 			req.Header.Set("Content-Type", "application/json")
 		}
