@@ -239,6 +239,7 @@ func (h *Hub) build() error {
 	if err != nil {
 		return err
 	}
+	cfg.Registerer.MustRegister(validity{h.certs.Status, h.clock.Skew})
 	if len(cfg.Servers) == 0 {
 		for _, s := range h.certs.Servers() {
 			u, err := url.Parse(s)

@@ -1,6 +1,12 @@
 package hub
 
-import "github.com/prometheus/client_golang/prometheus"
+import (
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/yurt-edge/yurt/internal/hub/cert"
+)
 
 type hubMetrics struct {
 	inFlight prometheus.Gauge
@@ -22,4 +28,41 @@ func newHubMetrics(reg prometheus.Registerer) *hubMetrics {
 	}
 	reg.MustRegister(m.inFlight, m.panics, m.refused)
 	return m
+}
+
+// validity shows until when certificates are valid, and how wrong the clock is
+// that judges them.
+type validity struct {
+	certificates func() []cert.Status
+	skew         func() (ahead time.Duration, known bool)
+}
+
+var (
+	expiryDesc = prometheus.NewDesc("node_yurthub_certificate_expiry_timestamp_seconds",
+		"When a certificate ends, in seconds since 1970.", []string{"certificate"}, nil)
+	skewDesc = prometheus.NewDesc("node_yurthub_clock_skew_seconds",
+		"How far the node's clock is ahead of the cloud's; absent until they were compared.", nil, nil)
+)
+
+// Describe is of prometheus.Collector.
+func (validity) Describe(out chan<- *prometheus.Desc) {
+	out <- expiryDesc
+	out <- skewDesc
+}
+
+// Collect is of prometheus.Collector.
+func (v validity) Collect(out chan<- prometheus.Metric) {
+	// While the cluster's authority is replaced there are several.
+	last := map[string]time.Time{}
+	for _, s := range v.certificates() {
+		if s.NotAfter.After(last[s.Name]) {
+			last[s.Name] = s.NotAfter
+		}
+	}
+	for name, end := range last {
+		out <- prometheus.MustNewConstMetric(expiryDesc, prometheus.GaugeValue, float64(end.Unix()), name)
+	}
+	if ahead, known := v.skew(); known {
+		out <- prometheus.MustNewConstMetric(skewDesc, prometheus.GaugeValue, ahead.Seconds())
+	}
 }

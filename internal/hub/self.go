@@ -23,6 +23,7 @@ import (
 
 	"github.com/yurt-edge/yurt/internal/daemon"
 	"github.com/yurt-edge/yurt/internal/httpx"
+	"github.com/yurt-edge/yurt/internal/hub/cert"
 	"github.com/yurt-edge/yurt/internal/hub/condition"
 	"github.com/yurt-edge/yurt/internal/hub/link"
 	"github.com/yurt-edge/yurt/internal/hub/request"
@@ -69,7 +70,8 @@ func (h *Hub) facts() condition.Facts {
 		Up: state.Up, Since: state.Since, Reason: state.Reason, Last: h.about.see(state),
 	}}
 	f.Store = condition.StoreFacts{
-		Damaged: h.store.Stats().Damaged, Rebuilt: h.store.Rebuilt(), Dir: filepath.Dir(h.cfg.storePath()),
+		Damaged: h.store.Stats().Damaged, Rebuilt: h.store.Rebuilt(), KeyLost: h.keys.Lost(),
+		Dir: filepath.Dir(h.cfg.storePath()),
 	}
 	if err := h.diskHealth(); err != nil {
 		f.Store.Err = err.Error()
@@ -78,19 +80,27 @@ func (h *Hub) facts() condition.Facts {
 	if err := h.keys.Problem(); err != nil {
 		f.Store.Key = err.Error()
 	}
-	if pair := h.certs.ClientCertificate(); pair != nil {
-		f.Certificate.NotBefore, f.Certificate.NotAfter = pair.Leaf.NotBefore, pair.Leaf.NotAfter
-	}
-	for _, s := range h.certs.Status() {
-		if (s.Name == "client" || s.Name == "authority") && s.Problem != "" {
-			f.Certificate.Stuck, f.Certificate.Remedy = s.Problem, s.Hint
-			break
-		}
-	}
+	f.Certificate = certificateFacts(h.certs.Status())
 	f.Clock.Skew, f.Clock.Known = h.clock.Skew()
 	waiting := h.journal.Stats()
-	f.Journal.Status, f.Journal.Events, f.Journal.Dropped = waiting.Status, waiting.Events, int64(waiting.Displaced)
+	f.Journal = condition.JournalFacts{
+		Status: waiting.Status, Events: waiting.Events, Oldest: waiting.Oldest, Dropped: waiting.Displaced,
+	}
 	f.Missing = h.missing()
+	return f
+}
+
+// certificateFacts is what the certificates' state means for the hub's own:
+// without the cluster's authority it cannot be renewed either.
+func certificateFacts(all []cert.Status) (f condition.CertificateFacts) {
+	for _, s := range all {
+		if s.Name == cert.Client {
+			f.NotBefore, f.NotAfter = s.NotBefore, s.NotAfter
+		}
+		if (s.Name == cert.Client || s.Name == cert.Authority) && f.Stuck == "" {
+			f.Stuck, f.Remedy = s.Problem, s.Hint
+		}
+	}
 	return f
 }
 

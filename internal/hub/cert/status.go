@@ -10,9 +10,16 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 )
 
+// Names of a [Status]: certificates of the hub, and the cluster's authority.
+const (
+	Client      = "client"
+	ServerPods  = "server-pods"
+	ServerLocal = "server-local"
+	Authority   = "authority"
+)
+
 // Status tells of one certificate, for people.
 type Status struct {
-	// Name is client, server-pods, server-local or authority.
 	Name                string
 	NotBefore, NotAfter time.Time // zero: there is none
 	Issuer              string
@@ -35,13 +42,13 @@ func (c *Certificates) Status() []Status {
 		}
 		return s
 	}
-	out := []Status{of("client", clientFile, c.client.Load()), of("server-pods", clusterServerFile, c.clusterServer.Load())}
+	out := []Status{of(Client, clientFile, c.client.Load()), of(ServerPods, clusterServerFile, c.clusterServer.Load())}
 	if local, err := c.local.certificate(); err == nil {
-		out = append(out, of("server-local", localServerFile, local))
+		out = append(out, of(ServerLocal, localServerFile, local))
 	}
 	if a := c.cluster.Load(); a != nil {
 		for _, ca := range a.certs {
-			s := of("authority", clusterCAFile, nil)
+			s := of(Authority, clusterCAFile, nil)
 			s.NotBefore, s.NotAfter, s.Issuer = ca.NotBefore, ca.NotAfter, ca.Issuer.CommonName
 			out = append(out, s)
 		}

@@ -70,6 +70,7 @@ type StoreFacts struct {
 	Full    bool   // Err is that the disk is full
 	Damaged int64  // values set aside since the start
 	Key     string // why the key of this run is in memory only; empty if it is not
+	KeyLost bool   // its key was lost at the start, and it was begun anew
 	Rebuilt bool   // it was unusable at the start, and begun anew
 	Dir     string
 }
@@ -91,7 +92,8 @@ type ClockFacts struct {
 // JournalFacts is what waits for the cloud.
 type JournalFacts struct {
 	Status, Events int
-	Dropped        int64 // acknowledged and dropped by the limits since the start
+	Oldest         time.Time // when the first of them was made
+	Dropped        int       // events that made place for newer ones of these
 }
 
 // Plan returns what the facts mean, one condition per type in a fixed order.
@@ -161,6 +163,12 @@ func planStore(f Facts) report.Condition {
 	case s.Key != "":
 		c.Status, c.Reason = report.False, "KeyNotKept"
 		c.Message = fmt.Sprintf("the key of the store in %s is in memory only, and what is stored is lost with the next start: %s", s.Dir, s.Key)
+	case s.KeyLost && len(f.Missing) > 0:
+		c.Status, c.Reason = report.False, "KeyLost"
+		c.Message = fmt.Sprintf("the key of the store in %s is lost (`journalctl -u yurthub` says why) and the store is begun anew; it fills when the cloud is in reach: keep the node powered until then", s.Dir)
+	case s.KeyLost:
+		c.Reason = "KeyLost"
+		c.Message = fmt.Sprintf("the key of the store was lost, the store is begun anew and filled again; what the old key sealed is kept in %s as *.lost", s.Dir)
 	case s.Rebuilt && len(f.Missing) > 0:
 		c.Status, c.Reason = report.False, "Rebuilt"
 		c.Message = fmt.Sprintf("the store in %s was unusable and is begun anew; it fills when the cloud is in reach: keep the node powered until then", s.Dir)
@@ -224,18 +232,18 @@ func planClock(f ClockFacts) report.Condition {
 func planJournal(f Facts, now time.Time) report.Condition {
 	j := f.Journal
 	c := report.Condition{Type: Journal, Status: report.True, Reason: "Empty", Message: "no write waits for the cloud"}
-	waiting := fmt.Sprintf("%s and %s wait for the cloud", count(j.Status, "status write"), count(j.Events, "event"))
+	waiting := fmt.Sprintf("%s and %s wait for the cloud, the oldest since %s", count(j.Status, "status write"), count(j.Events, "event"), stamp(j.Oldest))
 	switch {
 	case j.Status+j.Events == 0:
 	case f.Link.Up && now.Sub(f.Link.Since) > stuckAfter:
 		c.Status, c.Reason = report.False, "Stuck"
-		c.Message = waiting + " though it answers; `journalctl -u yurthub` says what it refuses"
+		c.Message = waiting + ", though it answers; `journalctl -u yurthub` says what it refuses"
 	case j.Dropped > 0:
 		c.Status, c.Reason = report.False, "Dropping"
-		c.Message = waiting + "; the oldest events were dropped for want of room: events of this time will be incomplete"
+		c.Message = waiting + "; older events were dropped for want of room, and more will be until the link is back: " + runDoctor
 	default:
 		c.Reason = "Waiting"
-		c.Message = waiting + " and are on the disk"
+		c.Message = waiting + "; they are on the disk"
 	}
 	return c
 }

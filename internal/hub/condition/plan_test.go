@@ -56,6 +56,9 @@ func TestPlan(t *testing.T) {
 		{"disk full", func(f *Facts) { f.Store.Err, f.Store.Full = "no space left on device", true }, Store, "False", "DiskFull", "free some space"},
 		{"disk broken", func(f *Facts) { f.Store.Err = "input/output error" }, Store, "False", "WriteFailed", "input/output error"},
 		{"key in memory", func(f *Facts) { f.Store.Key = "the TPM is gone" }, Store, "False", "KeyNotKept", "lost with the next start: the TPM is gone"},
+		{"key lost, empty", func(f *Facts) { f.Store.KeyLost, f.Missing = true, []string{"/v1/pods"} }, Store, "False", "KeyLost", "keep the node powered"},
+		{"key lost, filled", func(f *Facts) { f.Store.KeyLost = true }, Store, "True", "KeyLost", "/var/lib/yurthub/store as *.lost"},
+		{"key locked beats lost", func(f *Facts) { f.Store.Key, f.Store.KeyLost = "the TPM is gone", true }, Store, "False", "KeyNotKept", ""},
 		{"store rebuilt, empty", func(f *Facts) { f.Store.Rebuilt, f.Missing = true, []string{"/v1/pods"} }, Store, "False", "Rebuilt", "keep the node powered"},
 		{"store rebuilt, filled", func(f *Facts) { f.Store.Rebuilt = true }, Store, "True", "Rebuilt", "filled again"},
 		{"damage while cut", func(f *Facts) { f.Store.Damaged, f.Link.Up = 1, false }, Store, "False", "Damaged", "until the cloud is in reach"},
@@ -65,7 +68,7 @@ func TestPlan(t *testing.T) {
 			f.Certificate.NotAfter, f.Certificate.Remedy = noon.Add(-time.Hour), "run `this`"
 		}, Certificate, "False", "Expired", "2026-11-26T11:00:00Z; run `this`"},
 		{"of the future", func(f *Facts) { f.Certificate.NotBefore = noon.Add(time.Hour) }, Certificate, "False", "NotYetValid", "timedatectl"},
-		{"cannot renew", func(f *Facts) { f.Certificate.Stuck = "denied" }, Certificate, "False", "CannotRenew", "denied"},
+		{"cannot renew", func(f *Facts) { f.Certificate.Stuck, f.Certificate.Remedy = "denied", "run `this`" }, Certificate, "False", "CannotRenew", "2027-10-26T12:00:00Z and cannot be renewed: denied; run `this`"},
 		{"expires soon", func(f *Facts) { f.Certificate.NotAfter = noon.Add(24 * time.Hour) }, Certificate, "True", "ExpiresSoon", "2026-11-27"},
 		{"clock not compared", func(f *Facts) { f.Clock.Known = false }, Clock, "Unknown", "NotCompared", "not compared"},
 		{"clock behind", func(f *Facts) { f.Clock.Skew = -3 * time.Hour }, Clock, "False", "Skewed", "3h0m0s behind"},
@@ -73,8 +76,8 @@ func TestPlan(t *testing.T) {
 		{"journal empty", func(*Facts) {}, Journal, "True", "Empty", ""},
 		{"journal waits", func(f *Facts) {
 			f.Link.Up = false
-			f.Journal.Status, f.Journal.Events = 1, 250
-		}, Journal, "True", "Waiting", "1 status write and more than 99 events wait"},
+			f.Journal.Status, f.Journal.Events, f.Journal.Oldest = 1, 250, noon.Add(-time.Minute)
+		}, Journal, "True", "Waiting", "1 status write and more than 99 events wait for the cloud, the oldest since 2026-11-26T11:59:00Z; they are"},
 		{"journal just got the link back", func(f *Facts) {
 			f.Link.Since, f.Journal.Status = noon.Add(-time.Minute), 1
 		}, Journal, "True", "Waiting", ""},
@@ -82,7 +85,7 @@ func TestPlan(t *testing.T) {
 		{"journal drops", func(f *Facts) {
 			f.Link.Up = false
 			f.Journal.Events, f.Journal.Dropped = 1000, 5
-		}, Journal, "False", "Dropping", "dropped"},
+		}, Journal, "False", "Dropping", "until the link is back: `yurtadm doctor`"},
 		{"autonomous", func(*Facts) {}, Autonomy, "True", "Held", ""},
 		{"not yet autonomous", func(f *Facts) { f.Missing = []string{"/v1/pods", "/v1/nodes"} }, Autonomy, "False", "NotHeld", "/v1/pods, /v1/nodes;"},
 		{"store fails", func(f *Facts) { f.Store.Err = "x" }, Autonomy, "Unknown", "StoreFailed", Store},

@@ -203,6 +203,9 @@ func (j *Journal) settleEvent(ctx context.Context, e *eventEntry) error {
 	j.mu.Lock()
 	delete(j.events, e.key())
 	j.eventBytes -= len(e.Object)
+	if len(j.events) == 0 {
+		j.displaced = 0
+	}
 	j.mu.Unlock()
 	return nil
 }

@@ -244,9 +244,10 @@ type Stats struct {
 	Status, StatusBytes int
 	Events, EventBytes  int
 	Oldest              time.Time // when the first of them was made
-	// These count since Open. Displaced are those of Dropped that made place
-	// for newer ones.
-	Delivered, Dropped, Displaced int
+	// Displaced are the events that made place for newer ones since last no
+	// event waited.
+	Displaced          int
+	Delivered, Dropped int // since Open
 }
 
 func (s Stats) age() time.Duration {

@@ -661,6 +661,9 @@ func TestEventsAreKeptInOrderAndBounded(t *testing.T) {
 		b.depth(0, 5)
 		b.event("8")
 		b.depth(0, 5)
+		if n := b.journal.Stats().Displaced; n != 1 {
+			t.Errorf("%d events made place", n)
+		}
 		out, err := b.journal.PatchEvent(t.Context(), "/api/v1/namespaces/ns/events", "6", types.StrategicMergePatchType, []byte(`{"count":2}`))
 		if err != nil || !strings.Contains(string(out), `"count":2`) {
 			t.Errorf("patched: %s, %v", out, err)
@@ -678,6 +681,9 @@ func TestEventsAreKeptInOrderAndBounded(t *testing.T) {
 		b.depth(0, 0)
 		if b.journal.eventBytes != 0 {
 			t.Errorf("%d bytes of no events", b.journal.eventBytes)
+		}
+		if s := b.journal.Stats(); s.Displaced != 0 || s.Dropped != 1 {
+			t.Errorf("%+v after all is delivered", s)
 		}
 		if got := b.cloud.writes(); len(got) != 5 {
 			t.Errorf("writes %q", got)

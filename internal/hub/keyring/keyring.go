@@ -113,6 +113,7 @@ type Ring struct {
 	aead    cipher.AEAD
 	source  Source
 	problem error
+	lost    bool
 }
 
 // Open opens the ring in cfg.Dir, or makes one.
@@ -168,7 +169,11 @@ func open(cfg *Config) (*Ring, error) {
 			if err := cfg.loseAll(rec); err != nil {
 				return nil, err
 			}
-			return cfg.begun(rec, data)
+			r, err := cfg.begun(rec, data)
+			if err == nil {
+				r.lost = true
+			}
+			return r, err
 		}
 		err = errors.Join(err, wrapErr)
 	}
@@ -270,6 +275,10 @@ func (r *Ring) Source() Source { return r.source }
 
 // Problem returns nil, or why the key of this run is in memory only.
 func (r *Ring) Problem() error { return r.problem }
+
+// Lost reports whether the ring began anew just now because the node key of
+// the one before is lost, and with it all that was sealed.
+func (r *Ring) Lost() bool { return r.lost }
 
 // Seal returns the sealed form of plain, which opens under the same name only.
 func (r *Ring) Seal(name string, plain []byte) []byte { return seal(r.aead, name, plain) }

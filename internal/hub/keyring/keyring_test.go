@@ -332,7 +332,7 @@ func TestKeyThatIsLost(t *testing.T) {
 			if want == Auto {
 				want = tc.source
 			}
-			if next.Problem() != nil || next.Source() != want || bytes.Equal(next.DataKey(), r.DataKey()) {
+			if !next.Lost() || next.Problem() != nil || next.Source() != want || bytes.Equal(next.DataKey(), r.DataKey()) {
 				t.Fatalf("source %s, problem %v", next.Source(), next.Problem())
 			}
 			files := n.files(t)
