@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -11,6 +12,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -38,11 +40,14 @@ func TestDamageInALiveStoreIsFetchedAgain(t *testing.T) {
 	_, edge := shared.sides(t, hub, "reader")
 	const path = "/api/v1/namespaces/conform-a/configmaps"
 	warm(t, edge, path)
-	stream, err := edge.open(ctx, question{path, "watch=true&resourceVersion=" + object.ResourceVersion, inJSON})
+	follow := question{path, "watch=true&resourceVersion=" + object.ResourceVersion, inJSON}
+	stream, err := edge.open(ctx, follow)
 	do(t, err)
-	defer stream.Body.Close()
+	defer func() { stream.Body.Close() }()
 
-	flip(t, storeFile(hub.Dir), "conform-a/rots")
+	version, err := strconv.ParseUint(object.ResourceVersion, 10, 64)
+	do(t, err)
+	mustAwait(t, func(context.Context) error { return flip(storeFile(hub.Dir), "conform-a/rots", version) })
 	mustAwait(t, func(ctx context.Context) error {
 		a, err := edge.ask(ctx, question{path, "resourceVersion=0", inJSON})
 		if err == nil && a.code == http.StatusOK && !bytes.Contains(a.body, []byte(text)) {
@@ -54,24 +59,39 @@ func TestDamageInALiveStoreIsFetchedAgain(t *testing.T) {
 		return errors.Join(err, counted(ctx, filepath.Join(run, "hub.sock"), "node_yurthub_store_damaged_total 1\n"))
 	})
 
-	// The next thing that the watcher sees is the next change.
+	// The next thing that the watcher sees is the next change. Its watch may
+	// have ended, as watches do; it then goes on from where it was.
 	object.Data["text"] = "fresh"
 	_, err = maps.Update(ctx, object, metav1.UpdateOptions{})
 	do(t, err)
 	line, err := bufio.NewReader(stream.Body).ReadBytes('\n')
+	if errors.Is(err, io.EOF) && len(line) == 0 {
+		again, openErr := edge.open(ctx, follow)
+		do(t, openErr)
+		stream.Body.Close()
+		stream = again
+		line, err = bufio.NewReader(stream.Body).ReadBytes('\n')
+	}
 	if err != nil || !bytes.Contains(line, []byte(`"MODIFIED"`)) || !bytes.Contains(line, []byte(`"fresh"`)) {
 		t.Errorf("watcher sees %.300s, %v", line, err)
 	}
 }
 
-// flip flips a bit in every stored form of an object, old ones included.
-func flip(t *testing.T, name, key string) {
-	t.Helper()
-	data := get(t, name)
+// flip flips a bit in the stored form of an object's version, once it is on
+// disk.
+func flip(name, key string, version uint64) error {
+	data, err := os.ReadFile(name)
+	if err != nil {
+		return err
+	}
 	f, err := os.OpenFile(name, os.O_RDWR, 0)
-	do(t, err)
+	if err != nil {
+		return err
+	}
 	defer f.Close()
-	const intoPayload = 35 + 20 // a header in the clear goes before
+	// A value follows its key: the number of its format, two bytes, the
+	// version, more of a header of 35 bytes, the sealed object.
+	const atVersion, intoObject = 3, 35 + 20
 	hits := 0
 	for at := 0; ; {
 		i := bytes.Index(data[at:], []byte(key))
@@ -79,16 +99,18 @@ func flip(t *testing.T, name, key string) {
 			break
 		}
 		at += i + len(key)
-		if data[at] != 1 { // a value begins with the number of its format
+		if data[at] != 1 || binary.LittleEndian.Uint64(data[at+atVersion:]) != version {
 			continue
 		}
-		_, err := f.WriteAt([]byte{data[at+intoPayload] ^ 0x40}, int64(at+intoPayload))
-		do(t, err)
+		if _, err := f.WriteAt([]byte{data[at+intoObject] ^ 0x40}, int64(at+intoObject)); err != nil {
+			return err
+		}
 		hits++
 	}
 	if hits == 0 {
-		t.Fatalf("%s is not in the store", key)
+		return fmt.Errorf("%s at %d is not in the store", key, version)
 	}
+	return nil
 }
 
 // counted asks the hub's socket for a line of its metrics.
