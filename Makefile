@@ -49,9 +49,10 @@ race: packages ## Run RACE (./internal/... unless given) under the race detector
 e2e: setup ## Run the scenarios on a playground.
 	go test -count=1 -timeout 45m $(TESTFLAGS) ./test/e2e/...
 
-test-skew: setup ## Conformance and scenarios with older kubelets, and with an older API server.
-	YURT_KUBELET=1.34 go test -count=1 -timeout 20m $(TESTFLAGS) -run 'TestCuts|TestScenarios' ./test/e2e
-	YURT_KUBERNETES=1.35 YURT_KUBELET=1.35 go test -count=1 -p 1 -timeout 25m $(TESTFLAGS) ./test/conform ./test/e2e
+test-skew: setup ## Conformance and cuts with an older kubelet, and with an older API server.
+	YURT_KUBELET=1.34 go test -count=1 -timeout 20m $(TESTFLAGS) -run TestCuts ./test/e2e
+	YURT_KUBERNETES=1.35 YURT_KUBELET=1.35 go test -count=1 -timeout 20m $(TESTFLAGS) -run TestCuts ./test/e2e
+	YURT_KUBERNETES=1.35 go test -count=1 -timeout 20m $(TESTFLAGS) ./test/conform
 
 fuzz: ## Run every fuzz target for FUZZTIME (10s); what it finds goes to testdata/fuzz, to be kept.
 	@git grep -nE '^func Fuzz' -- '*_test.go' | sed -E 's|^(.*)/[^/]+:[0-9]+:func (Fuzz[A-Za-z0-9_]*).*|\1 \2|' | \
