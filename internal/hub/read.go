@@ -147,7 +147,8 @@ func (q *query) keep(object bool) link.Keep {
 		doubt(resp)
 		if !q.hub.isNode(q.caller) {
 			switch resp.StatusCode {
-			case http.StatusOK:
+			case http.StatusOK, http.StatusNotFound:
+				// Who may not read is not told what there is.
 				q.hub.authz.Learn(q.caller, attributes(q.info), true)
 			case http.StatusForbidden:
 				q.hub.authz.Learn(q.caller, attributes(q.info), false)

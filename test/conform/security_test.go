@@ -925,7 +925,12 @@ func TestRevokedDuringCut(t *testing.T) {
 		}
 	}
 
+	// To be told that there is none is to be allowed to ask.
+	absent := settings + "/nobody"
+	expect("staying", question{absent, "", inJSON}, http.StatusNotFound)
+
 	cut(t, hub.link, witness, bed.Down)
+	expect("staying", question{absent, "resourceVersion=0", inJSON}, http.StatusNotFound)
 	if err := shared.admin.RbacV1().RoleBindings("guarded").Delete(t.Context(), "revoked", metav1.DeleteOptions{}); err != nil {
 		t.Fatal(err)
 	}
