@@ -22,6 +22,7 @@ import (
 	clientcmdapi "k8s.io/client-go/tools/clientcmd/api"
 
 	"github.com/yurt-edge/yurt/playground"
+	"github.com/yurt-edge/yurt/playground/network"
 )
 
 // Node is the name of the node whose hub a bed runs.
@@ -40,7 +41,7 @@ type Bed struct {
 // flags are given to the API server.
 func New(ctx context.Context, dir string, flags ...string) (*Bed, error) {
 	cloud, err := playground.StartControlPlane(ctx, playground.ControlPlaneConfig{
-		Dir: filepath.Join(dir, "cloud"), ControllerManager: true, APIServerFlags: flags,
+		Dir: filepath.Join(dir, "cloud"), ControllerManager: true, APIServerFlags: flags, SANs: network.LoopAddresses(),
 	})
 	if err != nil {
 		return nil, err
@@ -299,13 +300,16 @@ func (h *Hub) KubeletConfig() (*rest.Config, error) {
 // Link is a TCP relay between the hub and the cloud, which can be cut in two
 // ways and counts bytes.
 type Link struct {
-	target   string
-	listener net.Listener
+	target  string
+	address string        // where the hub dials
+	listens string        // where the relay listens
+	loop    *network.Loop // what is between; nil: nothing
 
 	mu       sync.Mutex // guards the following
+	listener net.Listener
 	mode     Mode
 	conns    map[net.Conn]struct{}
-	address  string
+	flapping func() // ends flapping; nil if it does not
 	waiting  *sync.Cond
 	up, down int64
 	closed   bool
@@ -314,24 +318,33 @@ type Link struct {
 // Mode is how a link is cut.
 type Mode int
 
-// The modes of a link: whole, refused at once, or silent.
+// The modes of a link: whole, refused at once, or silent; or accepted, and
+// then reset or answered by a captive portal.
 const (
 	Whole Mode = iota
 	Down
 	Blackhole
+	reset
+	portal
 )
 
 // NewLink relays to the server at url.
 func NewLink(url string) (*Link, error) {
-	l := &Link{target: trimScheme(url), conns: map[net.Conn]struct{}{}}
-	l.waiting = sync.NewCond(&l.mu)
-	var err error
-	if l.listener, err = net.Listen("tcp", "127.0.0.1:0"); err != nil { //nolint:noctx // to listen takes no time
+	listener, err := net.Listen("tcp", "127.0.0.1:0") //nolint:noctx // to listen takes no time
+	if err != nil {
 		return nil, fmt.Errorf("open link: %w", err)
 	}
-	l.address = l.listener.Addr().String()
-	go l.accept(l.listener) // ends with the listener
-	return l, nil
+	return newLink(url, listener, listener.Addr().String(), nil), nil
+}
+
+func newLink(url string, listener net.Listener, address string, loop *network.Loop) *Link {
+	l := &Link{
+		target: trimScheme(url), listener: listener, listens: listener.Addr().String(), address: address, loop: loop,
+		conns: map[net.Conn]struct{}{},
+	}
+	l.waiting = sync.NewCond(&l.mu)
+	go l.accept(listener) // ends with the listener
+	return l
 }
 
 func trimScheme(url string) string {
@@ -358,23 +371,48 @@ func (l *Link) Cut(m Mode) error {
 	l.mode = m
 	if m == Down {
 		_ = l.listener.Close()
-		for c := range l.conns {
-			if t, ok := c.(*net.TCPConn); ok {
-				_ = t.SetLinger(0) // a reset, not an orderly end
-			}
-			_ = c.Close()
-		}
-		clear(l.conns)
+	}
+	if m == Down || m == reset || m == portal {
+		l.resetLocked()
 	}
 	l.waiting.Broadcast()
 	return nil
 }
 
+func (l *Link) resetLocked() {
+	for c := range l.conns {
+		hardClose(c)
+	}
+	clear(l.conns)
+}
+
+// hardClose resets a connection.
+func hardClose(c net.Conn) {
+	if t, ok := c.(*net.TCPConn); ok {
+		_ = t.SetLinger(0) // a reset, not an orderly end
+	}
+	_ = c.Close()
+}
+
+// now is the mode of the moment.
+func (l *Link) now() Mode {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.mode
+}
+
 // Heal makes the link whole.
-func (l *Link) Heal() error { return l.Cut(Whole) }
+func (l *Link) Heal() error {
+	if l.loop != nil {
+		if err := l.still(); err != nil {
+			return err
+		}
+	}
+	return l.Cut(Whole)
+}
 
 func (l *Link) reopenLocked() error {
-	listener, err := net.Listen("tcp", l.address) //nolint:noctx // to listen takes no time
+	listener, err := net.Listen("tcp", l.listens) //nolint:noctx // to listen takes no time
 	if err != nil {
 		return fmt.Errorf("reopen link: %w", err)
 	}
@@ -400,6 +438,13 @@ func (l *Link) Close() {
 		_ = c.Close()
 	}
 	l.waiting.Broadcast()
+	if l.flapping != nil {
+		l.flapping()
+		l.flapping = nil
+	}
+	if l.loop != nil {
+		_ = l.loop.Close()
+	}
 }
 
 func (l *Link) accept(listener net.Listener) {
@@ -414,6 +459,14 @@ func (l *Link) accept(listener net.Listener) {
 
 func (l *Link) serve(c net.Conn) {
 	defer c.Close() //nolint:errcheck // both ends are closed below
+	switch l.now() {
+	case reset:
+		hardClose(c)
+		return
+	case portal:
+		welcome(c)
+		return
+	}
 	if !l.pass(c, nil, nil) {
 		return
 	}

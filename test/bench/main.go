@@ -17,6 +17,7 @@ import (
 	"k8s.io/client-go/kubernetes"
 
 	"github.com/yurt-edge/yurt/playground"
+	"github.com/yurt-edge/yurt/playground/network"
 	"github.com/yurt-edge/yurt/test/bed"
 )
 
@@ -97,6 +98,7 @@ func run(ctx context.Context, opts options) error {
 	}
 	b.cloud, err = playground.StartControlPlane(ctx, playground.ControlPlaneConfig{
 		Dir: filepath.Join(dir, "cloud"), ControllerManager: true, Progress: playground.NewProgress(os.Stderr),
+		SANs: network.LoopAddresses(),
 	})
 	if err != nil {
 		return err
