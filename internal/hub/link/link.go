@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+	"golang.org/x/time/rate"
 
 	"github.com/yurt-edge/yurt/internal/hub/clock"
 )
@@ -28,6 +29,10 @@ const (
 	// Priority uses the first healthy server in the order of Servers.
 	Priority Mode = "priority"
 )
+
+// A hub makes at most dialBurst connections at once and then dialsPerSecond:
+// it is not the only one to which the cloud comes back.
+const dialBurst, dialsPerSecond = 128, 50
 
 // maxServers bounds Config.Servers, so that a set of them fits in a word.
 const maxServers = 64
@@ -69,15 +74,22 @@ type Link struct {
 	traffic [2]Traffic    // by credential: bearer, node
 	lanes   atomic.Pointer[lanes]
 	tunnels registry     // upgraded connections
+	tries   registry     // those of Try, which end when the link turns slow
 	held    atomic.Int64 // bytes of bodies kept on their way
 	up      atomic.Bool  // copy of tracker.state.Up for the hot path
+	slow    atomic.Bool  // copy of pace.slow
+	dials   *rate.Limiter
+	copies  sync.WaitGroup // of requests, in the background
 
 	// shortHTTP2 is for the benchmark that chose HTTP/1.1.
 	shortHTTP2 bool
 
 	mu      sync.Mutex // guards the following
 	tracker *tracker
+	pace    pace
+	stopped bool
 	changed chan struct{} // closed and replaced at each change of Up
+	sure    chan struct{} // the same when the doubt about a server ends
 	// tickets resume TLS sessions, by credential: a resumed session carries
 	// the client certificate of the one that it continues.
 	tickets [2]tls.ClientSessionCache
@@ -88,8 +100,14 @@ type target struct {
 	url     *url.URL
 	addr    string // host:port to dial
 	healthy atomic.Bool
-	heard   atomic.Int64  // when the last byte came in, since Link.begun
-	wake    chan struct{} // tells the prober that its due time has changed
+	// doubted says that something is wrong, and that nobody knows yet what:
+	// requests go elsewhere.
+	doubted atomic.Bool
+	// preferred is when it may be preferred to the servers behind it, since
+	// Link.begun.
+	preferred atomic.Int64
+	heard     atomic.Int64  // when the last byte came in, since Link.begun
+	wake      chan struct{} // tells the prober that its due time has changed
 }
 
 // New makes a link. It starts nothing; Run does.
@@ -114,7 +132,9 @@ func New(cfg Config) (*Link, error) {
 		begun:   time.Now(),
 		tracker: newTracker(len(cfg.Servers), cfg.Budgets, time.Now()),
 		changed: make(chan struct{}),
+		sure:    make(chan struct{}),
 		tickets: newTickets(len(cfg.Servers)),
+		dials:   rate.NewLimiter(dialsPerSecond, dialBurst),
 	}
 	for i, u := range cfg.Servers {
 		if u.Scheme != "https" || u.Hostname() == "" {
@@ -141,13 +161,17 @@ func (l *Link) Run(ctx context.Context) error {
 	for i := range l.servers {
 		wg.Go(func() { l.watchOver(ctx, i) })
 	}
+	wg.Go(func() { l.sweep(ctx) })
 	wg.Wait()
 	l.mu.Lock()
+	l.stopped = true
 	l.tracker.state = State{Since: time.Now(), Reason: "the hub stops"}
 	l.up.Store(false)
 	l.mu.Unlock()
 	l.lanes.Load().cut()
 	l.tunnels.cut()
+	l.tries.cut()
+	l.copies.Wait()
 	return nil
 }
 
@@ -161,6 +185,22 @@ func (l *Link) State() State {
 // Online reports whether the link is up. It costs one atomic read.
 func (l *Link) Online() bool { return l.up.Load() }
 
+// Weak reports whether the link is up and nobody should wait for it who has
+// another way: answers came too late of late, or every server is in doubt.
+func (l *Link) Weak() bool {
+	return l.up.Load() && (l.slow.Load() || l.doubtful())
+}
+
+// doubtful reports whether no healthy server is free of doubt.
+func (l *Link) doubtful() bool {
+	for i := range l.servers {
+		if s := &l.servers[i]; s.healthy.Load() && !s.doubted.Load() {
+			return false
+		}
+	}
+	return true
+}
+
 // Changed returns a channel that is closed when the link next goes up or
 // down. Take it before reading the state, so that no change is missed.
 func (l *Link) Changed() <-chan struct{} {
@@ -169,17 +209,21 @@ func (l *Link) Changed() <-chan struct{} {
 	return l.changed
 }
 
-// WaitUp returns nil as soon as the link is up, or the error of ctx.
+// WaitUp returns nil as soon as the link is up and some server is not in
+// doubt, or the error of ctx.
 func (l *Link) WaitUp(ctx context.Context) error {
 	for {
-		changed := l.Changed()
-		if l.Online() {
+		l.mu.Lock()
+		changed, sure := l.changed, l.sure
+		l.mu.Unlock()
+		if l.Online() && !l.doubtful() {
 			return nil
 		}
 		select {
 		case <-ctx.Done():
 			return ctx.Err()
 		case <-changed:
+		case <-sure:
 		}
 	}
 }

@@ -9,6 +9,7 @@ import (
 type metrics struct {
 	inFlight prometheus.Gauge
 	turns    prometheus.Counter
+	slowed   prometheus.Counter
 	probes   *prometheus.CounterVec
 }
 
@@ -24,15 +25,19 @@ func newMetrics(reg prometheus.Registerer, l *Link) *metrics {
 			"Requests of clients that are being forwarded to the cloud."))),
 		turns: prometheus.NewCounter(prometheus.CounterOpts(opts("link_changes_total",
 			"How often the link went up or down."))),
+		slowed: prometheus.NewCounter(prometheus.CounterOpts(opts("link_slowed_total",
+			"How often the link turned too slow to wait for."))),
 		probes: prometheus.NewCounterVec(prometheus.CounterOpts(opts("link_probes_total",
 			"Probes on fresh connections, by what they found.")), []string{"verdict"}),
 	}
 	if reg == nil {
 		return m
 	}
-	reg.MustRegister(m.inFlight, m.turns, m.probes)
+	reg.MustRegister(m.inFlight, m.turns, m.slowed, m.probes)
 	reg.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts(opts("link_up",
 		"Whether the cloud can be reached, 1 or 0.")), func() float64 { return number(l.Online()) }))
+	reg.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts(opts("link_weak",
+		"Whether the link is up, but too slow to wait for, 1 or 0.")), func() float64 { return number(l.Weak()) }))
 	for i := range l.servers {
 		s := &l.servers[i]
 		o := prometheus.GaugeOpts(opts("server_healthy_status", "Whether the API server is healthy, 1 or 0."))

@@ -18,7 +18,7 @@ import (
 // maxProbes bounds the probes of one server under way at the same time. In a
 // black hole each takes Patience to fail, and one sets out every Retry, so
 // that the first packet after the link's return is never far.
-const maxProbes = 5
+const maxProbes = 16
 
 // watchOver probes server i when the tracker wants it, until ctx ends.
 func (l *Link) watchOver(ctx context.Context, i int) {
@@ -46,13 +46,13 @@ func (l *Link) watchOver(ctx context.Context, i int) {
 			timer.Reset(l.cfg.Budgets.Retry)
 			continue
 		}
-		started, connect := l.begin(i)
+		started, connect, answer := l.begin(i)
 		wg.Go(func() {
 			defer func() { <-slots }()
 			if gentle && l.ping(ctx, i) {
 				return
 			}
-			l.probe(ctx, i, started, connect)
+			l.probe(ctx, i, started, connect, answer)
 		})
 	}
 }
@@ -68,17 +68,19 @@ func (l *Link) next(i int, now time.Time) (wait time.Duration, gentle bool) {
 	return s.due.Sub(now), s.healthy && !s.suspected
 }
 
-func (l *Link) begin(i int) (started time.Time, connect time.Duration) {
+func (l *Link) begin(i int) (started time.Time, connect, answer time.Duration) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	now := time.Now()
-	return now, l.tracker.start(i, now, 0.8+0.4*rand.Float64())
+	connect, answer = l.tracker.start(i, now, 0.8+0.4*rand.Float64())
+	return now, connect, answer
 }
 
 // suspect tells the prober of server i that something may be wrong.
 func (l *Link) suspect(i int) {
 	l.mu.Lock()
 	due := l.tracker.suspect(i, time.Now())
+	l.servers[i].doubted.Store(l.tracker.servers[i].healthy)
 	l.mu.Unlock()
 	if due {
 		l.wake(i)
@@ -114,7 +116,7 @@ func (l *Link) ping(ctx context.Context, i int) bool {
 			return false
 		}
 		l.tell(resp.Header, asked)
-		v, _ := judge(resp)
+		v, _ := judgeAnswer(resp)
 		_ = resp.Body.Close()
 		return v == alive
 	}
@@ -123,37 +125,62 @@ func (l *Link) ping(ctx context.Context, i int) bool {
 
 // probe finds out on a fresh connection whether server i can be reached and
 // serves, and reports what it found.
-func (l *Link) probe(ctx context.Context, i int, started time.Time, patience time.Duration) {
-	v, connected, reason := l.look(ctx, i, patience)
+func (l *Link) probe(ctx context.Context, i int, started time.Time, connect, answer time.Duration) {
+	f := l.look(ctx, i, connect, answer)
 	if ctx.Err() != nil {
 		return
 	}
-	l.report(i, started, v, connected, reason)
+	l.report(i, started, f)
 }
 
-func (l *Link) report(i int, started time.Time, v verdict, connected time.Duration, reason string) {
-	reason = l.servers[i].addr + ": " + reason
+func (l *Link) report(i int, started time.Time, f finding) {
+	f.reason = l.servers[i].addr + ": " + f.reason
+	to := &l.servers[i]
 	heard := l.heardAt(i)
 	l.mu.Lock()
 	l.tracker.hear(i, heard)
 	from := l.tracker.state
+	overtaken := started.Before(l.tracker.servers[i].heard)
 	now := time.Now()
-	turned := l.tracker.report(i, started, now, v, connected, reason)
-	state := l.tracker.state
-	l.servers[i].healthy.Store(l.tracker.servers[i].healthy)
+	turned := l.tracker.report(i, started, now, f)
+	state, s := l.tracker.state, &l.tracker.servers[i]
+	healthy := s.healthy
+	lost := to.healthy.Load() && !s.healthy
+	if lost {
+		// Nodes that lost the cloud together must not ask for it together.
+		s.due = now.Add(rand.N(l.cfg.Budgets.Retry))
+	}
+	to.healthy.Store(s.healthy)
+	if to.doubted.Swap(s.healthy && s.suspected) && !to.doubted.Load() {
+		close(l.sure)
+		l.sure = make(chan struct{})
+	}
+	to.preferred.Store(int64(s.preferred.Sub(l.begun)))
 	var old *lanes
 	if turned {
 		l.up.Store(state.Up)
+		if state.Up && l.pace.renew(now) || !state.Up && l.pace.cut(now) {
+			l.slow.Store(false)
+		}
 		if !state.Up {
 			old = l.lanes.Swap(l.newLanesLocked())
 		}
 		close(l.changed)
 		l.changed = make(chan struct{})
 	}
+	current := l.lanes.Load()
 	l.mu.Unlock()
 
 	l.wake(i)
-	l.metrics.probed(v)
+	l.metrics.probed(f.verdict)
+	switch {
+	case lost && old == nil:
+		current.cutServer(i) // what waits there shall try elsewhere
+	case f.verdict == alive:
+		current.cull(i, l.cfg.Budgets.Stall)
+	case f.verdict == silence && healthy && !overtaken: // it was spared
+		l.late()
+	}
 	if !turned {
 		return
 	}
@@ -166,20 +193,51 @@ func (l *Link) report(i int, started time.Time, v verdict, connected time.Durati
 	l.cfg.Log.Info("link is up", "reason", state.Reason, "was_down_for", state.Since.Sub(from.Since))
 }
 
-// look makes a fresh connection to server i and asks whether it is ready.
-func (l *Link) look(ctx context.Context, i int, patience time.Duration) (v verdict, connected time.Duration, reason string) {
-	begun := time.Now()
-	raw, err := race(ctx, l.servers[i].addr, patience)
-	if err != nil {
-		return silence, 0, err.Error()
+// sweep looks for connections whose other end is gone, without a word, while
+// others work: what was sent on them is not even acknowledged.
+func (l *Link) sweep(ctx context.Context) {
+	tick := time.NewTicker(l.cfg.Budgets.Stall)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		lanes := l.lanes.Load()
+		for i := range l.servers {
+			if lanes.silent(i, l.cfg.Budgets.Stall) != nil {
+				l.suspect(i)
+			}
+		}
 	}
-	connected = time.Since(begun)
+}
+
+// look makes a fresh connection to server i and asks whether it is ready.
+func (l *Link) look(ctx context.Context, i int, connect, answer time.Duration) finding {
+	begun := time.Now()
+	raw, err := race(ctx, l.servers[i].addr, connect)
+	if err != nil {
+		return finding{verdict: silence, reason: err.Error()}
+	}
+	f := finding{connect: time.Since(begun)}
 	defer func() { _ = raw.Close() }()
 
-	ctx, cancel := context.WithTimeout(ctx, l.cfg.Budgets.Answer)
+	begun = time.Now()
+	ctx, cancel := context.WithTimeout(ctx, answer)
 	defer cancel()
 	stop := context.AfterFunc(ctx, func() { _ = raw.Close() })
 	defer stop()
+	f.verdict, f.reason = l.question(ctx, i, raw)
+	f.answer = time.Since(begun)
+	if f.verdict == silence && ctx.Err() != nil {
+		f.reason = fmt.Sprintf("no answer within %s of connecting", answer)
+	}
+	return f
+}
+
+// question asks server i on a raw connection whether it is ready.
+func (l *Link) question(ctx context.Context, i int, raw net.Conn) (verdict, string) {
 	cred := node
 	if _, err := l.cfg.ClientCertificate(); err != nil {
 		cred = bearer
@@ -187,24 +245,24 @@ func (l *Link) look(ctx context.Context, i int, patience time.Duration) (v verdi
 	d := dialer{link: l, cred: cred, tickets: l.ticketsOf(cred)}
 	t, err := d.handshake(ctx, &conn{Conn: raw, traffic: &l.traffic[cred], link: l, heard: &l.servers[i].heard}, i, []string{"http/1.1"})
 	if err != nil {
-		return l.why(ctx, err)
+		return why(ctx, err)
 	}
 	asked := time.Now()
 	if _, err := fmt.Fprintf(t, "GET %s HTTP/1.1\r\nHost: %s\r\nUser-Agent: yurthub\r\nConnection: close\r\n\r\n",
 		readyPath(l.servers[i].url), l.servers[i].url.Host); err != nil {
-		return l.why(ctx, err)
+		return why(ctx, err)
 	}
 	resp, err := http.ReadResponse(bufio.NewReader(t), nil)
 	if err != nil {
-		return l.why(ctx, err)
+		return why(ctx, err)
 	}
 	defer func() { _ = resp.Body.Close() }()
-	v, reason = judge(resp)
+	v, reason := judgeAnswer(resp)
 	if v == alive {
 		l.told.Store(0) // a link that returns tells the time at once
 		l.tell(resp.Header, asked)
 	}
-	return v, connected, reason
+	return v, reason
 }
 
 // hedge is how much later than the first the second try of a probe sets out.
@@ -250,21 +308,18 @@ func race(ctx context.Context, addr string, patience time.Duration) (net.Conn, e
 }
 
 // why tells who does not satisfy us from who does not answer at all.
-func (l *Link) why(ctx context.Context, err error) (verdict, time.Duration, string) {
+func why(ctx context.Context, err error) (verdict, string) {
 	var record tls.RecordHeaderError
 	var cert *tls.CertificateVerificationError
-	switch {
-	case ctx.Err() != nil:
-		return silence, 0, fmt.Sprintf("no answer within %s of connecting", l.cfg.Budgets.Answer)
-	case errors.As(err, &record), errors.As(err, &cert):
-		return stranger, 0, err.Error()
+	if ctx.Err() == nil && (errors.As(err, &record) || errors.As(err, &cert)) {
+		return stranger, err.Error()
 	}
-	return silence, 0, err.Error()
+	return silence, err.Error()
 }
 
-// judge tells the answer of an API server that serves from any other. The
+// judgeAnswer tells the answer of an API server that serves from any other. The
 // certificate has been verified by then, but a balancer may hold one too.
-func judge(resp *http.Response) (verdict, string) {
+func judgeAnswer(resp *http.Response) (verdict, string) {
 	body, err := io.ReadAll(io.LimitReader(resp.Body, 4<<10))
 	if err != nil {
 		return silence, fmt.Sprintf("read answer: %v", err)

@@ -22,19 +22,20 @@ type Budgets struct {
 	// a probe on a fresh connection checks the link: 2 s.
 	Stall time.Duration
 	// Connect is how long a confirming probe may take to connect while the
-	// link is up: 1.5 s, or three times as long as connecting took last if
-	// that is more. It is the time that a black hole costs beyond Stall.
+	// link is up: 1.5 s, or three times as long as it took of late if that
+	// is more. It is the time that a black hole costs beyond Stall.
 	Connect time.Duration
-	// Answer is how long the TLS handshake and the answer of a probe may
-	// take once it is connected: 3 s.
+	// Answer is the same for the TLS handshake and the answer: 3 s.
 	Answer time.Duration
-	// Patience is how long any other connection attempt may take: 5 s.
-	// Links that are slower than that count as down.
+	// Patience is how long any other probe or connection attempt may take
+	// to connect, and then again to be answered: 12 s, enough for 3 s there
+	// and back. Links that are slower than that count as down.
 	Patience time.Duration
 	// Idle is how long the link may be silent before it is probed, and
 	// each HTTP/2 connection before it is pinged: 10 s.
 	Idle time.Duration
-	// Ping is how long the answer of an HTTP/2 ping may take: 3 s.
+	// Ping is how much later a silent link is probed if no ping has broken
+	// the silence: 3 s.
 	Ping time.Duration
 	// Retry is the time between probes of a server that is not healthy,
 	// jittered by a fifth: 1 s. Servers that can be reached but refuse to
@@ -50,7 +51,7 @@ func (b Budgets) withDefaults() Budgets {
 		{&b.Stall, 2 * time.Second},
 		{&b.Connect, 1500 * time.Millisecond},
 		{&b.Answer, 3 * time.Second},
-		{&b.Patience, 5 * time.Second},
+		{&b.Patience, 12 * time.Second},
 		{&b.Idle, 10 * time.Second},
 		{&b.Ping, 3 * time.Second},
 		{&b.Retry, time.Second},
@@ -62,13 +63,20 @@ func (b Budgets) withDefaults() Budgets {
 	return b
 }
 
-// Flap damping: beyond flapsFree losses within flapWindow, each asks for one
-// more good probe in a row before the link is up again.
+// Damping: a server that was lost more than flapsFree times within flapWindow
+// is given flapStep more of silence for each further loss, at most flapMost,
+// before it counts as lost again. A link that comes and goes so stays up, and
+// what it can carry it carries; that it is weak is judged apart, by pace.
 const (
 	flapWindow = time.Minute
 	flapsFree  = 2
-	flapsMost  = 5
+	flapStep   = 8 * time.Second
+	flapMost   = 16 * time.Second
 )
+
+// returnAfter is how long a server that was lost must be healthy before it is
+// preferred again to those behind it.
+const returnAfter = 10 * time.Second
 
 // unwellMost is how many times in a row a healthy server may say that it is
 // not ready before it is believed: it may just elect a leader of its etcd.
@@ -90,8 +98,6 @@ type tracker struct {
 	budgets Budgets
 	servers []server
 	state   State
-	// losses are the times within flapWindow at which the link went down.
-	losses []time.Time
 }
 
 // server is what is known about one API server.
@@ -105,12 +111,21 @@ type server struct {
 	probed time.Time
 	// suspected says that the next probe must be on a fresh connection.
 	suspected bool
-	// good and unwell count probes in a row: those that found it alive, and
-	// those that got any other answer.
-	good, unwell int
-	// connect is how long the last good probe took to connect.
-	connect time.Duration
-	reason  string
+	// unwell counts probes in a row that got an answer, but not a good one.
+	unwell int
+	// connect and answer are how long good probes took of late: the most,
+	// forgotten little by little.
+	connect, answer time.Duration
+	// unsure says that they are of the probe that found the server healthy
+	// again, which may have waited for that.
+	unsure bool
+	// losses are the times within flapWindow at which it fell silent, ailing
+	// says that it has not been heard since the last of them.
+	losses []time.Time
+	ailing bool
+	// preferred is when it may be preferred to the servers behind it.
+	preferred time.Time
+	reason    string
 }
 
 func newTracker(n int, b Budgets, now time.Time) *tracker {
@@ -154,17 +169,23 @@ func (t *tracker) suspect(i int, now time.Time) bool {
 }
 
 // start notes that a probe starts now, and returns how long it may take to
-// connect. Jitter, around 1, stretches the time until the next one.
-func (t *tracker) start(i int, now time.Time, jitter float64) (connect time.Duration) {
+// connect, and then to be answered. Jitter, around 1, stretches the time until
+// the next one.
+func (t *tracker) start(i int, now time.Time, jitter float64) (connect, answer time.Duration) {
 	s := &t.servers[i]
 	s.probed = now
 	if !s.healthy {
 		s.due = now.Add(time.Duration(jitter * float64(t.pause(s))))
-		return t.budgets.Patience
+		return t.budgets.Patience, t.budgets.Patience
 	}
 	s.suspected = false
 	s.due = now.Add(t.silent())
-	return min(max(t.budgets.Connect, 3*s.connect), max(t.budgets.Patience, t.budgets.Connect))
+	limit := func(least, took time.Duration) time.Duration {
+		return min(max(least, 3*took), max(t.budgets.Patience, least))
+	}
+	// Answers that take their time tell of queues, which a first packet waits
+	// in as well.
+	return limit(t.budgets.Connect, max(s.connect, s.answer)), limit(t.budgets.Answer, s.answer)
 }
 
 // silent is how long a healthy server may be silent. It leaves the pings of
@@ -176,53 +197,69 @@ func (t *tracker) pause(s *server) time.Duration {
 	return t.budgets.Retry * time.Duration(1+min(s.unwell/3, 4))
 }
 
-// report takes the verdict of a probe that started at started and took
-// connect to connect. It reports whether the link went up or down.
-func (t *tracker) report(i int, started, now time.Time, v verdict, connect time.Duration, reason string) bool {
+// finding is what a probe came to.
+type finding struct {
+	verdict         verdict
+	connect, answer time.Duration // how long each took
+	reason          string
+}
+
+// report takes the finding of a probe that started at started. It reports
+// whether the link went up or down.
+func (t *tracker) report(i int, started, now time.Time, f finding) bool {
 	s := &t.servers[i]
-	if v == alive {
+	if f.verdict == alive {
 		s.heard = later(s.heard, now)
-		s.connect = connect
-		s.good, s.unwell = s.good+1, 0
-		if !s.healthy && s.good < t.needed(now) {
-			return false
+		if s.unsure || !s.healthy {
+			s.connect, s.answer = 0, 0
 		}
-		s.healthy, s.reason = true, reason
+		s.connect, s.answer = max(f.connect, s.connect*3/4), max(f.answer, s.answer*3/4)
+		s.unsure = !s.healthy
+		s.unwell, s.ailing, s.reason = 0, false, f.reason
 		s.due = now.Add(t.silent())
-		return t.settle(now, reason)
+		if !s.healthy {
+			s.healthy, s.preferred = true, now
+			if len(s.losses) > 0 {
+				s.preferred = now.Add(returnAfter)
+			}
+			if f.connect+f.answer > t.budgets.Connect {
+				s.due, s.suspected = now, true // to be sure
+			}
+		}
+		return t.settle(now, f.reason)
 	}
-	if started.Before(s.heard) && v == silence {
+	if started.Before(s.heard) && f.verdict == silence {
 		// The server was heard after this probe had set out: it is an old
 		// probe that a better one has overtaken, or a lost packet.
 		return false
 	}
-	s.good = 0
-	if v == silence {
+	if f.verdict == silence {
 		s.unwell = 0
 	} else {
 		s.unwell++
 	}
 	if s.healthy {
 		s.due = now.Add(t.budgets.Retry)
-		if v == unwell && s.unwell < unwellMost {
+		if f.verdict == unwell && s.unwell < unwellMost || now.Sub(s.heard) < s.spared(now) {
 			s.suspected = true
 			return false
 		}
 	}
-	s.healthy, s.reason = false, reason
-	return t.settle(now, reason)
+	s.healthy, s.reason = false, f.reason
+	return t.settle(now, f.reason)
 }
 
-// needed is how many good probes in a row bring a server up.
-func (t *tracker) needed(now time.Time) int {
-	t.forget(now)
-	return min(max(1, 1+len(t.losses)-flapsFree), flapsMost)
-}
-
-func (t *tracker) forget(now time.Time) {
-	for len(t.losses) > 0 && now.Sub(t.losses[0]) > flapWindow {
-		t.losses = t.losses[1:]
+// spared notes that the server has not answered and returns how long it may
+// go on like that.
+func (s *server) spared(now time.Time) time.Duration {
+	for len(s.losses) > 0 && now.Sub(s.losses[0]) > flapWindow {
+		s.losses = s.losses[1:]
 	}
+	if !s.ailing {
+		s.ailing = true
+		s.losses = append(s.losses, now)
+	}
+	return min(time.Duration(max(0, len(s.losses)-flapsFree))*flapStep, flapMost)
 }
 
 // settle derives the state from the servers and reports whether Up changed.
@@ -240,8 +277,6 @@ func (t *tracker) settle(now time.Time, reason string) bool {
 		return false
 	}
 	if !up {
-		t.forget(now)
-		t.losses = append(t.losses, now)
 		reason = strings.Join(reasons, "; ")
 	}
 	t.state = State{Up: up, Since: now, Reason: reason}

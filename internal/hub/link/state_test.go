@@ -82,14 +82,15 @@ func play(t *testing.T, script []byte) []byte {
 		result := ""
 		switch f[1] {
 		case "start":
-			result = fmt.Sprintf("connect within %s, ", tr.start(i, now, 1))
+			connect, answer := tr.start(i, now, 1)
+			result = fmt.Sprintf("within %s+%s, ", connect, answer)
 		case "suspect":
 			result = fmt.Sprintf("wake %v, ", tr.suspect(i, now))
 		case "hear":
 			tr.hear(i, now)
 		case "alive", "unwell", "stranger", "silence":
 			v := map[string]verdict{"alive": alive, "unwell": unwell, "stranger": stranger, "silence": silence}[f[1]]
-			if tr.report(i, zero.Add(args["since"]), now, v, args["connect"], f[1]) {
+			if tr.report(i, zero.Add(args["since"]), now, finding{v, args["connect"], args["answer"], f[1]}) {
 				result = "turned, "
 			}
 		default:

@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -71,17 +72,23 @@ type registry struct {
 }
 
 // closer ends one thing in a registry.
-type closer struct{ end func() }
+type closer struct {
+	end    func()
+	server int   // -1 if it is of none in particular
+	conn   *conn // nil if it is none
+}
 
 // add registers end to be called by cut. It reports false when that has
 // happened already.
-func (g *registry) add(end func()) (*closer, bool) {
+func (g *registry) add(end func()) (*closer, bool) { return g.addTo(-1, nil, end) }
+
+func (g *registry) addTo(server int, conn *conn, end func()) (*closer, bool) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if g.dead {
 		return nil, false
 	}
-	c := &closer{end}
+	c := &closer{end, server, conn}
 	if g.open == nil {
 		g.open = make(map[*closer]struct{})
 	}
@@ -105,6 +112,50 @@ func (g *registry) cut() {
 	for c := range open {
 		c.end()
 	}
+}
+
+// end ends what is in the registry now.
+func (g *registry) end() {
+	for _, c := range g.those(func(*closer) bool { return true }) {
+		c.end()
+	}
+}
+
+// cutServer ends the dials and connections to server i.
+func (g *registry) cutServer(i int) {
+	for _, c := range g.those(func(c *closer) bool { return c.server == i }) {
+		c.end()
+	}
+}
+
+// cull ends the connections to server i that silent returns. It is called
+// when a fresh connection has just been answered.
+func (g *registry) cull(i int, patience time.Duration) {
+	for _, c := range g.silent(i, patience) {
+		c.end()
+	}
+}
+
+// silent returns the connections to server i whose other end has not even
+// acknowledged what was sent to it for as long as patience. A server that
+// thinks is not among them: its kernel has acknowledged.
+func (g *registry) silent(i int, patience time.Duration) []*closer {
+	waiting := g.those(func(c *closer) bool {
+		return c.server == i && c.conn != nil && c.conn.waits(patience)
+	})
+	return slices.DeleteFunc(waiting, func(c *closer) bool { return !c.conn.unacknowledged(patience) })
+}
+
+func (g *registry) those(belong func(*closer) bool) []*closer {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	var out []*closer
+	for c := range g.open {
+		if belong(c) {
+			out = append(out, c)
+		}
+	}
+	return out
 }
 
 func (g *registry) isDead() bool {
@@ -165,8 +216,10 @@ func (l *Link) streamTransport(d *dialer) *http.Transport {
 			MaxReceiveBufferPerStream: 1 << 20,
 			MaxReadFrameSize:          64 << 10,
 			SendPingTimeout:           l.cfg.Budgets.Idle,
-			PingTimeout:               l.cfg.Budgets.Ping,
-			WriteByteTimeout:          l.cfg.Budgets.Idle,
+			// That a connection is half open shows sooner, see sweep; on
+			// a bad link an answer may take this long.
+			PingTimeout:      userTimeout,
+			WriteByteTimeout: userTimeout,
 		},
 	}
 }
@@ -195,23 +248,30 @@ func (e *credentialError) Unwrap() error { return e.error }
 func (d *dialer) dial(ctx context.Context, addr string, protos ...string) (net.Conn, error) {
 	i := d.link.indexOf(addr)
 	b := d.link.cfg.Budgets
-	ctx, cancel := context.WithTimeout(ctx, b.Patience+b.Answer)
+	ctx, cancel := context.WithTimeout(ctx, 2*b.Patience)
 	defer cancel()
 	if d.lanes != nil {
-		dialing, ok := d.lanes.add(cancel)
-		if !ok {
+		// A request whose connection was cut because the server is lost is
+		// repeated by net/http, and shall go to another one instead.
+		dialing, ok := d.lanes.addTo(i, nil, cancel)
+		if !ok || !d.link.servers[i].healthy.Load() {
 			return nil, &dialError{ErrDown}
 		}
 		defer d.lanes.remove(dialing)
+	}
+	if err := d.link.dials.Wait(ctx); err != nil {
+		return nil, &dialError{fmt.Errorf("too many connections are being made: %w", err)}
 	}
 	raw, err := connect(ctx, addr, b.Patience)
 	if err != nil {
 		return nil, err
 	}
-	c := &conn{Conn: raw, lanes: d.lanes, traffic: &d.link.traffic[d.cred], link: d.link, heard: &d.link.servers[i].heard}
+	c := &conn{
+		Conn: raw, lanes: d.lanes, traffic: &d.link.traffic[d.cred], link: d.link, heard: &d.link.servers[i].heard,
+	}
 	if c.lanes != nil {
 		var ok bool
-		if c.entry, ok = c.lanes.add(func() { _ = raw.Close() }); !ok {
+		if c.entry, ok = c.lanes.addTo(i, c, func() { _ = raw.Close() }); !ok {
 			_ = raw.Close()
 			return nil, &dialError{ErrDown}
 		}
@@ -254,6 +314,11 @@ func (d *dialer) handshake(ctx context.Context, c net.Conn, i int, protos []stri
 	return t, nil
 }
 
+// userTimeout is how long what was sent may go without acknowledgement before
+// the connection ends, and a ping without answer. It outlasts the pauses that
+// TCP makes on a link that loses much.
+const userTimeout = 30 * time.Second
+
 // connect makes a TCP connection that the kernel ends by itself when its
 // peer is silent for too long, for connections that no ping watches over.
 func connect(ctx context.Context, addr string, patience time.Duration) (net.Conn, error) {
@@ -265,8 +330,7 @@ func connect(ctx context.Context, addr string, patience time.Duration) (net.Conn
 		Control: func(_, _ string, c syscall.RawConn) error {
 			var sockErr error
 			err := c.Control(func(fd uintptr) {
-				const ms = 20_000
-				sockErr = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, ms)
+				sockErr = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, int(userTimeout/time.Millisecond))
 			})
 			return errors.Join(err, sockErr)
 		},
@@ -295,13 +359,39 @@ type conn struct {
 	traffic  *Traffic
 	link     *Link
 	heard    *atomic.Int64
-	verified bool // the handshake is done: bytes are the server's
+	waiting  atomic.Int64 // since when something sent has no answer, since Link.begun; 0: nothing is
+	verified bool         // the handshake is done: bytes are the server's
+}
+
+// waits reports whether the connection has waited for bytes for that long.
+func (c *conn) waits(patience time.Duration) bool {
+	since := c.waiting.Load()
+	return since != 0 && time.Since(c.link.begun)-time.Duration(since) >= patience
+}
+
+// unacknowledged reports whether the peer's kernel has said nothing for that
+// long, to more than one repetition of what was sent.
+func (c *conn) unacknowledged(patience time.Duration) (yes bool) {
+	t, ok := c.Conn.(*net.TCPConn)
+	if !ok {
+		return false
+	}
+	raw, err := t.SyscallConn()
+	if err != nil {
+		return false
+	}
+	_ = raw.Control(func(fd uintptr) { // an error: it is closed
+		info, err := unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO)
+		yes = err == nil && info.Retransmits > 1 && time.Duration(info.Last_ack_recv)*time.Millisecond >= patience
+	})
+	return yes
 }
 
 func (c *conn) Read(p []byte) (int, error) {
 	n, err := c.Conn.Read(p)
 	if n > 0 {
 		c.traffic.in.Add(int64(n))
+		c.waiting.Store(0)
 		if c.verified {
 			c.heard.Store(int64(time.Since(c.link.begun)))
 		}
@@ -310,6 +400,9 @@ func (c *conn) Read(p []byte) (int, error) {
 }
 
 func (c *conn) Write(p []byte) (int, error) {
+	if c.waiting.Load() == 0 {
+		c.waiting.Store(max(1, int64(time.Since(c.link.begun))))
+	}
 	n, err := c.Conn.Write(p)
 	c.traffic.out.Add(int64(n))
 	return n, err
@@ -324,23 +417,43 @@ func (c *conn) Close() error {
 
 // pick returns the server for the next try of a request, or -1 when no
 // healthy one is left. Tried holds a bit for each server that has failed it.
+// One that is in doubt, or has just come back in priority mode, is a last
+// resort.
 func (l *Link) pick(tried uint64) int {
 	n, first := len(l.servers), 0
-	if n > 1 && l.cfg.Mode == RoundRobin {
-		first = int(l.turn.Add(1) % uint32(n))
+	if n == 1 {
+		if tried == 0 && l.servers[0].healthy.Load() {
+			return 0
+		}
+		return -1
 	}
+	var now int64
+	if l.cfg.Mode == RoundRobin {
+		first = int(l.turn.Add(1) % uint32(n))
+	} else {
+		now = int64(time.Since(l.begun))
+	}
+	resort := -1
 	for k := range n {
 		i := (first + k) % n
-		if tried&(1<<i) == 0 && l.servers[i].healthy.Load() {
+		s := &l.servers[i]
+		if tried&(1<<i) != 0 || !s.healthy.Load() {
+			continue
+		}
+		if !s.doubted.Load() && (now == 0 || s.preferred.Load() <= now) {
 			return i
 		}
+		if resort < 0 || l.servers[resort].doubted.Load() && !s.doubted.Load() {
+			resort = i
+		}
 	}
-	return -1
+	return resort
 }
 
 // send sends req, whose URL it changes, to a healthy server; to another one
-// if no connection could be made to the first. It returns the server too.
-// The response and any error are evidence.
+// if no connection could be made to the first, or if that was lost and req
+// only reads. It returns the server too. The response and any error are
+// evidence.
 func (l *Link) send(req *http.Request, cred credential, stream bool) (*http.Response, int, error) {
 	s := l.lanes.Load() // before the check: new ones are made when down
 	if !l.up.Load() {
@@ -388,7 +501,8 @@ func (l *Link) send(req *http.Request, cred credential, stream bool) (*http.Resp
 		}
 		err = l.blame(req.Context(), s, i, err)
 		var noConn *dialError
-		if !errors.As(err, &noConn) || req.Context().Err() != nil {
+		reads := req.Method == http.MethodGet && req.Body == nil && len(l.servers) > 1
+		if !errors.As(err, &noConn) && !reads || req.Context().Err() != nil {
 			return nil, i, err
 		}
 	}
