@@ -15,8 +15,8 @@ import (
 var ErrSlow = errors.New("the cloud did not answer in time")
 
 // tryAhead is how much of an answer must have come within the budget of Try
-// if not all of it has: a link of a megabit carries that in two seconds.
-const tryAhead = 256 << 10
+// if not all of it has: a link of half a megabit carries that in two seconds.
+const tryAhead = 128 << 10
 
 // Try is Forward for a request that somebody else can answer as well: when
 // the answer, or its first tryAhead bytes, has not come within budget, or none
@@ -196,12 +196,13 @@ func (l *Link) sample(out *http.Request, as Credential, keep Keep) error {
 	if keep != nil {
 		kept = keep(resp)
 	}
-	body, whole, err := copyBody(io.Discard, resp.Body, func() error { return nil }, kept != nil)
-	if err != nil {
+	held := &hold{total: &l.held, on: kept != nil}
+	defer held.release()
+	if err := copyBody(io.Discard, resp.Body, func() error { return nil }, held); err != nil {
 		return l.blame(out.Context(), nil, server, err)
 	}
-	if kept != nil && whole {
-		kept(body)
+	if held.on {
+		kept(held.body)
 	}
 	return nil
 }

@@ -22,6 +22,7 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+	"golang.org/x/time/rate"
 	"k8s.io/apimachinery/pkg/runtime/schema"
 
 	"github.com/yurt-edge/yurt/internal/hub/store"
@@ -74,6 +75,7 @@ type Replica struct {
 	cfg     Config
 	metrics *metrics
 	start   chan *stream // streams to be run, taken by Run
+	lists   *rate.Limiter
 
 	mu      sync.Mutex // guards the following
 	streams map[Scope]*stream
@@ -90,6 +92,7 @@ func New(cfg Config) (*Replica, error) {
 	r := &Replica{
 		cfg: cfg, metrics: newMetrics(cfg.Registerer),
 		start: make(chan *stream, cfg.MaxScopes), streams: map[Scope]*stream{},
+		lists: rate.NewLimiter(listsPerSecond, listBurst),
 	}
 	positions, err := r.positions()
 	if err != nil {
@@ -100,7 +103,7 @@ func New(cfg Config) (*Replica, error) {
 		if err := s.load(p); err != nil {
 			return nil, err
 		}
-		st := newStream(s, cfg.Upstream, cfg.Log, r.metrics)
+		st := newStream(s, cfg.Upstream, r.lists, cfg.Log, r.metrics)
 		if !p.Borrowed {
 			st.offer(Credential{})
 		}
@@ -336,7 +339,7 @@ func (r *Replica) stream(scope Scope, owner string) (*stream, error) {
 	if victim != nil {
 		delete(r.streams, victim.set.scope)
 	}
-	st := newStream(r.newSet(scope), r.cfg.Upstream, r.cfg.Log, r.metrics)
+	st := newStream(r.newSet(scope), r.cfg.Upstream, r.lists, r.cfg.Log, r.metrics)
 	st.owner = owner
 	r.streams[scope] = st
 	r.start <- st

@@ -19,6 +19,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"golang.org/x/time/rate"
 	"k8s.io/apimachinery/pkg/watch"
 
 	"github.com/yurt-edge/yurt/internal/daemon"
@@ -39,9 +40,24 @@ type Upstream interface {
 type Credential struct{ Token string }
 
 const (
-	pageSize = 500
-	maxPage  = 256 << 20 // bytes of one page of a list
-	maxFrame = 16 << 20  // bytes of one watch event; etcd's limit is far below
+	// A page of a list that breaks off has half as many objects when it is
+	// asked for again, so that it comes through a link that does not hold for
+	// long. Small pages pack badly, and the API server packs none below
+	// 128 KiB.
+	pageSize    = 500
+	pageLeast   = 50
+	pageSeconds = 5         // a page that takes no longer may be followed by a larger one
+	maxPage     = 256 << 20 // bytes of one page of a list
+	// pageStall is how long a page may stand still. On a narrow link it may
+	// take long, but it moves.
+	pageStall = time.Minute
+
+	// listBurst and listsPerSecond bound how often all streams of a replica
+	// begin a list, which costs the cloud much more than to resume a watch:
+	// other nodes lost the cloud at the same moment, and have it back.
+	listBurst      = 64
+	listsPerSecond = 10
+	maxFrame       = 16 << 20 // bytes of one watch event; etcd's limit is far below
 
 	// shortFollow is a watch that ended too soon to call it in good order.
 	shortFollow = time.Second
@@ -63,6 +79,7 @@ const (
 type stream struct {
 	set      *set
 	upstream Upstream
+	lists    *rate.Limiter // of all streams of the replica
 	log      *slog.Logger
 	metrics  *metrics
 
@@ -76,8 +93,11 @@ type stream struct {
 	resumed    chan struct{} // closed when a paused stream is used again
 	hurried    chan struct{} // holds a token when somebody waits for the next try
 	attempt    *attempt      // the one under way
+	anew       bool          // a list that broke off must not be gone on with
 	ended      bool          // the stream was dropped
 	end        func()        // ends supervise; nil before it runs
+
+	begun *relist // a list that broke off between two pages; supervise's own
 
 	pinned bool   // guarded by the replica's mu: never paused
 	owner  string // who opened it; "": the node, or a former life of the hub
@@ -90,9 +110,9 @@ type attempt struct {
 	err   error         // nil when the set is synced; read after done
 }
 
-func newStream(s *set, up Upstream, log *slog.Logger, m *metrics) *stream {
+func newStream(s *set, up Upstream, lists *rate.Limiter, log *slog.Logger, m *metrics) *stream {
 	st := &stream{
-		set: s, upstream: up, metrics: m, log: log.With("scope", s.id),
+		set: s, upstream: up, lists: lists, metrics: m, log: log.With("scope", s.id),
 		renewed: make(chan struct{}), hurried: make(chan struct{}, 1), attempt: &attempt{done: make(chan struct{})},
 	}
 	s.onLost = st.refetch
@@ -383,6 +403,7 @@ func (st *stream) forget() {
 func (st *stream) refetch() {
 	st.mu.Lock()
 	defer st.mu.Unlock()
+	st.anew = true
 	if st.interrupt != nil {
 		st.interrupt()
 	}
@@ -413,6 +434,9 @@ func (st *stream) follow(ctx context.Context, c Credential) error {
 		return errPaused
 	}
 	if st.mustList() {
+		if err := st.lists.Wait(ctx); err != nil {
+			return fmt.Errorf("wait for the turn to list: %w", err)
+		}
 		if err := st.list(ctx, c); err != nil {
 			return err
 		}
@@ -508,6 +532,10 @@ type relist struct {
 	// Else the differences are collected first, and given to watchers in
 	// the order of their versions.
 	direct bool
+	// credential is that of the first page; another may not go on with it.
+	credential Credential
+	next       string // the continue token of the next page
+	limit      int    // objects of the next page
 	// replace is set when what the set holds cannot be compared with the
 	// list: its encoding is another, or the cloud's history was taken back.
 	replace bool
@@ -518,34 +546,52 @@ type relist struct {
 	changes []change
 }
 
-// list fetches the whole scope page by page.
+// list fetches the whole scope page by page. What broke off goes on after the
+// last page that came, as long as the cloud knows its token.
 func (st *stream) list(ctx context.Context, c Credential) error {
 	s := st.set
-	r := &relist{seen: map[string]struct{}{}}
-	st.metrics.relists.Inc()
-	for token := ""; r.pages == 0 || token != ""; {
+	st.mu.Lock()
+	r, anew := st.begun, st.anew
+	st.anew = false
+	st.mu.Unlock()
+	if r == nil || anew || r.credential != c {
+		r = &relist{credential: c, limit: pageSize, seen: map[string]struct{}{}}
+		st.metrics.relists.Inc()
+	}
+	for r.pages == 0 || r.next != "" {
+		st.begun = r
 		query := s.scope.query()
-		query.Set("limit", strconv.Itoa(pageSize))
-		if token != "" {
-			query.Set("continue", token)
+		query.Set("limit", strconv.Itoa(r.limit))
+		if r.next != "" {
+			query.Set("continue", r.next)
 		}
+		started := time.Now()
 		page, enc, err := st.page(ctx, c, query)
 		if err != nil {
+			r.limit = max(r.limit/2, pageLeast)
+			if errors.Is(err, errGone) || errors.Is(err, errRefused) {
+				st.begun = nil
+			}
 			return err
 		}
+		if time.Since(started) <= pageSeconds*time.Second {
+			r.limit = min(2*r.limit, pageSize)
+		}
+		st.begun = nil // what cannot be taken is not asked for again
 		if page.Version == 0 {
 			// Aggregated APIs and componentstatuses are computed, not
 			// stored: nothing would tell when they change.
 			return fmt.Errorf("list %s: it has no resource version: %w", s.id, errAbsent)
 		}
-		token = page.Continue
+		r.next = page.Continue
 		if err := s.take(r, page, enc); err != nil {
 			return fmt.Errorf("list %s: %w", s.id, err)
 		}
-		if r.direct && token != "" {
+		if r.direct && r.next != "" {
 			st.save(ctx) // bytes in the store need not stay on the heap
 		}
 	}
+	st.begun = nil
 	objects, gone := s.finish(r)
 	// Whoever waits for the scope may count on it from then on, also when
 	// the power goes. Lists are rare enough to pay for that; changes are not.
@@ -705,14 +751,31 @@ func readBody(resp *http.Response, limit int64) ([]byte, error) {
 	return data, err
 }
 
+// moving is a body that tells of each piece that comes.
+type moving struct {
+	io.ReadCloser
+	moved func()
+}
+
+func (m moving) Read(p []byte) (int, error) {
+	n, err := m.ReadCloser.Read(p)
+	if n > 0 {
+		m.moved()
+	}
+	return n, err
+}
+
 func (st *stream) page(ctx context.Context, c Credential, query url.Values) (wire.List, wire.Encoding, error) {
-	ctx, cancel := context.WithTimeout(ctx, 5*time.Minute)
-	defer cancel()
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	stalled := time.AfterFunc(pageStall, func() { cancel(fmt.Errorf("nothing came for %s", pageStall)) })
+	defer stalled.Stop()
 	resp, err := st.do(ctx, c, query)
 	if err != nil {
 		return wire.List{}, 0, err
 	}
 	defer resp.Body.Close()
+	resp.Body = moving{resp.Body, func() { stalled.Reset(pageStall) }}
 	body, err := readBody(resp, maxPage)
 	if err != nil {
 		return wire.List{}, 0, fmt.Errorf("read list of %s: %w", st.set.id, err)
