@@ -38,8 +38,8 @@ import (
 )
 
 const (
-	// readBudget is how long a read waits for the cloud when the replica
-	// could answer it.
+	// readBudget is how long a read waits for the cloud, at most, when the
+	// replica could answer it. Over a weak link nobody waits.
 	readBudget = 2 * time.Second
 	// writeBudget is the same for writes that have an answer on the node.
 	writeBudget = 5 * time.Second
@@ -144,7 +144,7 @@ type Hub struct {
 	disk    error  // why RootDir is a copy in memory; nil when it is not
 	rootDir string // what it is a copy of
 
-	heartbeat heartbeat
+	heartbeat *heartbeat
 	watches   watches
 	self      *identity.Caller // the node's user, which the hub's streams are
 }
@@ -177,7 +177,7 @@ func Run(ctx context.Context, cfg Config) error {
 	}
 	runs := []func(context.Context) error{
 		h.clock.Run, h.certs.Run, h.link.Run, h.answers.run, h.announce, h.keepAddress, h.runEndpoints, h.keepNeeds,
-		h.reask, h.awaitDisk,
+		h.reask, h.awaitDisk, h.beat,
 		h.certified(h.replica.Run), h.certified(h.journal.Run), h.certified(h.authn.Run), h.certified(h.follow),
 		h.certified(h.conditions.Run),
 		daemon.Watchdog(h.log, h.alive),
@@ -197,7 +197,10 @@ func open(cfg Config) (*Hub, error) {
 	if cfg.NodeName == "" {
 		return nil, errors.New("no node name given: set --node-name")
 	}
-	h := &Hub{cfg: cfg, log: cfg.Log, lanes: newLanes(), memory: newCeiling(), metrics: newHubMetrics(cfg.Registerer)}
+	h := &Hub{
+		cfg: cfg, log: cfg.Log, lanes: newLanes(), memory: newCeiling(), metrics: newHubMetrics(cfg.Registerer),
+		heartbeat: newHeartbeat(),
+	}
 	h.about = self{started: time.Now(), held: map[string]bool{}}
 	h.self = &identity.Caller{
 		Name: "system:node:" + cfg.NodeName, Groups: []string{"system:nodes", "system:authenticated"}, Certificate: true,
@@ -275,10 +278,10 @@ func (h *Hub) build() error {
 	contact := func() time.Time { return h.link.State().Since }
 	h.authn = identity.NewAuthenticator(identity.AuthenticatorConfig{
 		API: api, Memory: remembered, ClusterCAs: h.certs.ClusterCAs, Local: h.signer, Lives: h.podLives, Own: h.certs.Own,
-		Clock: h.clock, Online: h.link.Online, Contact: contact, MaxAge: cfg.DecisionAge, Log: h.log,
+		Clock: h.clock, Online: h.link.Online, Weak: h.link.Weak, Contact: contact, MaxAge: cfg.DecisionAge, Log: h.log,
 	})
 	h.authz = identity.NewAuthorizer(identity.AuthorizerConfig{
-		API: api, Memory: remembered, Online: h.link.Online, Contact: contact, MaxAge: cfg.DecisionAge,
+		API: api, Memory: remembered, Online: h.link.Online, Weak: h.link.Weak, Contact: contact, MaxAge: cfg.DecisionAge,
 		Self: h.self, Clock: h.clock, Log: h.log,
 	})
 	h.answers = newAnswers(h.store, h.log)

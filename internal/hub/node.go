@@ -11,7 +11,6 @@ import (
 	"io"
 	"net/http"
 	"strings"
-	"sync"
 	"time"
 
 	authenticationv1 "k8s.io/api/authentication/v1"
@@ -92,7 +91,7 @@ func (h *Hub) lease(w http.ResponseWriter, r *http.Request, as link.Credential) 
 		httpx.WriteStatus(w, r, err)
 		return
 	}
-	if r.Method == http.MethodPut && h.link.Online() && unversioned(body) {
+	if r.Method == http.MethodPut && h.prompt() && unversioned(body) {
 		// The kubelet made this lease while the cloud was away. Told of a
 		// conflict it reads the cloud's and goes on with that.
 		httpx.WriteStatus(w, r, apierrors.NewConflict(coordinationv1.Resource("leases"), h.cfg.NodeName,
@@ -110,9 +109,10 @@ func (h *Hub) lease(w http.ResponseWriter, r *http.Request, as link.Credential) 
 			}
 		}
 	}
-	err = h.link.Try(w, r, as, keep, leaseBudget)
-	if err == nil {
-		return
+	if r.Method != http.MethodPut || !h.link.Weak() {
+		if err = h.link.Try(w, r, as, keep, leaseBudget); err == nil {
+			return
+		}
 	}
 	known := h.heartbeat.get()
 	switch {
@@ -126,7 +126,7 @@ func (h *Hub) lease(w http.ResponseWriter, r *http.Request, as link.Credential) 
 			httpx.WriteStatus(w, r, err)
 			return
 		}
-		h.heartbeat.set(renewed)
+		h.heartbeat.renew(renewed)
 		code := http.StatusOK
 		if r.Method == http.MethodPost {
 			code = http.StatusCreated
@@ -168,25 +168,6 @@ func (h *Hub) csiNode(w http.ResponseWriter, r *http.Request, as link.Credential
 	})
 }
 
-// heartbeat is the node's lease as last seen. It is not kept on disk: it
-// would be one write every ten seconds for a value that a restart renews.
-type heartbeat struct {
-	mu    sync.Mutex // guards lease
-	lease *coordinationv1.Lease
-}
-
-func (b *heartbeat) get() *coordinationv1.Lease {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.lease
-}
-
-func (b *heartbeat) set(l *coordinationv1.Lease) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	b.lease = l
-}
-
 // register answers the kubelet's registration while the cloud is away: the
 // node that the replica holds is there already, as far as anybody knows.
 func (h *Hub) register(w http.ResponseWriter, r *http.Request, as link.Credential) {
@@ -207,11 +188,12 @@ func (h *Hub) register(w http.ResponseWriter, r *http.Request, as link.Credentia
 	link.Refuse(w, r, err)
 }
 
-// patchStatus journals a status write while the cloud is away, or while an
-// older one still waits.
+// patchStatus journals a status write while the cloud is away or not worth
+// waiting for, or while an older one still waits: the kubelet sends one after
+// the other, and would come to the last much later.
 func (h *Hub) patchStatus(w http.ResponseWriter, r *http.Request, as link.Credential) {
 	info := request.From(r.Context())
-	if h.link.Online() && !h.journal.Pending(info.Resource, info.Namespace, info.Name) {
+	if h.prompt() && !h.journal.Pending(info.Resource, info.Namespace, info.Name) {
 		h.link.Forward(w, r, as, h.wrotePod(info))
 		return
 	}

@@ -280,10 +280,15 @@ func (q *query) version() (uint64, error) {
 	return v, nil
 }
 
-// tryCloud answers from the cloud when it answers in time.
+// tryCloud answers from the cloud when it answers in time. Over a weak link
+// nobody waits to see whether it does: what is late for one is late for all.
 func (q *query) tryCloud(object bool) error {
 	if q.caller.Local {
 		return link.ErrDown
+	}
+	if q.hub.link.Weak() {
+		q.hub.link.Sample(q.r, q.as, q.keep(object), q.hub.link.Patience(readBudget))
+		return link.ErrSlow
 	}
 	return q.hub.link.Try(q.w, q.r, q.as, q.keep(object), readBudget)
 }
@@ -291,7 +296,7 @@ func (q *query) tryCloud(object bool) error {
 // warn tells the client how old the answer is.
 func (q *query) warn(contact time.Time) {
 	httpx.AddWarning(q.w.Header(), fmt.Sprintf(
-		"yurthub: the cloud cannot be reached; this is the state of %s, %s ago",
+		"yurthub: the cloud %s; this is the state of %s, %s ago", q.hub.silence(),
 		contact.UTC().Format(time.RFC3339), time.Since(contact).Round(time.Second)))
 }
 
@@ -315,8 +320,8 @@ func (q *query) get() error { //nolint:gocyclo // the rules for a get, one after
 		}
 	}
 	switch {
-	case obj != nil && !latest && !obj.Current() && q.hub.link.Online():
-		return errCloud
+	case obj != nil && !latest && !obj.Current() && q.hub.link.Online() && q.tryCloud(false) == nil:
+		return nil
 	case heldErr == nil:
 		if err := q.may(q.r.Context(), !obj.Borrowed()); err != nil {
 			return err
@@ -403,8 +408,8 @@ func (q *query) list() error { //nolint:gocyclo // the API's rules for a list, o
 		}
 	}
 	q.use(held)
-	if !latest && !held.Current() && q.hub.link.Online() {
-		return errCloud // it was paused, or catches up just now
+	if !latest && !held.Current() && q.hub.link.Online() && q.tryCloud(false) == nil {
+		return nil // it was paused, or catches up just now
 	}
 	if latest {
 		q.warn(held.Contact())
@@ -529,23 +534,23 @@ var informing = [...]string{"list", "watch", "get"}
 // document answers discovery and the like, which say the same to everybody
 // who is authenticated.
 func (h *Hub) document(w http.ResponseWriter, r *http.Request, c *identity.Caller, as link.Credential) {
-	if !c.Local {
+	a, err := h.answers.document(r.URL, r.Header)
+	if !c.Local && (err != nil || !h.link.Weak()) {
 		keep := h.answers.keep(documentBucket, documentKey(r.URL))
-		err := h.link.Try(w, r, as, keep, writeBudget)
-		if err == nil {
+		tried := h.link.Try(w, r, as, keep, writeBudget)
+		if tried == nil {
 			return
 		}
-		if h.link.Online() {
-			link.Refuse(w, r, err)
+		if err != nil && h.link.Online() {
+			link.Refuse(w, r, tried)
 			return
 		}
 	}
-	a, err := h.answers.document(r.URL, r.Header)
 	if err != nil {
 		httpx.WriteStatus(w, r, h.away(request.From(r.Context())))
 		return
 	}
-	httpx.AddWarning(w.Header(), fmt.Sprintf("yurthub: the cloud cannot be reached; this is what it said %s ago",
+	httpx.AddWarning(w.Header(), fmt.Sprintf("yurthub: the cloud %s; this is what it said %s ago", h.silence(),
 		time.Since(a.At).Round(time.Second)))
 	a.write(w)
 }

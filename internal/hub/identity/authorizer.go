@@ -68,6 +68,9 @@ type AuthorizerConfig struct {
 	// Contact returns when the link last came up: decisions from before are
 	// asked for again. Nil means that it was never cut.
 	Contact func() time.Time
+	// Weak tells that the link is up but slow, so that a review needs more
+	// time; nil means never.
+	Weak func() bool
 	// Budget is how long a request waits for a review; DefaultBudget if zero.
 	Budget time.Duration
 	// MaxAge is how old a remembered decision may be; DefaultMaxAge if zero.
@@ -100,6 +103,9 @@ type ruling struct {
 
 // NewAuthorizer returns an Authorizer that knows the decisions in Memory.
 func NewAuthorizer(cfg AuthorizerConfig) *Authorizer {
+	if cfg.Weak == nil {
+		cfg.Weak = func() bool { return false }
+	}
 	if cfg.Budget == 0 {
 		cfg.Budget = DefaultBudget
 	}
@@ -188,8 +194,13 @@ func (z *Authorizer) cached(q, user digest, a Attributes) (ruling, bool) {
 func (z *Authorizer) decide(ctx context.Context, c *Caller, user, q digest, a Attributes) <-chan singleflight.Result {
 	ctx = context.WithoutCancel(ctx)
 	return z.flights.DoChan(string(q[:]), func() (any, error) {
-		asked := time.Now()
-		reviewCtx, cancel := context.WithTimeout(ctx, z.cfg.Budget)
+		asked, budget := time.Now(), z.cfg.Budget
+		if z.cfg.Weak() {
+			if best, err := z.lookup(user, q, a); err == nil && !best.found {
+				budget *= weakPatience // nothing can answer in its place
+			}
+		}
+		reviewCtx, cancel := context.WithTimeout(ctx, budget)
 		defer cancel()
 		review, err := z.cfg.API.SubjectAccessReview(reviewCtx, newReview(c, a))
 		if err != nil {
