@@ -138,7 +138,7 @@ func (h *Hub) passOn(ctx context.Context, l *coordinationv1.Lease) error {
 		return fmt.Errorf("renew lease: %w", err)
 	}
 	defer resp.Body.Close()
-	body, err := io.ReadAll(io.LimitReader(resp.Body, maxWrite))
+	body, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
 	if err != nil {
 		return fmt.Errorf("renew lease: %w", err)
 	}

@@ -7,7 +7,9 @@ import (
 	"io"
 	"net/http"
 	"net/url"
+	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -61,6 +63,58 @@ node_yurthub_link_changes_total 3
 `
 	if err := testutil.GatherAndCompare(r.registry, strings.NewReader(want), "node_yurthub_link_changes_total"); err != nil {
 		t.Error(err)
+	}
+}
+
+// TestManyNodesReturnApart cuts many hubs off at the same moment. They are all
+// back within two seconds of the cloud's return, and not all at once.
+func TestManyNodesReturnApart(t *testing.T) {
+	t.Parallel()
+	const nodes, slot = 60, 100 * time.Millisecond
+	ca := newAuthority(t)
+	w := newWire(t, newUpstream(t, ca, hello).addr())
+	rigs := make([]*rig, nodes)
+	for i := range rigs {
+		rigs[i] = newRig(t, ca, nil, w.addr)
+	}
+	for _, r := range rigs {
+		r.waitUp(t)
+	}
+	w.refuse()
+	for _, r := range rigs {
+		r.suspect(0)
+	}
+	for _, r := range rigs {
+		r.waitDown(t)
+	}
+	w.heal(t)
+	begun := time.Now()
+	back := make([]time.Duration, nodes)
+	var wg sync.WaitGroup
+	for i, r := range rigs {
+		wg.Go(func() {
+			ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+			defer cancel()
+			if err := r.WaitUp(ctx); err != nil {
+				t.Error(err)
+			}
+			back[i] = time.Since(begun)
+		})
+	}
+	wg.Wait()
+	perSlot := map[time.Duration]int{}
+	most := 0
+	for _, d := range back {
+		perSlot[d/slot]++
+		most = max(most, perSlot[d/slot])
+	}
+	last := slices.Max(back)
+	t.Logf("%d nodes were back within %s, at most %d of them in %s", nodes, last, most, slot)
+	if last > 2*time.Second {
+		t.Errorf("the last was back after %s", last)
+	}
+	if most > nodes/3 {
+		t.Errorf("%d of %d nodes were back within the same %s", most, nodes, slot)
 	}
 }
 

@@ -268,6 +268,36 @@ func TestNarrowIsServedByWide(t *testing.T) {
 	})
 }
 
+// TestBrokenListGoesOn breaks off each page of a list once. The cloud is asked
+// for no page again that has come.
+func TestBrokenListGoesOn(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBed(t, nil)
+		defer func() { b.stop() }()
+		for i := range 3*pageSize + 1 {
+			b.cloud.put("configmaps", "ns", fmt.Sprintf("c%04d", i), "x", nil)
+		}
+		asked := 0
+		b.cloud.setFault(func(kind string, _ int, _ string) *fault {
+			if asked++; kind != "list" || asked%2 == 0 {
+				return nil
+			}
+			return &fault{cut: 700}
+		})
+		if err := b.Pin(configMaps); err != nil {
+			t.Fatal(err)
+		}
+		pass(5 * time.Minute)
+		b.current(b.held(configMaps))
+		if lists, _ := b.cloud.counts(); lists != 2 {
+			t.Errorf("the list began %d times, want 2: the first page broke off", lists)
+		}
+		if asked < 2*4 {
+			t.Errorf("the cloud was asked %d times", asked)
+		}
+	})
+}
+
 func TestTwoScopesOfOneResource(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newBed(t, nil)
