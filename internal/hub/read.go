@@ -290,6 +290,14 @@ func (q *query) tryCloud(object bool) error {
 		q.hub.link.Sample(q.r, q.as, q.keep(object), q.hub.link.Patience(readBudget))
 		return link.ErrSlow
 	}
+	return q.awaitCloud(object)
+}
+
+// awaitCloud is tryCloud whatever the link is like.
+func (q *query) awaitCloud(object bool) error {
+	if q.caller.Local {
+		return link.ErrDown
+	}
 	return q.hub.link.Try(q.w, q.r, q.as, q.keep(object), readBudget)
 }
 
@@ -376,7 +384,11 @@ func (q *query) list() error { //nolint:gocyclo // the API's rules for a list, o
 		if !ok {
 			return errCloud
 		}
-		if q.hub.link.Online() && q.tryCloud(false) == nil {
+		try := q.tryCloud
+		if opts.Limit > 0 && int64(held.Len()) > opts.Limit {
+			try = q.awaitCloud // the replica does not page
+		}
+		if q.hub.link.Online() && try(false) == nil {
 			return nil
 		}
 	case opts.ResourceVersionMatch == metav1.ResourceVersionMatchExact, latest:

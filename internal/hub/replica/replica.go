@@ -507,6 +507,14 @@ func (sl *Slice) Contact() time.Time {
 	return s.contact
 }
 
+// Len is how many objects there are, at most, in the slice.
+func (sl *Slice) Len() int {
+	s := sl.stream.set
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.index.Len()
+}
+
 // Current reports whether the slice follows the cloud. While the link is up a
 // slice that does not is older than the cloud's own answer would be.
 func (sl *Slice) Current() bool { return sl.stream.set.current() }
