@@ -142,7 +142,7 @@ func TestLoopRefuses(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer l.Close() //nolint:errcheck // the test is over
+	defer l.Close()
 	listener, err := l.Listen()
 	if err != nil {
 		t.Fatal(err)

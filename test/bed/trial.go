@@ -61,7 +61,7 @@ func Over(i Illness) func(*Patient) {
 
 // NewPatient starts a hub for a node of its own, with a pod on it.
 func NewPatient(ctx context.Context, cloud *playground.ControlPlane, binary, dir, node string, change ...func(*Patient)) (*Patient, error) {
-	link, err := NewLoopLink(cloud.RESTConfig().Host)
+	link, err := NewLoopLink(cloud.RESTConfig().Host) //nolint:contextcheck // it lives until Close
 	if err != nil {
 		return nil, err
 	}
@@ -297,7 +297,7 @@ func (p *Patient) Watch(ctx context.Context) (*Watcher, error) {
 		cancel()
 		return nil, err
 	}
-	resp, err := p.http.Do(req)
+	resp, err := p.http.Do(req) //nolint:bodyclose // the goroutine below closes it
 	if err != nil {
 		cancel()
 		return nil, err

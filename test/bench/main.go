@@ -60,6 +60,7 @@ func sections() []section {
 		{"fan-out", (*bench).fanOut},
 		{"uplink", (*bench).uplink},
 		{"reconnect", (*bench).reconnect},
+		{"links", (*bench).links},
 		{"large", (*bench).large},
 	}
 }
