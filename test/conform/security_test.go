@@ -976,47 +976,67 @@ func TestRevokedDuringCut(t *testing.T) {
 
 // openWatch is a watch that a test keeps open.
 type openWatch struct {
-	lines chan string // closed at its end
-	last  error       // why it ended; read after lines is closed
+	edge    *side
+	path    string
+	version string      // of the last event; read after lines is closed
+	lines   chan string // closed at its end
+	last    error       // why it ended; read after lines is closed
 }
 
 func watchAll(t *testing.T, edge *side, path string) *openWatch {
 	t.Helper()
-	resp, err := edge.open(t.Context(), question{path, "watch=true&resourceVersion=0", inJSON})
+	w := &openWatch{edge: edge, path: path, version: "0"}
+	w.open(t)
+	return w
+}
+
+// open watches from the version on.
+func (w *openWatch) open(t *testing.T) {
+	t.Helper()
+	resp, err := w.edge.open(t.Context(), question{w.path, "watch=true&resourceVersion=" + w.version, inJSON})
 	if err != nil {
 		t.Fatal(err)
 	}
 	if resp.StatusCode != http.StatusOK {
-		t.Fatalf("watch %s: %s", path, resp.Status)
+		t.Fatalf("watch %s: %s", w.path, resp.Status)
 	}
-	w := &openWatch{lines: make(chan string, 100)}
 	t.Cleanup(func() { resp.Body.Close() })
+	lines := make(chan string, 100)
+	w.lines = lines
 	go func() { // ends with the body
-		defer close(w.lines)
+		defer close(lines)
 		decoder := json.NewDecoder(resp.Body)
 		for {
-			var event struct{ Type string }
+			var event struct {
+				Type   string
+				Object metav1.PartialObjectMetadata
+			}
 			if w.last = decoder.Decode(&event); w.last != nil {
 				return
 			}
-			w.lines <- event.Type
+			w.version = event.Object.ResourceVersion
+			lines <- event.Type
 		}
 	}()
-	return w
 }
 
-// until waits for an event of the type.
+// until waits for an event of the type. As a client does it comes back when
+// the watch has ended in good order: a stream that goes by a token which the
+// cloud refuses looks for another one that way.
 func (w *openWatch) until(t *testing.T, typ string) {
 	t.Helper()
 	deadline := time.After(patience)
 	for {
 		select {
 		case got, ok := <-w.lines:
-			if !ok {
-				t.Fatalf("the watch ended without %s: %v", typ, w.last)
-			}
-			if got == typ {
+			switch {
+			case ok && got == typ:
 				return
+			case ok:
+			case errors.Is(w.last, io.EOF):
+				w.open(t)
+			default:
+				t.Fatalf("the watch ended without %s: %v", typ, w.last)
 			}
 		case <-deadline:
 			t.Fatalf("the watch shows no %s", typ)
