@@ -1,0 +1,65 @@
+package v1beta1
+
+import (
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+)
+
+// NodePoolType says where the machines of a pool are: Edge or Cloud.
+type NodePoolType string
+
+// NodePoolSpec is what is wanted of a pool. Its fields are those of v1beta2.
+type NodePoolSpec struct {
+	// +optional
+	// +kubebuilder:default=Edge
+	Type NodePoolType `json:"type,omitempty"`
+	// +optional
+	HostNetwork bool `json:"hostNetwork,omitempty"`
+	// +optional
+	Labels map[string]string `json:"labels,omitempty"`
+	// +optional
+	Annotations map[string]string `json:"annotations,omitempty"`
+	// +optional
+	Taints []corev1.Taint `json:"taints,omitempty"`
+}
+
+// NodePoolStatus is what was observed of a pool.
+type NodePoolStatus struct {
+	// +optional
+	ReadyNodeNum int32 `json:"readyNodeNum"`
+	// +optional
+	UnreadyNodeNum int32 `json:"unreadyNodeNum"`
+	// +optional
+	Nodes []string `json:"nodes,omitempty"`
+}
+
+// NodePool is a set of nodes at one place. What this version cannot hold of
+// v1beta2 is in the annotation nodepool.openyurt.io/v1beta2.
+//
+// +kubebuilder:object:root=true
+// +kubebuilder:resource:scope=Cluster,path=nodepools,shortName=np,categories=yurt
+// +kubebuilder:subresource:status
+// +kubebuilder:deprecatedversion:warning="apps.openyurt.io/v1beta1 NodePool is deprecated; use apps.openyurt.io/v1beta2"
+// +kubebuilder:printcolumn:name="Type",type="string",JSONPath=".spec.type",description="Edge or Cloud"
+// +kubebuilder:printcolumn:name="ReadyNodes",type="integer",JSONPath=".status.readyNodeNum",description="nodes that are ready"
+// +kubebuilder:printcolumn:name="NotReadyNodes",type="integer",JSONPath=".status.unreadyNodeNum",description="nodes that are not ready"
+// +kubebuilder:printcolumn:name="Age",type="date",JSONPath=".metadata.creationTimestamp"
+type NodePool struct {
+	metav1.TypeMeta   `json:",inline"`
+	metav1.ObjectMeta `json:"metadata,omitempty"`
+
+	// +optional
+	Spec NodePoolSpec `json:"spec,omitempty"`
+	// +optional
+	Status NodePoolStatus `json:"status,omitempty"`
+}
+
+// NodePoolList is a list of pools.
+//
+// +kubebuilder:object:root=true
+type NodePoolList struct {
+	metav1.TypeMeta `json:",inline"`
+	metav1.ListMeta `json:"metadata,omitempty"`
+
+	Items []NodePool `json:"items"`
+}
