@@ -1,0 +1,276 @@
+// Package hubleader chooses the leaders of each pool and tells its hubs of
+// them: in the status of the NodePool, in the ConfigMap leader-hub-<pool>, and
+// by a ClusterRole that lets leaders read what pools share.
+package hubleader
+
+import (
+	"context"
+	"fmt"
+	"reflect"
+	"slices"
+	"strconv"
+	"strings"
+
+	corev1 "k8s.io/api/core/v1"
+	rbacv1 "k8s.io/api/rbac/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/utils/clock"
+	ctrl "sigs.k8s.io/controller-runtime"
+	"sigs.k8s.io/controller-runtime/pkg/builder"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+	"sigs.k8s.io/controller-runtime/pkg/controller"
+	"sigs.k8s.io/controller-runtime/pkg/event"
+	"sigs.k8s.io/controller-runtime/pkg/predicate"
+	"sigs.k8s.io/controller-runtime/pkg/reconcile"
+
+	"github.com/yurt-edge/yurt/api/apps"
+	"github.com/yurt-edge/yurt/api/apps/v1beta2"
+	"github.com/yurt-edge/yurt/internal/manager/nodepool"
+)
+
+// Rules are what the controller writes.
+var Rules = []rbacv1.PolicyRule{
+	{APIGroups: []string{"apps.openyurt.io"}, Resources: []string{"nodepools/status"}, Verbs: []string{"patch"}},
+}
+
+// ConfigRules are what the controller of the ConfigMaps writes, in its
+// namespace.
+var ConfigRules = []rbacv1.PolicyRule{
+	{APIGroups: []string{""}, Resources: []string{"configmaps"}, Verbs: []string{"create", "patch"}},
+}
+
+type elector struct {
+	read, write client.Client
+	clock       clock.PassiveClock
+}
+
+// Setup adds the controller that elects to mgr.
+func Setup(mgr ctrl.Manager, write client.Client, options controller.Options) error {
+	err := ctrl.NewControllerManagedBy(mgr).Named("hubleader").WithOptions(options).
+		For(&v1beta2.NodePool{}).
+		Watches(&corev1.Node{}, nodepool.PoolsOfNode{}, builder.WithPredicates(predicate.Funcs{UpdateFunc: candidacyChanged})).
+		Complete(&elector{mgr.GetClient(), write, clock.RealClock{}})
+	if err != nil {
+		return fmt.Errorf("set up hubleader: %w", err)
+	}
+	return nil
+}
+
+func candidacyChanged(e event.UpdateEvent) bool {
+	was, ok := e.ObjectOld.(*corev1.Node)
+	is, ok2 := e.ObjectNew.(*corev1.Node)
+	return !ok || !ok2 || !reflect.DeepEqual(candidateOf(was), candidateOf(is))
+}
+
+func candidateOf(node *corev1.Node) candidate {
+	c := candidate{name: node.Name, labels: node.Labels, fit: node.DeletionTimestamp == nil && nodepool.Ready(node)}
+	for _, a := range node.Status.Addresses {
+		if a.Type == corev1.NodeInternalIP {
+			c.address = a.Address
+			break
+		}
+	}
+	for _, condition := range node.Status.Conditions {
+		if slices.Contains(unfit, condition.Type) && condition.Status == corev1.ConditionFalse {
+			c.fit = false
+		}
+	}
+	return c
+}
+
+// unfit are the conditions that keep a node from leading while they are
+// false.
+var unfit = []corev1.NodeConditionType{"YurtHubLinkUp", "YurtHubStoreHealthy"}
+
+// Reconcile elects the leaders of one pool.
+func (c *elector) Reconcile(ctx context.Context, req reconcile.Request) (reconcile.Result, error) {
+	var pool v1beta2.NodePool
+	if err := c.read.Get(ctx, req.NamespacedName, &pool); err != nil {
+		return reconcile.Result{}, client.IgnoreNotFound(err)
+	}
+	var members corev1.NodeList
+	if err := c.read.List(ctx, &members, client.MatchingLabels{apps.NodePoolLabel: pool.Name}); err != nil {
+		return reconcile.Result{}, fmt.Errorf("list nodes of pool: %w", err)
+	}
+	candidates := make([]candidate, len(members.Items))
+	for i := range members.Items {
+		candidates[i] = candidateOf(&members.Items[i])
+	}
+	was := pool.DeepCopy()
+	now := metav1.NewTime(c.clock.Now())
+	leaders := elect(&pool, candidates)
+	if !slices.Equal(leaders, pool.Status.LeaderEndpoints) {
+		pool.Status.LeaderLastElectedTime = now
+	}
+	pool.Status.LeaderEndpoints, pool.Status.LeaderNum = leaders, int32(len(leaders)) //nolint:gosec // 16 at most
+	pool.Status.Conditions = slices.DeleteFunc(pool.Status.Conditions, func(c v1beta2.NodePoolCondition) bool { return c.Type == v1beta2.LeaderReady })
+	if condition := ready(was, leaders, now); condition != nil {
+		pool.Status.Conditions = append(pool.Status.Conditions, *condition)
+	}
+	if reflect.DeepEqual(was.Status, pool.Status) {
+		return reconcile.Result{}, nil
+	}
+	if err := c.write.Status().Patch(ctx, &pool, client.MergeFromWithOptions(was, client.MergeFromWithOptimisticLock{})); err != nil {
+		return reconcile.Result{}, fmt.Errorf("patch status of pool: %w", client.IgnoreNotFound(err))
+	}
+	return reconcile.Result{}, nil
+}
+
+// teller keeps the ConfigMap of each pool.
+type teller struct {
+	read, write client.Client
+	namespace   string
+}
+
+// SetupConfig adds the controller of the ConfigMaps to mgr.
+func SetupConfig(mgr ctrl.Manager, write client.Client, namespace string, options controller.Options) error {
+	err := ctrl.NewControllerManagedBy(mgr).Named("hubleaderconfig").WithOptions(options).
+		For(&v1beta2.NodePool{}).Owns(&corev1.ConfigMap{}).
+		Complete(&teller{mgr.GetClient(), write, namespace})
+	if err != nil {
+		return fmt.Errorf("set up hubleaderconfig: %w", err)
+	}
+	return nil
+}
+
+// Reconcile tells the hubs of one pool.
+func (c *teller) Reconcile(ctx context.Context, req reconcile.Request) (reconcile.Result, error) {
+	var pool v1beta2.NodePool
+	if err := c.read.Get(ctx, req.NamespacedName, &pool); err != nil {
+		return reconcile.Result{}, client.IgnoreNotFound(err)
+	}
+	want := configMap(&pool, c.namespace)
+	var have corev1.ConfigMap
+	err := c.read.Get(ctx, client.ObjectKeyFromObject(want), &have)
+	switch {
+	case apierrors.IsNotFound(err):
+		if err := c.write.Create(ctx, want); err != nil {
+			return reconcile.Result{}, fmt.Errorf("create ConfigMap: %w", client.IgnoreAlreadyExists(err))
+		}
+		return reconcile.Result{}, nil
+	case err != nil:
+		return reconcile.Result{}, fmt.Errorf("read ConfigMap: %w", err)
+	case reflect.DeepEqual(have.Data, want.Data) && have.Labels[apps.ConfigMapNameLabel] == want.Name:
+		return reconcile.Result{}, nil
+	}
+	was := have.DeepCopy()
+	have.Data, have.OwnerReferences = want.Data, want.OwnerReferences
+	if have.Labels == nil {
+		have.Labels = map[string]string{}
+	}
+	have.Labels[apps.ConfigMapNameLabel] = want.Name
+	if err := c.write.Patch(ctx, &have, client.MergeFrom(was)); err != nil {
+		return reconcile.Result{}, fmt.Errorf("patch ConfigMap: %w", client.IgnoreNotFound(err))
+	}
+	return reconcile.Result{}, nil
+}
+
+// configMap is what OpenYurt's hubs read, and ours.
+func configMap(pool *v1beta2.NodePool, namespace string) *corev1.ConfigMap {
+	name := apps.LeaderConfigPrefix + pool.Name
+	leaders := make([]string, len(pool.Status.LeaderEndpoints))
+	for i, l := range pool.Status.LeaderEndpoints {
+		leaders[i] = l.NodeName + "/" + l.Address
+	}
+	resources := make([]string, len(pool.Spec.PoolScopeMetadata))
+	for i, r := range pool.Spec.PoolScopeMetadata {
+		resources[i] = r.Group + "/" + r.Version + "/" + r.Resource
+	}
+	slices.Sort(resources)
+	return &corev1.ConfigMap{
+		ObjectMeta: metav1.ObjectMeta{
+			Name: name, Namespace: namespace, Labels: map[string]string{apps.ConfigMapNameLabel: name},
+			OwnerReferences: []metav1.OwnerReference{*metav1.NewControllerRef(pool, v1beta2.GroupVersion.WithKind("NodePool"))},
+		},
+		Data: map[string]string{
+			"leaders": strings.Join(leaders, ","), "pool-scoped-metadata": strings.Join(resources, ","),
+			"interconnectivity":      strconv.FormatBool(pool.Spec.InterConnectivity),
+			"enable-leader-election": strconv.FormatBool(pool.Spec.EnableLeaderElection),
+		},
+	}
+}
+
+// permitter keeps the ClusterRole of what pools share.
+type permitter struct {
+	read, write client.Client
+}
+
+// Multiplexer is the ClusterRole that lets hubs read what pools share.
+const Multiplexer = "yurt-hub-multiplexer"
+
+// PermitRules are what the controller of the ClusterRole writes. To grant
+// what it has not itself, it needs escalate, on that one role.
+var PermitRules = []rbacv1.PolicyRule{
+	{APIGroups: []string{rbacv1.GroupName}, Resources: []string{"clusterroles"}, Verbs: []string{"create"}},
+	{
+		APIGroups: []string{rbacv1.GroupName}, Resources: []string{"clusterroles"}, ResourceNames: []string{Multiplexer},
+		Verbs: []string{"patch", "escalate"},
+	},
+}
+
+// SetupPermit adds the controller of the ClusterRole to mgr.
+func SetupPermit(mgr ctrl.Manager, write client.Client, options controller.Options) error {
+	err := ctrl.NewControllerManagedBy(mgr).Named("hubleaderrbac").WithOptions(options).
+		For(&v1beta2.NodePool{}, builder.WithPredicates(predicate.GenerationChangedPredicate{})).
+		Complete(&permitter{mgr.GetClient(), write})
+	if err != nil {
+		return fmt.Errorf("set up hubleaderrbac: %w", err)
+	}
+	return nil
+}
+
+// Reconcile grants what all pools together share, whichever pool it is
+// called for.
+func (c *permitter) Reconcile(ctx context.Context, _ reconcile.Request) (reconcile.Result, error) {
+	var pools v1beta2.NodePoolList
+	if err := c.read.List(ctx, &pools); err != nil {
+		return reconcile.Result{}, fmt.Errorf("list pools: %w", err)
+	}
+	rules := sharedRules(pools.Items)
+	var have rbacv1.ClusterRole
+	err := c.read.Get(ctx, types.NamespacedName{Name: Multiplexer}, &have)
+	if apierrors.IsNotFound(err) {
+		err = c.write.Create(ctx, &rbacv1.ClusterRole{ObjectMeta: metav1.ObjectMeta{Name: Multiplexer}, Rules: rules})
+		if err != nil {
+			return reconcile.Result{}, fmt.Errorf("create ClusterRole: %w", client.IgnoreAlreadyExists(err))
+		}
+		return reconcile.Result{}, nil
+	}
+	if err != nil {
+		return reconcile.Result{}, fmt.Errorf("read ClusterRole: %w", err)
+	}
+	if reflect.DeepEqual(have.Rules, rules) {
+		return reconcile.Result{}, nil
+	}
+	was := have.DeepCopy()
+	have.Rules = rules
+	if err := c.write.Patch(ctx, &have, client.MergeFrom(was)); err != nil {
+		return reconcile.Result{}, fmt.Errorf("patch ClusterRole: %w", err)
+	}
+	return reconcile.Result{}, nil
+}
+
+// sharedRules is one rule per API group, in order.
+func sharedRules(pools []v1beta2.NodePool) []rbacv1.PolicyRule {
+	byGroup := map[string][]string{}
+	for i := range pools {
+		for _, r := range pools[i].Spec.PoolScopeMetadata {
+			if !slices.Contains(byGroup[r.Group], r.Resource) {
+				byGroup[r.Group] = append(byGroup[r.Group], r.Resource)
+			}
+		}
+	}
+	groups := make([]string, 0, len(byGroup))
+	for group := range byGroup {
+		groups = append(groups, group)
+	}
+	slices.Sort(groups)
+	var rules []rbacv1.PolicyRule
+	for _, group := range groups {
+		slices.Sort(byGroup[group])
+		rules = append(rules, rbacv1.PolicyRule{APIGroups: []string{group}, Resources: byGroup[group], Verbs: []string{"list", "watch"}})
+	}
+	return rules
+}

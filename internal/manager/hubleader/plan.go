@@ -1,0 +1,97 @@
+package hubleader
+
+import (
+	"cmp"
+	"encoding/binary"
+	"hash/fnv"
+	"slices"
+	"strings"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/labels"
+
+	"github.com/yurt-edge/yurt/api/apps/v1beta2"
+)
+
+// candidate is a node as the election sees it.
+type candidate struct {
+	name    string
+	address string // internal IP, empty if it has none
+	labels  map[string]string
+	// fit says that the node is ready, its hub is sound and its link is up.
+	fit bool
+}
+
+// elect returns the leaders of a pool, in the order in which hubs try them.
+// Leaders that still qualify stay, at their place, so that nothing moves that
+// need not; free places go to the candidates in an order that is random but
+// always the same, so that replicas of the manager agree.
+func elect(pool *v1beta2.NodePool, candidates []candidate) []v1beta2.Leader {
+	if !pool.Spec.EnableLeaderElection {
+		return nil
+	}
+	may := map[string]candidate{}
+	for _, c := range candidates {
+		if c.fit && c.address != "" && qualifies(pool, c) {
+			may[c.name] = c
+		}
+	}
+	places := int(max(pool.Spec.LeaderReplicas, 1))
+	var leaders []v1beta2.Leader
+	for _, l := range pool.Status.LeaderEndpoints {
+		if c, ok := may[l.NodeName]; ok && len(leaders) < places {
+			leaders = append(leaders, v1beta2.Leader{NodeName: c.name, Address: c.address})
+			delete(may, c.name)
+		}
+	}
+	rest := make([]candidate, 0, len(may))
+	for _, c := range may {
+		rest = append(rest, c)
+	}
+	slices.SortFunc(rest, func(a, b candidate) int {
+		return cmp.Or(cmp.Compare(lot(pool.Name, a.name), lot(pool.Name, b.name)), strings.Compare(a.name, b.name))
+	})
+	for _, c := range rest[:min(len(rest), places-len(leaders))] {
+		leaders = append(leaders, v1beta2.Leader{NodeName: c.name, Address: c.address})
+	}
+	return leaders
+}
+
+func qualifies(pool *v1beta2.NodePool, c candidate) bool {
+	return pool.Spec.LeaderElectionStrategy != v1beta2.ElectMark ||
+		labels.SelectorFromSet(pool.Spec.LeaderNodeLabelSelector).Matches(labels.Set(c.labels))
+}
+
+// lot is what a node draws in its pool.
+func lot(pool, node string) uint64 {
+	h := fnv.New128a()
+	h.Write([]byte(pool + "/" + node)) //nolint:errcheck // a hash takes everything
+	return binary.BigEndian.Uint64(h.Sum(nil)[8:])
+}
+
+// ready is the pool's condition LeaderReady, nil where no leaders are wanted.
+func ready(pool *v1beta2.NodePool, leaders []v1beta2.Leader, now metav1.Time) *v1beta2.NodePoolCondition {
+	if !pool.Spec.EnableLeaderElection {
+		return nil
+	}
+	c := v1beta2.NodePoolCondition{Type: v1beta2.LeaderReady, Status: corev1.ConditionTrue, Reason: "Elected"}
+	switch want := int(max(pool.Spec.LeaderReplicas, 1)); {
+	case len(leaders) == 0:
+		c.Status, c.Reason = corev1.ConditionFalse, "NoCandidate"
+		c.Message = "no node is ready with its link up and an internal IP"
+		if pool.Spec.LeaderElectionStrategy == v1beta2.ElectMark {
+			c.Message += ", and matches leaderNodeLabelSelector"
+		}
+		c.Message += "; nodes follow the cloud themselves"
+	case len(leaders) < want:
+		c.Reason, c.Message = "FewCandidates", "fewer nodes can lead than leaderReplicas asks for"
+	}
+	c.LastTransitionTime = now
+	for _, old := range pool.Status.Conditions {
+		if old.Type == c.Type && old.Status == c.Status {
+			c.LastTransitionTime = old.LastTransitionTime
+		}
+	}
+	return &c
+}

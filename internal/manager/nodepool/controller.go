@@ -1,0 +1,154 @@
+// Package nodepool keeps the nodes of a pool as the pool says, and the status
+// of the pool as its nodes are.
+package nodepool
+
+import (
+	"context"
+	"fmt"
+	"reflect"
+
+	corev1 "k8s.io/api/core/v1"
+	rbacv1 "k8s.io/api/rbac/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/apimachinery/pkg/types"
+	ctrl "sigs.k8s.io/controller-runtime"
+	"sigs.k8s.io/controller-runtime/pkg/builder"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+	"sigs.k8s.io/controller-runtime/pkg/controller"
+	"sigs.k8s.io/controller-runtime/pkg/event"
+	"sigs.k8s.io/controller-runtime/pkg/handler"
+	"sigs.k8s.io/controller-runtime/pkg/predicate"
+	"sigs.k8s.io/controller-runtime/pkg/reconcile"
+
+	"github.com/yurt-edge/yurt/api/apps"
+	"github.com/yurt-edge/yurt/api/apps/v1beta2"
+)
+
+// Rules are what the controllers of this package write.
+var Rules = []rbacv1.PolicyRule{
+	{APIGroups: []string{""}, Resources: []string{"nodes"}, Verbs: []string{"patch"}},
+	{APIGroups: []string{"apps.openyurt.io"}, Resources: []string{"nodepools/status"}, Verbs: []string{"patch"}},
+}
+
+// nodes puts on each node what its pool wants.
+type nodes struct {
+	read, write client.Client
+}
+
+// pools keeps the status of each pool.
+type pools struct {
+	read, write client.Client
+}
+
+// Setup adds the controllers to mgr. They write with the client write.
+func Setup(mgr ctrl.Manager, write client.Client, options controller.Options) error {
+	err := ctrl.NewControllerManagedBy(mgr).Named("nodepool-nodes").WithOptions(options).
+		For(&corev1.Node{}, builder.WithPredicates(predicate.Funcs{UpdateFunc: attributesChanged})).
+		Watches(&v1beta2.NodePool{}, handler.EnqueueRequestsFromMapFunc(nodesOfPool(mgr.GetClient())),
+			builder.WithPredicates(predicate.GenerationChangedPredicate{})).
+		Complete(&nodes{mgr.GetClient(), write})
+	if err != nil {
+		return fmt.Errorf("set up controller of nodes: %w", err)
+	}
+	err = ctrl.NewControllerManagedBy(mgr).Named("nodepool").WithOptions(options).
+		For(&v1beta2.NodePool{}).
+		Watches(&corev1.Node{}, PoolsOfNode{}, builder.WithPredicates(predicate.Funcs{UpdateFunc: membershipChanged})).
+		Complete(&pools{mgr.GetClient(), write})
+	if err != nil {
+		return fmt.Errorf("set up controller of pools: %w", err)
+	}
+	return nil
+}
+
+// attributesChanged leaves out the updates that heartbeats make.
+func attributesChanged(e event.UpdateEvent) bool {
+	was, ok := e.ObjectOld.(*corev1.Node)
+	is, ok2 := e.ObjectNew.(*corev1.Node)
+	return !ok || !ok2 || !reflect.DeepEqual(was.Labels, is.Labels) ||
+		!reflect.DeepEqual(was.Annotations, is.Annotations) || !reflect.DeepEqual(was.Spec.Taints, is.Spec.Taints)
+}
+
+// membershipChanged leaves out what no pool's status tells.
+func membershipChanged(e event.UpdateEvent) bool {
+	was, ok := e.ObjectOld.(*corev1.Node)
+	is, ok2 := e.ObjectNew.(*corev1.Node)
+	return !ok || !ok2 || was.Labels[apps.NodePoolLabel] != is.Labels[apps.NodePoolLabel] || Ready(was) != Ready(is)
+}
+
+// PoolsOfNode enqueues the pool of a node, and the one that it has left.
+type PoolsOfNode struct{}
+
+
+
+var _ handler.EventHandler = PoolsOfNode{}
+
+func nodesOfPool(c client.Reader) handler.MapFunc {
+	return func(ctx context.Context, pool client.Object) []reconcile.Request {
+		var members corev1.NodeList
+		if err := c.List(ctx, &members, client.MatchingLabels{apps.NodePoolLabel: pool.GetName()}); err != nil {
+			ctrl.LoggerFrom(ctx).Error(err, "nodes not listed", "pool", pool.GetName())
+			return nil
+		}
+		requests := make([]reconcile.Request, len(members.Items))
+		for i := range members.Items {
+			requests[i].NamespacedName = types.NamespacedName{Name: members.Items[i].Name}
+		}
+		return requests
+	}
+}
+
+// Reconcile dresses one node.
+func (c *nodes) Reconcile(ctx context.Context, req reconcile.Request) (reconcile.Result, error) {
+	var node corev1.Node
+	if err := c.read.Get(ctx, req.NamespacedName, &node); err != nil {
+		return reconcile.Result{}, client.IgnoreNotFound(err)
+	}
+	var pool *v1beta2.NodePool
+	if name := node.Labels[apps.NodePoolLabel]; name != "" {
+		pool = &v1beta2.NodePool{}
+		err := c.read.Get(ctx, types.NamespacedName{Name: name}, pool)
+		if apierrors.IsNotFound(err) {
+			// Not there, or not yet: its coming is an event of its own.
+			return reconcile.Result{}, nil
+		}
+		if err != nil {
+			return reconcile.Result{}, fmt.Errorf("read pool of node: %w", err)
+		}
+	}
+	was := node.DeepCopy()
+	changed, err := dress(&node, wanted(pool))
+	if err != nil {
+		return reconcile.Result{}, reconcile.TerminalError(err)
+	}
+	if !changed {
+		return reconcile.Result{}, nil
+	}
+	// Taints are a list that a merge patch replaces, so the patch must not
+	// meet a node that has changed since.
+	patch := client.MergeFromWithOptions(was, client.MergeFromWithOptimisticLock{})
+	if err := c.write.Patch(ctx, &node, patch); err != nil {
+		return reconcile.Result{}, fmt.Errorf("patch node: %w", client.IgnoreNotFound(err))
+	}
+	return reconcile.Result{}, nil
+}
+
+// Reconcile counts one pool.
+func (c *pools) Reconcile(ctx context.Context, req reconcile.Request) (reconcile.Result, error) {
+	var pool v1beta2.NodePool
+	if err := c.read.Get(ctx, req.NamespacedName, &pool); err != nil {
+		return reconcile.Result{}, client.IgnoreNotFound(err)
+	}
+	var members corev1.NodeList
+	if err := c.read.List(ctx, &members, client.MatchingLabels{apps.NodePoolLabel: pool.Name}); err != nil {
+		return reconcile.Result{}, fmt.Errorf("list nodes of pool: %w", err)
+	}
+	was := pool.DeepCopy()
+	pool.Status = count(pool.Status, members.Items)
+	if reflect.DeepEqual(was.Status, pool.Status) {
+		return reconcile.Result{}, nil
+	}
+	if err := c.write.Status().Patch(ctx, &pool, client.MergeFrom(was)); err != nil {
+		return reconcile.Result{}, fmt.Errorf("patch status of pool: %w", client.IgnoreNotFound(err))
+	}
+	return reconcile.Result{}, nil
+}
