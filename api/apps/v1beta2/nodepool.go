@@ -58,7 +58,7 @@ type NodePoolSpec struct {
 	//
 	// +optional
 	// +kubebuilder:validation:MaxProperties=64
-	// +kubebuilder:validation:XValidation:rule="self.all(k, size(k) <= 317 && size(self[k]) <= 63 && self[k].matches('^(([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9])?$'))",message="label values have at most 63 letters, digits, '-', '_' or '.'"
+	// +kubebuilder:validation:XValidation:rule="self.all(k, size(k) <= 317 && size(self[k]) <= 63)",message="a label's value has at most 63 characters"
 	// +kubebuilder:validation:XValidation:rule="!('apps.openyurt.io/nodepool' in self) && !('openyurt.io/is-edge-worker' in self)",message="apps.openyurt.io/nodepool and openyurt.io/is-edge-worker belong to Yurt"
 	Labels map[string]string `json:"labels,omitempty"`
 
@@ -72,9 +72,11 @@ type NodePoolSpec struct {
 	// known by its key and effect.
 	//
 	// +optional
+	// +listType=map
+	// +listMapKey=key
+	// +listMapKey=effect
 	// +kubebuilder:validation:MaxItems=64
 	// +kubebuilder:validation:XValidation:rule="self.all(t, t.effect in ['NoSchedule', 'PreferNoSchedule', 'NoExecute'])",message="effect is one of NoSchedule, PreferNoSchedule, NoExecute"
-	// +kubebuilder:validation:XValidation:rule="self.all(t, self.exists_one(o, o.key == t.key && o.effect == t.effect))",message="a taint's key and effect may be there once only"
 	Taints []corev1.Taint `json:"taints,omitempty"`
 
 	// InterConnectivity says that the nodes of the pool reach each other
@@ -164,7 +166,7 @@ type NodePoolStatus struct {
 
 // NodePoolCondition is one aspect of a pool's state.
 type NodePoolCondition struct {
-	Type   string                 `json:"type,omitempty"`
+	Type   string                 `json:"type"`
 	Status corev1.ConditionStatus `json:"status,omitempty"`
 	// +optional
 	LastTransitionTime metav1.Time `json:"lastTransitionTime,omitempty"`
@@ -176,6 +178,7 @@ type NodePoolCondition struct {
 
 // NodePool is a set of nodes at one place.
 //
+// +kubebuilder:validation:XValidation:rule="size(self.metadata.name) <= 63",message="a pool's name is the value of a label on its nodes: at most 63 characters"
 // +kubebuilder:object:root=true
 // +kubebuilder:resource:scope=Cluster,path=nodepools,shortName=np,categories=yurt
 // +kubebuilder:subresource:status

@@ -11,6 +11,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"time"
 
 	authorizationv1 "k8s.io/api/authorization/v1"
 	certificatesv1 "k8s.io/api/certificates/v1"
@@ -34,6 +35,11 @@ var Rules = []rbacv1.PolicyRule{
 	},
 	{APIGroups: []string{"authorization.k8s.io"}, Resources: []string{"subjectaccessreviews"}, Verbs: []string{"create"}},
 }
+
+// A hub may ask before its kubelet has registered the Node.
+var errUnregistered = errors.New("the node is not registered yet")
+
+const unregisteredWait = 10 * time.Second
 
 type approver struct {
 	read, write client.Client
@@ -69,6 +75,9 @@ func (c *approver) Reconcile(ctx context.Context, req reconcile.Request) (reconc
 	if err == nil {
 		err = c.allowed(ctx, &r, k)
 	}
+	if errors.Is(err, errUnregistered) {
+		return reconcile.Result{RequeueAfter: unregisteredWait}, nil
+	}
 	if no := (*refusal)(nil); errors.As(err, &no) {
 		c.events.Eventf(&r, nil, corev1.EventTypeWarning, "NotApproved", "Approve", "left to an administrator: %v", no)
 		return reconcile.Result{}, nil
@@ -80,8 +89,8 @@ func (c *approver) Reconcile(ctx context.Context, req reconcile.Request) (reconc
 		Type: certificatesv1.CertificateApproved, Status: corev1.ConditionTrue,
 		Reason: "AutoApproved", Message: "yurt-manager: a hub's own certificate",
 	})
-	if err := c.write.SubResource("approval").Update(ctx, &r); err != nil {
-		return reconcile.Result{}, fmt.Errorf("approve request: %w", client.IgnoreNotFound(err))
+	if err := c.write.SubResource("approval").Update(ctx, &r); client.IgnoreNotFound(err) != nil {
+		return reconcile.Result{}, fmt.Errorf("approve request: %w", err)
 	}
 	return reconcile.Result{}, nil
 }
@@ -93,8 +102,7 @@ func (c *approver) allowed(ctx context.Context, r *certificatesv1.CertificateSig
 		var node corev1.Node
 		err := c.read.Get(ctx, types.NamespacedName{Name: k.node}, &node)
 		if apierrors.IsNotFound(err) {
-			// It registers soon after; the retry is the queue's.
-			return fmt.Errorf("node %s is not registered yet", k.node)
+			return errUnregistered
 		}
 		if err != nil {
 			return fmt.Errorf("read node: %w", err)

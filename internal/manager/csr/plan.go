@@ -36,8 +36,8 @@ var (
 )
 
 // recognise tells what a request asks for. Nil without an error: it is not a
-// hub's, and is for others to decide. A refusal says why
-// a hub's request is left to an administrator.
+// hub's, and is for others to decide. A refusal says why a hub's request is
+// left to an administrator.
 func recognise(r *certificatesv1.CertificateSigningRequest) (*kind, error) {
 	block, rest := pem.Decode(r.Spec.Request)
 	if block == nil || block.Type != "CERTIFICATE REQUEST" || len(strings.TrimSpace(string(rest))) > 0 {
@@ -65,35 +65,53 @@ func recognise(r *certificatesv1.CertificateSigningRequest) (*kind, error) {
 		if !slices.Contains(orgs, hubGroup) {
 			return nil, nil //nolint:nilnil // the kubelet's, which the controller manager approves
 		}
-		for _, o := range orgs {
-			if o != nodesGroup && o != hubGroup && !strings.HasPrefix(o, tenant) {
-				return nil, refuse("organization %q is not a hub's", o)
-			}
-		}
-		if len(req.DNSNames)+len(req.IPAddresses)+len(req.EmailAddresses)+len(req.URIs) > 0 {
-			return nil, refuse("a client certificate has no alternative names")
-		}
-		if !usagesWithin(r.Spec.Usages, clientUsages) {
-			return nil, refuse("usages %v are not those of a client", r.Spec.Usages)
-		}
-		return k, nil
+		err = clientRefusal(r, req)
 	case certificatesv1.KubeletServingSignerName:
 		k.server = true
-		if len(orgs) != 1 {
-			return nil, refuse("organizations %v: want %s alone", orgs, nodesGroup)
-		}
+		err = serverRefusal(r, req)
 		if !self {
-			return nil, refuse("%s asks for the server certificate of %s: a node asks for its own only", r.Spec.Username, node)
+			err = refuse("%s asks for the server certificate of %s: a node asks for its own only", r.Spec.Username, node)
 		}
-		if !usagesWithin(r.Spec.Usages, serverUsages) {
-			return nil, refuse("usages %v are not those of a server", r.Spec.Usages)
-		}
-		if len(req.EmailAddresses)+len(req.URIs) > 0 || len(req.DNSNames)+len(req.IPAddresses) == 0 {
-			return nil, refuse("a server certificate has DNS names or addresses, and nothing else")
-		}
-		return k, nil
+	default:
+		return nil, nil //nolint:nilnil // another signer's
 	}
-	return nil, nil //nolint:nilnil // another signer's
+	if err != nil {
+		return nil, err
+	}
+	return k, nil
+}
+
+func clientRefusal(r *certificatesv1.CertificateSigningRequest, req *x509.CertificateRequest) error {
+	for _, o := range req.Subject.Organization {
+		switch {
+		case o == nodesGroup, o == hubGroup:
+		case !strings.HasPrefix(o, tenant):
+			return refuse("organization %q is not a hub's", o)
+		case !slices.Contains(r.Spec.Groups, o):
+			// Rights may be bound to it, and nothing says who is whose.
+			return refuse("%s is not in group %q", r.Spec.Username, o)
+		}
+	}
+	if len(req.DNSNames)+len(req.IPAddresses)+len(req.EmailAddresses)+len(req.URIs) > 0 {
+		return refuse("a client certificate has no alternative names")
+	}
+	if !usagesWithin(r.Spec.Usages, clientUsages) {
+		return refuse("usages %v are not those of a client", r.Spec.Usages)
+	}
+	return nil
+}
+
+func serverRefusal(r *certificatesv1.CertificateSigningRequest, req *x509.CertificateRequest) error {
+	if len(req.Subject.Organization) != 1 {
+		return refuse("organizations %v: want %s alone", req.Subject.Organization, nodesGroup)
+	}
+	if !usagesWithin(r.Spec.Usages, serverUsages) {
+		return refuse("usages %v are not those of a server", r.Spec.Usages)
+	}
+	if len(req.EmailAddresses)+len(req.URIs) > 0 || len(req.DNSNames)+len(req.IPAddresses) == 0 {
+		return refuse("a server certificate has DNS names or addresses, and nothing else")
+	}
+	return nil
 }
 
 // usagesWithin allows key encipherment beside, which RSA keys ask for.

@@ -13,15 +13,19 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
-	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/apimachinery/pkg/api/equality"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
+	applycorev1 "k8s.io/client-go/applyconfigurations/core/v1"
+	applymetav1 "k8s.io/client-go/applyconfigurations/meta/v1"
+	applyrbacv1 "k8s.io/client-go/applyconfigurations/rbac/v1"
 	"k8s.io/utils/clock"
 	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/builder"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/controller"
 	"sigs.k8s.io/controller-runtime/pkg/event"
+	"sigs.k8s.io/controller-runtime/pkg/handler"
 	"sigs.k8s.io/controller-runtime/pkg/predicate"
 	"sigs.k8s.io/controller-runtime/pkg/reconcile"
 
@@ -66,6 +70,9 @@ func candidacyChanged(e event.UpdateEvent) bool {
 
 func candidateOf(node *corev1.Node) candidate {
 	c := candidate{name: node.Name, labels: node.Labels, fit: node.DeletionTimestamp == nil && nodepool.Ready(node)}
+	if node.Labels[apps.EdgeWorkerLabel] == "false" {
+		c.fit = false // it has no hub
+	}
 	for _, a := range node.Status.Addresses {
 		if a.Type == corev1.NodeInternalIP {
 			c.address = a.Address
@@ -80,9 +87,9 @@ func candidateOf(node *corev1.Node) candidate {
 	return c
 }
 
-// unfit are the conditions that keep a node from leading while they are
-// false.
-var unfit = []corev1.NodeConditionType{"YurtHubLinkUp", "YurtHubStoreHealthy"}
+// unfit are the conditions, which hubs keep, that keep a node from leading
+// while they are false.
+var unfit = []corev1.NodeConditionType{"YurtHubLinkReady", "YurtHubStoreReady"}
 
 // Reconcile elects the leaders of one pool.
 func (c *elector) Reconcile(ctx context.Context, req reconcile.Request) (reconcile.Result, error) {
@@ -112,8 +119,8 @@ func (c *elector) Reconcile(ctx context.Context, req reconcile.Request) (reconci
 	if reflect.DeepEqual(was.Status, pool.Status) {
 		return reconcile.Result{}, nil
 	}
-	if err := c.write.Status().Patch(ctx, &pool, client.MergeFromWithOptions(was, client.MergeFromWithOptimisticLock{})); err != nil {
-		return reconcile.Result{}, fmt.Errorf("patch status of pool: %w", client.IgnoreNotFound(err))
+	if err := c.write.Status().Patch(ctx, &pool, client.MergeFromWithOptions(was, client.MergeFromWithOptimisticLock{})); client.IgnoreNotFound(err) != nil {
+		return reconcile.Result{}, fmt.Errorf("patch status of pool: %w", err)
 	}
 	return reconcile.Result{}, nil
 }
@@ -143,53 +150,44 @@ func (c *teller) Reconcile(ctx context.Context, req reconcile.Request) (reconcil
 	}
 	want := configMap(&pool, c.namespace)
 	var have corev1.ConfigMap
-	err := c.read.Get(ctx, client.ObjectKeyFromObject(want), &have)
-	switch {
-	case apierrors.IsNotFound(err):
-		if err := c.write.Create(ctx, want); err != nil {
-			return reconcile.Result{}, fmt.Errorf("create ConfigMap: %w", client.IgnoreAlreadyExists(err))
-		}
-		return reconcile.Result{}, nil
-	case err != nil:
+	err := c.read.Get(ctx, types.NamespacedName{Namespace: c.namespace, Name: *want.Name}, &have)
+	if client.IgnoreNotFound(err) != nil {
 		return reconcile.Result{}, fmt.Errorf("read ConfigMap: %w", err)
-	case reflect.DeepEqual(have.Data, want.Data) && have.Labels[apps.ConfigMapNameLabel] == want.Name:
+	}
+	// What is not in the cache may be there without the label by which the
+	// cache, and hubs, find it: an apply does for both.
+	if err == nil && reflect.DeepEqual(have.Data, want.Data) && have.Labels[apps.ConfigMapNameLabel] == have.Name && metav1.IsControlledBy(&have, &pool) {
 		return reconcile.Result{}, nil
 	}
-	was := have.DeepCopy()
-	have.Data, have.OwnerReferences = want.Data, want.OwnerReferences
-	if have.Labels == nil {
-		have.Labels = map[string]string{}
-	}
-	have.Labels[apps.ConfigMapNameLabel] = want.Name
-	if err := c.write.Patch(ctx, &have, client.MergeFrom(was)); err != nil {
-		return reconcile.Result{}, fmt.Errorf("patch ConfigMap: %w", client.IgnoreNotFound(err))
+	if err := c.write.Apply(ctx, want, client.ForceOwnership, client.FieldOwner("yurt-manager")); err != nil {
+		return reconcile.Result{}, fmt.Errorf("apply ConfigMap: %w", err)
 	}
 	return reconcile.Result{}, nil
 }
 
 // configMap is what OpenYurt's hubs read, and ours.
-func configMap(pool *v1beta2.NodePool, namespace string) *corev1.ConfigMap {
+func configMap(pool *v1beta2.NodePool, namespace string) *applycorev1.ConfigMapApplyConfiguration {
 	name := apps.LeaderConfigPrefix + pool.Name
 	leaders := make([]string, len(pool.Status.LeaderEndpoints))
 	for i, l := range pool.Status.LeaderEndpoints {
 		leaders[i] = l.NodeName + "/" + l.Address
 	}
+	slices.Sort(leaders)
 	resources := make([]string, len(pool.Spec.PoolScopeMetadata))
 	for i, r := range pool.Spec.PoolScopeMetadata {
 		resources[i] = r.Group + "/" + r.Version + "/" + r.Resource
 	}
 	slices.Sort(resources)
-	return &corev1.ConfigMap{
-		ObjectMeta: metav1.ObjectMeta{
-			Name: name, Namespace: namespace, Labels: map[string]string{apps.ConfigMapNameLabel: name},
-			OwnerReferences: []metav1.OwnerReference{*metav1.NewControllerRef(pool, v1beta2.GroupVersion.WithKind("NodePool"))},
-		},
-		Data: map[string]string{
+	owner := nodepool.Owner(pool)
+	return applycorev1.ConfigMap(name, namespace).
+		WithLabels(map[string]string{apps.ConfigMapNameLabel: name}).
+		WithOwnerReferences(applymetav1.OwnerReference().WithAPIVersion(owner.APIVersion).WithKind(owner.Kind).
+			WithName(owner.Name).WithUID(owner.UID).WithController(true)).
+		WithData(map[string]string{
 			"leaders": strings.Join(leaders, ","), "pool-scoped-metadata": strings.Join(resources, ","),
 			"interconnectivity":      strconv.FormatBool(pool.Spec.InterConnectivity),
 			"enable-leader-election": strconv.FormatBool(pool.Spec.EnableLeaderElection),
-		},
-	}
+		})
 }
 
 // permitter keeps the ClusterRole of what pools share.
@@ -202,18 +200,17 @@ const Multiplexer = "yurt-hub-multiplexer"
 
 // PermitRules are what the controller of the ClusterRole writes. To grant
 // what it has not itself, it needs escalate, on that one role.
-var PermitRules = []rbacv1.PolicyRule{
-	{APIGroups: []string{rbacv1.GroupName}, Resources: []string{"clusterroles"}, Verbs: []string{"create"}},
-	{
-		APIGroups: []string{rbacv1.GroupName}, Resources: []string{"clusterroles"}, ResourceNames: []string{Multiplexer},
-		Verbs: []string{"patch", "escalate"},
-	},
-}
+var PermitRules = []rbacv1.PolicyRule{{
+	APIGroups: []string{rbacv1.GroupName}, Resources: []string{"clusterroles"}, ResourceNames: []string{Multiplexer},
+	Verbs: []string{"create", "patch", "escalate"},
+}}
 
 // SetupPermit adds the controller of the ClusterRole to mgr.
 func SetupPermit(mgr ctrl.Manager, write client.Client, options controller.Options) error {
+	options.MaxConcurrentReconciles = 1 // there is one role
 	err := ctrl.NewControllerManagedBy(mgr).Named("hubleaderrbac").WithOptions(options).
 		For(&v1beta2.NodePool{}, builder.WithPredicates(predicate.GenerationChangedPredicate{})).
+		Watches(&rbacv1.ClusterRole{}, &handler.EnqueueRequestForObject{}).
 		Complete(&permitter{mgr.GetClient(), write})
 	if err != nil {
 		return fmt.Errorf("set up hubleaderrbac: %w", err)
@@ -231,23 +228,19 @@ func (c *permitter) Reconcile(ctx context.Context, _ reconcile.Request) (reconci
 	rules := sharedRules(pools.Items)
 	var have rbacv1.ClusterRole
 	err := c.read.Get(ctx, types.NamespacedName{Name: Multiplexer}, &have)
-	if apierrors.IsNotFound(err) {
-		err = c.write.Create(ctx, &rbacv1.ClusterRole{ObjectMeta: metav1.ObjectMeta{Name: Multiplexer}, Rules: rules})
-		if err != nil {
-			return reconcile.Result{}, fmt.Errorf("create ClusterRole: %w", client.IgnoreAlreadyExists(err))
-		}
-		return reconcile.Result{}, nil
-	}
-	if err != nil {
+	if client.IgnoreNotFound(err) != nil {
 		return reconcile.Result{}, fmt.Errorf("read ClusterRole: %w", err)
 	}
-	if reflect.DeepEqual(have.Rules, rules) {
+	if err == nil && equality.Semantic.DeepEqual(have.Rules, rules) {
 		return reconcile.Result{}, nil
 	}
-	was := have.DeepCopy()
-	have.Rules = rules
-	if err := c.write.Patch(ctx, &have, client.MergeFrom(was)); err != nil {
-		return reconcile.Result{}, fmt.Errorf("patch ClusterRole: %w", err)
+	want := applyrbacv1.ClusterRole(Multiplexer)
+	for _, r := range rules {
+		want.WithRules(applyrbacv1.PolicyRule().WithAPIGroups(r.APIGroups...).WithResources(r.Resources...).WithVerbs(r.Verbs...))
+	}
+	// Only an apply names what it may create, as the right to it does.
+	if err := c.write.Apply(ctx, want, client.ForceOwnership, client.FieldOwner("yurt-manager")); err != nil {
+		return reconcile.Result{}, fmt.Errorf("apply ClusterRole: %w", err)
 	}
 	return reconcile.Result{}, nil
 }

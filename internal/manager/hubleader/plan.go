@@ -66,7 +66,7 @@ func qualifies(pool *v1beta2.NodePool, c candidate) bool {
 // lot is what a node draws in its pool.
 func lot(pool, node string) uint64 {
 	h := fnv.New128a()
-	h.Write([]byte(pool + "/" + node)) //nolint:errcheck // a hash takes everything
+	h.Write([]byte(pool + "/" + node))
 	return binary.BigEndian.Uint64(h.Sum(nil)[8:])
 }
 

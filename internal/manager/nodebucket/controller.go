@@ -5,6 +5,7 @@ package nodebucket
 import (
 	"context"
 	"fmt"
+	"slices"
 
 	corev1 "k8s.io/api/core/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
@@ -70,6 +71,8 @@ func (c *distributor) Reconcile(ctx context.Context, req reconcile.Request) (rec
 	if err := c.fresh.List(ctx, &buckets, client.MatchingLabels{apps.PoolNameLabel: pool.Name}); err != nil {
 		return reconcile.Result{}, fmt.Errorf("list buckets of pool: %w", err)
 	}
+	// One that goes anyway holds no node.
+	buckets.Items = slices.DeleteFunc(buckets.Items, func(b v1alpha1.NodeBucket) bool { return b.DeletionTimestamp != nil })
 	names := make([]string, len(members.Items))
 	for i := range members.Items {
 		names[i] = members.Items[i].Name
@@ -84,14 +87,14 @@ func (c *distributor) Reconcile(ctx context.Context, req reconcile.Request) (rec
 		b := &change.create[i]
 		b.GenerateName = pool.Name + "-"
 		b.Labels = map[string]string{apps.PoolNameLabel: pool.Name}
-		b.OwnerReferences = []metav1.OwnerReference{*metav1.NewControllerRef(&pool, v1beta2.GroupVersion.WithKind("NodePool"))}
+		b.OwnerReferences = []metav1.OwnerReference{nodepool.Owner(&pool)}
 		if err := c.write.Create(ctx, b); err != nil {
 			return reconcile.Result{}, fmt.Errorf("create bucket: %w", err)
 		}
 	}
 	for i := range change.remove {
-		if err := c.write.Delete(ctx, &change.remove[i], client.Preconditions{ResourceVersion: &change.remove[i].ResourceVersion}); err != nil {
-			return reconcile.Result{}, fmt.Errorf("delete bucket: %w", client.IgnoreNotFound(err))
+		if err := c.write.Delete(ctx, &change.remove[i], client.Preconditions{ResourceVersion: &change.remove[i].ResourceVersion}); client.IgnoreNotFound(err) != nil {
+			return reconcile.Result{}, fmt.Errorf("delete bucket: %w", err)
 		}
 	}
 	return reconcile.Result{}, nil

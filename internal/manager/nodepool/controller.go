@@ -78,8 +78,6 @@ func membershipChanged(e event.UpdateEvent) bool {
 // PoolsOfNode enqueues the pool of a node, and the one that it has left.
 type PoolsOfNode struct{}
 
-
-
 var _ handler.EventHandler = PoolsOfNode{}
 
 func nodesOfPool(c client.Reader) handler.MapFunc {
@@ -126,8 +124,8 @@ func (c *nodes) Reconcile(ctx context.Context, req reconcile.Request) (reconcile
 	// Taints are a list that a merge patch replaces, so the patch must not
 	// meet a node that has changed since.
 	patch := client.MergeFromWithOptions(was, client.MergeFromWithOptimisticLock{})
-	if err := c.write.Patch(ctx, &node, patch); err != nil {
-		return reconcile.Result{}, fmt.Errorf("patch node: %w", client.IgnoreNotFound(err))
+	if err := c.write.Patch(ctx, &node, patch); client.IgnoreNotFound(err) != nil {
+		return reconcile.Result{}, fmt.Errorf("patch node: %w", err)
 	}
 	return reconcile.Result{}, nil
 }
@@ -147,8 +145,8 @@ func (c *pools) Reconcile(ctx context.Context, req reconcile.Request) (reconcile
 	if reflect.DeepEqual(was.Status, pool.Status) {
 		return reconcile.Result{}, nil
 	}
-	if err := c.write.Status().Patch(ctx, &pool, client.MergeFrom(was)); err != nil {
-		return reconcile.Result{}, fmt.Errorf("patch status of pool: %w", client.IgnoreNotFound(err))
+	if err := c.write.Status().Patch(ctx, &pool, client.MergeFrom(was)); client.IgnoreNotFound(err) != nil {
+		return reconcile.Result{}, fmt.Errorf("patch status of pool: %w", err)
 	}
 	return reconcile.Result{}, nil
 }

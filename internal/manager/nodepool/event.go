@@ -3,6 +3,7 @@ package nodepool
 import (
 	"context"
 
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/util/workqueue"
 	"sigs.k8s.io/controller-runtime/pkg/client"
@@ -10,7 +11,16 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/reconcile"
 
 	"github.com/yurt-edge/yurt/api/apps"
+	"github.com/yurt-edge/yurt/api/apps/v1beta2"
 )
+
+// Owner makes a pool the controller of an object, which goes with it. It does
+// not block the pool's deletion, for which nobody here has the right.
+func Owner(pool *v1beta2.NodePool) metav1.OwnerReference {
+	owner := *metav1.NewControllerRef(pool, v1beta2.GroupVersion.WithKind("NodePool"))
+	owner.BlockOwnerDeletion = nil
+	return owner
+}
 
 type requests = workqueue.TypedRateLimitingInterface[reconcile.Request]
 

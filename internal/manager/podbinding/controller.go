@@ -101,8 +101,8 @@ func (c *binder) Reconcile(ctx context.Context, req reconcile.Request) (reconcil
 		return reconcile.Result{}, nil
 	}
 	patch := client.MergeFromWithOptions(was, client.MergeFromWithOptimisticLock{})
-	if err := c.write.Patch(ctx, &pod, patch); err != nil {
-		return reconcile.Result{}, fmt.Errorf("patch pod: %w", client.IgnoreNotFound(err))
+	if err := c.write.Patch(ctx, &pod, patch); client.IgnoreNotFound(err) != nil {
+		return reconcile.Result{}, fmt.Errorf("patch pod: %w", err)
 	}
 	return reconcile.Result{}, nil
 }

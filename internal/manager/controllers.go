@@ -1,0 +1,123 @@
+package manager
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+
+	rbacv1 "k8s.io/api/rbac/v1"
+	ctrl "sigs.k8s.io/controller-runtime"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+	"sigs.k8s.io/controller-runtime/pkg/controller"
+
+	"github.com/yurt-edge/yurt/internal/manager/csr"
+	"github.com/yurt-edge/yurt/internal/manager/hubleader"
+	"github.com/yurt-edge/yurt/internal/manager/nodebucket"
+	"github.com/yurt-edge/yurt/internal/manager/nodepool"
+	"github.com/yurt-edge/yurt/internal/manager/podbinding"
+	"github.com/yurt-edge/yurt/internal/manager/webhookcert"
+)
+
+// part is one controller: what it is called, what it writes and how it is
+// made.
+type part struct {
+	// name is OpenYurt's. The controller writes as the ServiceAccount
+	// yurt-manager-<name>.
+	name string
+	// alias is the short form that --controllers takes too.
+	alias string
+	// rules are what it writes anywhere, namespaced in the working namespace.
+	rules, namespaced []rbacv1.PolicyRule
+	setup             func(s *site) error
+}
+
+// account is the name of the ServiceAccount as which the part writes.
+func (p part) account() string { return accountPrefix + p.name }
+
+const accountPrefix = "yurt-manager-"
+
+// site is what a part is made with.
+type site struct {
+	mgr     ctrl.Manager
+	write   client.Client // as the part's account
+	options controller.Options
+	cfg     *Config
+}
+
+// parts are the controllers that --controllers selects from.
+var parts = []part{
+	{
+		name: "csr-approver-controller", alias: "csrapprover", rules: csr.Rules,
+		setup: func(s *site) error { return csr.Setup(s.mgr, s.write, s.cfg.DummyIP, s.options) },
+	},
+	{
+		name: "hubleader-controller", alias: "hubleader", rules: hubleader.Rules,
+		setup: func(s *site) error { return hubleader.Setup(s.mgr, s.write, s.options) },
+	},
+	{
+		name: "hubleaderconfig-controller", alias: "hubleaderconfig", namespaced: hubleader.ConfigRules,
+		setup: func(s *site) error { return hubleader.SetupConfig(s.mgr, s.write, s.cfg.Namespace, s.options) },
+	},
+	{
+		name: "hubleaderrbac-controller", alias: "hubleaderrbac", rules: hubleader.PermitRules,
+		setup: func(s *site) error { return hubleader.SetupPermit(s.mgr, s.write, s.options) },
+	},
+	{
+		name: "node-bucket-controller", alias: "nodebucket", rules: nodebucket.Rules,
+		setup: func(s *site) error { return nodebucket.Setup(s.mgr, s.write, s.cfg.MaxNodesPerBucket, s.options) },
+	},
+	{
+		name: "nodepool-controller", alias: "nodepool", rules: nodepool.Rules,
+		setup: func(s *site) error { return nodepool.Setup(s.mgr, s.write, s.options) },
+	},
+	{
+		name: "pod-binding-controller", alias: "podbinding", rules: podbinding.Rules,
+		setup: func(s *site) error { return podbinding.Setup(s.mgr, s.write, s.options) },
+	},
+}
+
+// webhookPart keeps the webhook's certificate, in each replica, whatever
+// --controllers says.
+var webhookPart = part{
+	name: "webhook-controller", rules: webhookcert.Rules, namespaced: webhookcert.NamespacedRules,
+}
+
+// selected returns the parts that names select: "*" is all of them, a name or
+// alias is one, and with a minus it is left out, wherever it stands.
+func selected(names []string) ([]part, error) {
+	on := make([]bool, len(parts))
+	off := make([]bool, len(parts))
+	for _, name := range names {
+		bare, minus := strings.CutPrefix(name, "-")
+		if name == "*" {
+			for i := range on {
+				on[i] = true
+			}
+			continue
+		}
+		i := slices.IndexFunc(parts, func(p part) bool { return bare == p.name || bare == p.alias })
+		if i < 0 {
+			return nil, fmt.Errorf("--controllers: there is no controller %q; there are %s", bare, strings.Join(aliases(), ", "))
+		}
+		if minus {
+			off[i] = true
+		} else {
+			on[i] = true
+		}
+	}
+	var out []part
+	for i, p := range parts {
+		if on[i] && !off[i] {
+			out = append(out, p)
+		}
+	}
+	return out, nil
+}
+
+func aliases() []string {
+	var out []string
+	for _, p := range parts {
+		out = append(out, p.alias)
+	}
+	return out
+}

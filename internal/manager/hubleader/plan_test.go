@@ -1,0 +1,151 @@
+package hubleader
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/yurt-edge/yurt/api/apps"
+	"github.com/yurt-edge/yurt/api/apps/v1beta2"
+)
+
+func candidates(names ...string) []candidate {
+	var out []candidate
+	for _, n := range names {
+		c := candidate{name: strings.TrimRight(n, "!-*"), address: "10.0.0." + n[:1], fit: !strings.HasSuffix(n, "!")}
+		if strings.HasSuffix(n, "-") {
+			c.address = ""
+		}
+		if strings.HasSuffix(n, "*") {
+			c.labels = map[string]string{"lead": "yes"}
+		}
+		out = append(out, c)
+	}
+	return out
+}
+
+func led(strategy v1beta2.LeaderElectionStrategy, replicas int32, leaders ...string) *v1beta2.NodePool {
+	p := &v1beta2.NodePool{ObjectMeta: metav1.ObjectMeta{Name: "p"}, Spec: v1beta2.NodePoolSpec{
+		EnableLeaderElection: true, LeaderElectionStrategy: strategy, LeaderReplicas: replicas,
+		LeaderNodeLabelSelector: map[string]string{"lead": "yes"},
+	}}
+	for _, l := range leaders {
+		p.Status.LeaderEndpoints = append(p.Status.LeaderEndpoints, v1beta2.Leader{NodeName: l, Address: "10.0.0." + l})
+	}
+	return p
+}
+
+func names(leaders []v1beta2.Leader) string {
+	var out []string
+	for _, l := range leaders {
+		out = append(out, l.NodeName)
+	}
+	return strings.Join(out, " ")
+}
+
+func TestElect(t *testing.T) {
+	const random, mark = v1beta2.ElectRandom, v1beta2.ElectMark
+	off := led(random, 1, "1")
+	off.Spec.EnableLeaderElection = false
+	for name, tc := range map[string]struct {
+		pool *v1beta2.NodePool
+		all  []candidate
+		want string
+	}{
+		"off":                              {off, candidates("1"), ""},
+		"nobody":                           {led(random, 1), nil, ""},
+		"only one can":                     {led(random, 2), candidates("1!", "2-", "3"), "3"},
+		"leaders stay at their place":      {led(random, 2, "3", "1"), candidates("1", "2", "3"), "3 1"},
+		"a leader that is unfit goes":      {led(random, 2, "3", "1"), candidates("1", "2", "3!"), "1 2"},
+		"a leader that left the pool goes": {led(random, 1, "9"), candidates("2"), "2"},
+		"fewer wanted":                     {led(random, 1, "3", "1"), candidates("1", "2", "3"), "3"},
+		"strategy mark drops the unmarked": {led(mark, 2, "1", "2"), candidates("1", "2*", "3*"), "2 3"},
+		"nobody is marked":                 {led(mark, 2, "1"), candidates("1", "2"), ""},
+		"no replicas said is one":          {led(random, 0), candidates("1"), "1"},
+	} {
+		if got := names(elect(tc.pool, tc.all)); got != tc.want {
+			t.Errorf("%s: got %q, want %q", name, got, tc.want)
+		}
+	}
+	moved := candidates("1")
+	moved[0].address = "10.9.9.9"
+	if got := elect(led(random, 1, "1"), moved); len(got) != 1 || got[0].Address != "10.9.9.9" {
+		t.Errorf("a leader with a new address: got %v", got)
+	}
+}
+
+// TestElectIsRandomAndTheSameForAll: replicas agree whatever the order, and
+// not every pool takes the same node.
+func TestElectIsRandomAndTheSameForAll(t *testing.T) {
+	chosen := map[string]int{}
+	for i := range 100 {
+		pool := led(v1beta2.ElectRandom, 1)
+		pool.Name = fmt.Sprintf("pool-%d", i)
+		all := candidates("1", "2", "3", "4")
+		first := names(elect(pool, all))
+		slices.Reverse(all)
+		if second := names(elect(pool, all)); second != first {
+			t.Fatalf("%s: got %s, then %s", pool.Name, first, second)
+		}
+		chosen[first]++
+	}
+	for _, n := range []string{"1", "2", "3", "4"} {
+		if chosen[n] < 10 {
+			t.Errorf("of 100 pools node %s leads %d", n, chosen[n])
+		}
+	}
+}
+
+func TestCandidateOf(t *testing.T) {
+	for name, tc := range map[string]struct {
+		change func(*corev1.Node)
+		fit    bool
+	}{
+		"ready":         {func(*corev1.Node) {}, true},
+		"not ready":     {func(n *corev1.Node) { n.Status.Conditions[0].Status = corev1.ConditionUnknown }, false},
+		"no hub":        {func(n *corev1.Node) { n.Labels = map[string]string{apps.EdgeWorkerLabel: "false"} }, false},
+		"being removed": {func(n *corev1.Node) { n.DeletionTimestamp = &metav1.Time{Time: time.Now()} }, false},
+		"link is down":  {func(n *corev1.Node) { n.Status.Conditions[1].Status = corev1.ConditionFalse }, false},
+		"store is bad":  {func(n *corev1.Node) { n.Status.Conditions[2].Status = corev1.ConditionFalse }, false},
+		"hub unknown":   {func(n *corev1.Node) { n.Status.Conditions = n.Status.Conditions[:1] }, true},
+	} {
+		n := &corev1.Node{Status: corev1.NodeStatus{
+			Conditions: []corev1.NodeCondition{
+				{Type: corev1.NodeReady, Status: corev1.ConditionTrue},
+				{Type: "YurtHubLinkReady", Status: corev1.ConditionTrue},
+				{Type: "YurtHubStoreReady", Status: corev1.ConditionTrue},
+			},
+			Addresses: []corev1.NodeAddress{{Type: corev1.NodeExternalIP, Address: "1.1.1.1"}, {Type: corev1.NodeInternalIP, Address: "10.0.0.1"}},
+		}}
+		tc.change(n)
+		if got := candidateOf(n); got.fit != tc.fit || got.address != "10.0.0.1" {
+			t.Errorf("%s: got %+v", name, got)
+		}
+	}
+}
+
+func TestLeaderReady(t *testing.T) {
+	before, now := metav1.Unix(1000, 0), metav1.Unix(2000, 0)
+	pool := led(v1beta2.ElectRandom, 2)
+	pool.Status.Conditions = []v1beta2.NodePoolCondition{{Type: v1beta2.LeaderReady, Status: corev1.ConditionTrue, LastTransitionTime: before}}
+	for _, tc := range []struct {
+		leaders int
+		status  corev1.ConditionStatus
+		reason  string
+		since   metav1.Time
+	}{{2, "True", "Elected", before}, {1, "True", "FewCandidates", before}, {0, "False", "NoCandidate", now}} {
+		got := ready(pool, make([]v1beta2.Leader, tc.leaders), now)
+		if got.Status != tc.status || got.Reason != tc.reason || got.LastTransitionTime != tc.since {
+			t.Errorf("%d leaders: got %+v", tc.leaders, got)
+		}
+	}
+	pool.Spec.EnableLeaderElection = false
+	if got := ready(pool, nil, now); got != nil {
+		t.Errorf("off: got %+v", got)
+	}
+}

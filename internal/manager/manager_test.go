@@ -1,0 +1,726 @@
+package manager
+
+import (
+	"cmp"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"net/http"
+	"reflect"
+	"slices"
+	"strings"
+	"testing"
+
+	authorizationv1 "k8s.io/api/authorization/v1"
+	coordinationv1 "k8s.io/api/coordination/v1"
+	corev1 "k8s.io/api/core/v1"
+	rbacv1 "k8s.io/api/rbac/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/apimachinery/pkg/runtime/schema"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+
+	"github.com/yurt-edge/yurt/api/apps"
+	"github.com/yurt-edge/yurt/api/apps/v1alpha1"
+	"github.com/yurt-edge/yurt/api/apps/v1beta1"
+	"github.com/yurt-edge/yurt/api/apps/v1beta2"
+	"github.com/yurt-edge/yurt/internal/manager/webhookcert"
+)
+
+func TestColumns(t *testing.T) {
+	c := theCluster(t)
+	c.pool(t, "columns", v1beta2.NodePoolSpec{})
+	c.node(t, "columns-1", "columns", "10.9.0.1")
+	await(t, "the node is counted", func() error {
+		out, err := c.cp.Kubectl(t.Context(), "get", "np", "columns", "-o", "wide")
+		if err != nil {
+			return err
+		}
+		lines := strings.Split(strings.TrimSpace(out), "\n")
+		if got, want := strings.Fields(lines[0]), []string{
+			"NAME", "TYPE", "READYNODES", "NOTREADYNODES", "VOUCHED", "LEADERNODES", "LEADER", "LEADERELECTIONAGE", "AGE",
+		}; !slices.Equal(got, want) {
+			t.Fatalf("columns: got %v, want %v", got, want)
+		}
+		if got := strings.Fields(lines[1])[:4]; !slices.Equal(got, []string{"columns", "Edge", "1", "0"}) {
+			return fmt.Errorf("row %v", got)
+		}
+		return nil
+	})
+	out, err := c.cp.Kubectl(t.Context(), "get", "yurt", "-o", "name")
+	if err != nil || !strings.Contains(out, "nodepool.apps.openyurt.io/columns") || !strings.Contains(out, "nodebucket.apps.openyurt.io/columns-") {
+		t.Errorf("category yurt: got %q, %v", out, err)
+	}
+}
+
+// TestRules violates each rule of the types once.
+func TestRules(t *testing.T) {
+	c := theCluster(t)
+	for _, tc := range []struct{ name, spec, then, want string }{
+		{name: "type", spec: `{type: Moon}`, want: `spec.type: Unsupported value: "Moon"`},
+		{name: "type-change", spec: `{type: Edge}`, then: `{"spec":{"type":"Cloud"}}`, want: "type cannot change"},
+		{name: "cloud-host", spec: `{type: Cloud, hostNetwork: true}`, want: "a Cloud pool cannot set hostNetwork"},
+		{name: "host-change", spec: `{}`, then: `{"spec":{"hostNetwork":true}}`, want: "hostNetwork cannot change"},
+		{name: "inter-change", spec: `{}`, then: `{"spec":{"interConnectivity":true}}`, want: "interConnectivity cannot change"},
+		{name: "strategy", spec: `{leaderElectionStrategy: best}`, want: "spec.leaderElectionStrategy: Unsupported value"},
+		{name: "mark", spec: `{leaderElectionStrategy: mark}`, want: "strategy mark needs leaderNodeLabelSelector"},
+		{name: "replicas", spec: `{leaderReplicas: 0}`, want: "spec.leaderReplicas"},
+		{name: "replicas-many", spec: `{leaderReplicas: 17}`, want: "spec.leaderReplicas"},
+		{name: "label-value", spec: `{labels: {a: "b c"}}`, want: "spec.labels: keys are"},
+		{name: "label-long", spec: `{labels: {a: "` + strings.Repeat("v", 64) + `"}}`, want: "at most 63 characters"},
+		{name: "label-key", spec: `{labels: {"a b": c}}`, want: "spec.labels: keys are"},
+		{name: "annotation-key", spec: `{annotations: {"a b": c}}`, want: "spec.annotations: keys are"},
+		{name: "taint-value", spec: `{taints: [{key: a, value: "b c", effect: NoSchedule}]}`, want: "spec.taints: keys are"},
+		{name: "label-ours", spec: `{labels: {apps.openyurt.io/nodepool: x}}`, want: "belong to Yurt"},
+		{name: "effect", spec: `{taints: [{key: a, effect: Never}]}`, want: "effect is one of"},
+		{name: "taint-twice", spec: `{taints: [{key: a, effect: NoSchedule}, {key: a, effect: NoSchedule, value: x}]}`, want: "duplicate entries"},
+		{name: "secrets", spec: `{poolScopeMetadata: [{group: "", version: v1, resource: secrets}]}`, want: "are not shared in a pool"},
+		{name: "no-version", spec: `{poolScopeMetadata: [{group: a, version: "", resource: b}]}`, want: "version and resource must not be empty"},
+		{name: strings.Repeat("n", 64), spec: `{}`, want: "at most 63 characters"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			err := c.cp.Apply(t.Context(), fmt.Sprintf("{apiVersion: apps.openyurt.io/v1beta2, kind: NodePool, metadata: {name: %s}, spec: %s}", tc.name, tc.spec))
+			if tc.then != "" {
+				if err != nil {
+					t.Fatal(err)
+				}
+				p := &v1beta2.NodePool{ObjectMeta: metav1.ObjectMeta{Name: tc.name}}
+				err = c.Patch(t.Context(), p, client.RawPatch("application/merge-patch+json", []byte(tc.then)))
+				if err := c.Delete(t.Context(), p); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if err == nil || !strings.Contains(err.Error(), tc.want) {
+				t.Errorf("got %v, want %q", err, tc.want)
+			}
+		})
+	}
+}
+
+func TestDefaults(t *testing.T) {
+	c := theCluster(t)
+	p := &unstructured.Unstructured{Object: map[string]any{"metadata": map[string]any{"name": "bare"}}}
+	p.SetGroupVersionKind(v1beta2.GroupVersion.WithKind("NodePool"))
+	if err := c.Create(t.Context(), p); err != nil {
+		t.Fatal(err)
+	}
+	defer c.Delete(t.Context(), p)
+	var got v1beta2.NodePool
+	if err := c.Get(t.Context(), client.ObjectKeyFromObject(p), &got); err != nil {
+		t.Fatal(err)
+	}
+	want := v1beta2.NodePoolSpec{
+		Type: v1beta2.Edge, LeaderElectionStrategy: v1beta2.ElectRandom, LeaderReplicas: 1,
+		PoolScopeMetadata: []metav1.GroupVersionResource{
+			{Version: "v1", Resource: "services"}, {Group: "discovery.k8s.io", Version: "v1", Resource: "endpointslices"},
+		},
+	}
+	if !reflect.DeepEqual(got.Spec, want) {
+		t.Errorf("got %+v, want %+v", got.Spec, want)
+	}
+}
+
+// TestOldVersions has the real API server convert by the real webhook.
+func TestOldVersions(t *testing.T) {
+	c := theCluster(t)
+	c.pool(t, "versions", v1beta2.NodePoolSpec{
+		Type: v1beta2.Edge, HostNetwork: true, InterConnectivity: true, EnableLeaderElection: true, LeaderReplicas: 3,
+		Labels: map[string]string{"a": "b"},
+	})
+	var old v1beta1.NodePool
+	await(t, "v1beta1 is served", func() error { return c.Get(t.Context(), client.ObjectKey{Name: "versions"}, &old) })
+	if old.Spec.Type != "Edge" || !old.Spec.HostNetwork || old.Spec.Labels["a"] != "b" {
+		t.Errorf("v1beta1: got %+v", old.Spec)
+	}
+	var oldest v1alpha1.NodePool
+	if err := c.Get(t.Context(), client.ObjectKey{Name: "versions"}, &oldest); err != nil {
+		t.Fatal(err)
+	}
+	oldest.Spec.Labels["a"] = "c"
+	oldest.Spec.Selector = &metav1.LabelSelector{MatchLabels: map[string]string{"x": "y"}}
+	if err := c.Update(t.Context(), &oldest); err != nil {
+		t.Fatal(err)
+	}
+	var now v1beta2.NodePool
+	if err := c.Get(t.Context(), client.ObjectKey{Name: "versions"}, &now); err != nil {
+		t.Fatal(err)
+	}
+	if s := now.Spec; s.Labels["a"] != "c" || !s.HostNetwork || !s.InterConnectivity || !s.EnableLeaderElection || s.LeaderReplicas != 3 {
+		t.Errorf("a write by v1alpha1 lost something: %+v", s)
+	}
+	if err := c.Get(t.Context(), client.ObjectKey{Name: "versions"}, &oldest); err != nil || oldest.Spec.Selector == nil {
+		t.Errorf("selector: got %v, %v", oldest.Spec.Selector, err)
+	}
+	created := &v1alpha1.NodePool{ObjectMeta: metav1.ObjectMeta{Name: "versions-old"}, Spec: v1alpha1.NodePoolSpec{Type: "Cloud"}}
+	if err := c.Create(t.Context(), created); err != nil {
+		t.Fatal(err)
+	}
+	defer c.Delete(t.Context(), created)
+	if err := c.Get(t.Context(), client.ObjectKey{Name: "versions-old"}, &now); err != nil || now.Spec.Type != v1beta2.Cloud {
+		t.Errorf("created by v1alpha1: got %+v, %v", now.Spec, err)
+	}
+	// The rules hold in every version.
+	for text, want := range map[string]string{
+		`{"spec":{"type":"Edge"}}`: "spec.type and spec.hostNetwork cannot change",
+		`{"spec":{"type":"Moon"}}`: "want Edge or Cloud",
+		`{"metadata":{"annotations":{"nodepool.openyurt.io/hostnetwork":"true"}}}`: "spec.hostNetwork",
+		`{"spec":{"labels":{"a":"b c"}}}`:                                          "spec.labels: keys are",
+	} {
+		err := c.Patch(t.Context(), created, client.RawPatch("application/merge-patch+json", []byte(text)))
+		if err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s by v1alpha1: got %v, want %q", text, err, want)
+		}
+	}
+}
+
+func TestNodeJoinsMovesAndLeaves(t *testing.T) {
+	c := theCluster(t)
+	first := c.pool(t, "first", v1beta2.NodePoolSpec{
+		Labels: map[string]string{"site": "one"}, Annotations: map[string]string{"note": "one"},
+		Taints: []corev1.Taint{{Key: "site", Value: "one", Effect: corev1.TaintEffectNoSchedule}},
+	})
+	second := c.pool(t, "second", v1beta2.NodePoolSpec{HostNetwork: true, Labels: map[string]string{"tier": "two"}})
+	c.node(t, "mover", "first", "10.9.1.1")
+	wears := func(what string, want map[string]string, note string, taints ...string) {
+		t.Helper()
+		await(t, what, func() error {
+			n := c.get(t, "mover")
+			got := map[string]string{}
+			for _, k := range []string{"site", "tier", "mine", apps.HostNetworkLabel} {
+				if v, ok := n.Labels[k]; ok {
+					got[k] = v
+				}
+			}
+			var have []string
+			for _, taint := range n.Spec.Taints {
+				have = append(have, taint.ToString())
+			}
+			if !maps.Equal(got, want) || n.Annotations["note"] != note || !slices.Equal(have, taints) {
+				return fmt.Errorf("labels %v, note %q, taints %v", got, n.Annotations["note"], have)
+			}
+			return nil
+		})
+	}
+	counts := func(pool *v1beta2.NodePool, ready, unready int32, nodes ...string) {
+		t.Helper()
+		await(t, "status of "+pool.Name, func() error {
+			var p v1beta2.NodePool
+			if err := c.Get(t.Context(), client.ObjectKeyFromObject(pool), &p); err != nil {
+				return err
+			}
+			if s := p.Status; s.ReadyNodeNum != ready || s.UnreadyNodeNum != unready || !slices.Equal(s.Nodes, nodes) {
+				return fmt.Errorf("got %+v", s)
+			}
+			return nil
+		})
+	}
+	wears("joins", map[string]string{"site": "one"}, "one", "site=one:NoSchedule")
+	counts(first, 1, 0, "mover")
+
+	c.label(t, "mover", "mine", "yes")
+	c.patch(t, first, `{"spec":{"labels":{"site":"uno"},"taints":null}}`)
+	wears("follows the pool", map[string]string{"site": "uno", "mine": "yes"}, "one")
+
+	if err := c.Delete(t.Context(), first); err == nil || !strings.Contains(err.Error(), "pool first has 1 nodes, mover first") {
+		t.Errorf("deletion of a pool with a node: got %v", err)
+	}
+	c.patch(t, first, `{"metadata":{"labels":{"only":"first"}}}`)
+	if err := c.DeleteAllOf(t.Context(), &v1beta2.NodePool{}, client.MatchingLabels{"only": "first"}); err == nil {
+		t.Error("a pool with a node was deleted with its like")
+	}
+
+	c.label(t, "mover", apps.NodePoolLabel, "second")
+	wears("moves", map[string]string{"tier": "two", apps.HostNetworkLabel: "true", "mine": "yes"}, "")
+	counts(first, 0, 0)
+	counts(second, 1, 0, "mover")
+
+	c.condition(t, "mover", corev1.NodeReady, corev1.ConditionFalse)
+	counts(second, 0, 1, "mover")
+	c.condition(t, "mover", corev1.NodeReady, corev1.ConditionTrue)
+
+	c.label(t, "mover", apps.NodePoolLabel, "")
+	wears("leaves", map[string]string{"mine": "yes"}, "")
+	if _, ok := c.get(t, "mover").Annotations[apps.PreviousAttributes]; ok {
+		t.Error("a node in no pool remembers one")
+	}
+	counts(second, 0, 0)
+}
+
+func TestLeaders(t *testing.T) {
+	c := theCluster(t)
+	const name = "led"
+	pool := c.pool(t, name, v1beta2.NodePoolSpec{InterConnectivity: true})
+	c.node(t, "led-1", name, "10.9.2.1")
+	c.node(t, "led-2", name, "10.9.2.2")
+	c.node(t, "led-3", name, "10.9.2.3")
+	c.label(t, "led-3", apps.EdgeWorkerLabel, "false")
+	led := func(what, leaders, elect string, ready corev1.ConditionStatus) {
+		t.Helper()
+		await(t, what, func() error {
+			var p v1beta2.NodePool
+			if err := c.Get(t.Context(), client.ObjectKeyFromObject(pool), &p); err != nil {
+				return err
+			}
+			var got []string
+			for _, l := range p.Status.LeaderEndpoints {
+				got = append(got, l.NodeName+"/"+l.Address)
+			}
+			slices.Sort(got)
+			status := corev1.ConditionStatus("")
+			for _, condition := range p.Status.Conditions {
+				status = condition.Status
+			}
+			var told corev1.ConfigMap
+			if err := c.Get(t.Context(), client.ObjectKey{Namespace: namespace, Name: "leader-hub-" + name}, &told); err != nil {
+				return err
+			}
+			want := map[string]string{
+				"leaders": leaders, "pool-scoped-metadata": "/v1/services,discovery.k8s.io/v1/endpointslices",
+				"interconnectivity": "true", "enable-leader-election": elect,
+			}
+			if strings.Join(got, ",") != leaders || int(p.Status.LeaderNum) != len(got) || status != ready || !maps.Equal(told.Data, want) {
+				return fmt.Errorf("status %+v, ConfigMap %v", p.Status, told.Data)
+			}
+			if told.Labels[apps.ConfigMapNameLabel] != told.Name || !metav1.IsControlledBy(&told, &p) {
+				return fmt.Errorf("ConfigMap's labels %v, owners %v", told.Labels, told.OwnerReferences)
+			}
+			return nil
+		})
+	}
+	led("no election", "", "false", "")
+	c.patch(t, pool, `{"spec":{"enableLeaderElection":true,"leaderReplicas":2}}`)
+	led("random", "led-1/10.9.2.1,led-2/10.9.2.2", "true", corev1.ConditionTrue)
+	c.condition(t, "led-2", "YurtHubLinkReady", corev1.ConditionFalse)
+	led("a hub without a link", "led-1/10.9.2.1", "true", corev1.ConditionTrue)
+	c.condition(t, "led-2", "YurtHubLinkReady", corev1.ConditionTrue)
+	led("it has one again", "led-1/10.9.2.1,led-2/10.9.2.2", "true", corev1.ConditionTrue)
+	c.patch(t, pool, `{"spec":{"leaderElectionStrategy":"mark","leaderNodeLabelSelector":{"kubernetes.io/hostname":"led-2"}}}`)
+	led("mark", "led-2/10.9.2.2", "true", corev1.ConditionTrue)
+	c.patch(t, pool, `{"spec":{"leaderNodeLabelSelector":{"kubernetes.io/hostname":"none"}}}`)
+	led("nobody is marked", "", "true", corev1.ConditionFalse)
+	c.patch(t, pool, `{"spec":{"enableLeaderElection":false}}`)
+	led("switched off", "", "false", "")
+
+	// The ConfigMap comes back as it was, label and all.
+	told := &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: "leader-hub-" + name}}
+	c.patch(t, told, `{"metadata":{"labels":null},"data":{"leaders":"evil/1.2.3.4"}}`)
+	led("tampered with", "", "false", "")
+
+	for _, n := range []string{"led-1", "led-2", "led-3"} {
+		c.label(t, n, apps.NodePoolLabel, "")
+	}
+	await(t, "delete pool", func() error { return c.Delete(t.Context(), pool) })
+	await(t, "the ConfigMap goes", func() error {
+		if err := c.Get(t.Context(), client.ObjectKeyFromObject(told), told); !apierrors.IsNotFound(err) {
+			return fmt.Errorf("got %w", err)
+		}
+		return nil
+	})
+}
+
+func TestMultiplexerRole(t *testing.T) {
+	c := theCluster(t)
+	rules := func(what string, want ...string) {
+		t.Helper()
+		await(t, what, func() error {
+			var role rbacv1.ClusterRole
+			if err := c.Get(t.Context(), client.ObjectKey{Name: "yurt-hub-multiplexer"}, &role); err != nil {
+				return err
+			}
+			var got []string
+			for _, r := range role.Rules {
+				got = append(got, fmt.Sprint(r.APIGroups, r.Resources, r.Verbs))
+			}
+			if !slices.Equal(got, want) {
+				return fmt.Errorf("got %q, want %q", got, want)
+			}
+			return nil
+		})
+	}
+	const services, slicesRule = "[] [services] [list watch]", "[discovery.k8s.io] [endpointslices] [list watch]"
+	c.pool(t, "shares-1", v1beta2.NodePoolSpec{})
+	rules("one pool", services, slicesRule)
+	more := c.pool(t, "shares-2", v1beta2.NodePoolSpec{PoolScopeMetadata: []metav1.GroupVersionResource{
+		{Version: "v1", Resource: "services"}, {Group: "discovery.k8s.io", Version: "v1", Resource: "endpoints"},
+	}})
+	rules("two pools", services, "[discovery.k8s.io] [endpoints endpointslices] [list watch]")
+	if err := c.Delete(t.Context(), more); err != nil {
+		t.Fatal(err)
+	}
+	rules("one went", services, slicesRule)
+	c.patch(t, &rbacv1.ClusterRole{ObjectMeta: metav1.ObjectMeta{Name: "yurt-hub-multiplexer"}},
+		`{"rules":[{"apiGroups":[""],"resources":["secrets"],"verbs":["list"]}]}`)
+	rules("tampered with", services, slicesRule)
+}
+
+func TestBuckets(t *testing.T) {
+	c := theCluster(t)
+	pool := c.pool(t, "bucketed", v1beta2.NodePoolSpec{})
+	for i := range 3 {
+		c.node(t, fmt.Sprintf("bucketed-%d", i), "bucketed", "10.9.3.1")
+	}
+	hold := func(what string, want ...string) {
+		t.Helper()
+		await(t, what, func() error {
+			var list v1alpha1.NodeBucketList
+			if err := c.List(t.Context(), &list, client.MatchingLabels{apps.PoolNameLabel: "bucketed"}); err != nil {
+				return err
+			}
+			var got []string
+			for _, b := range list.Items {
+				if !metav1.IsControlledBy(&b, pool) || int(b.NumNodes) != len(b.Nodes) || len(b.Nodes) > 2 {
+					return fmt.Errorf("bucket %+v", b)
+				}
+				for _, n := range b.Nodes {
+					got = append(got, n.Name)
+				}
+			}
+			slices.Sort(got)
+			if !slices.Equal(got, want) {
+				return fmt.Errorf("got %v, want %v", got, want)
+			}
+			return nil
+		})
+	}
+	hold("three nodes, two a bucket", "bucketed-0", "bucketed-1", "bucketed-2")
+	c.label(t, "bucketed-1", apps.NodePoolLabel, "")
+	hold("one leaves", "bucketed-0", "bucketed-2")
+	c.label(t, "bucketed-0", apps.NodePoolLabel, "")
+	c.label(t, "bucketed-2", apps.NodePoolLabel, "")
+	hold("all leave")
+}
+
+func TestPodsAreBound(t *testing.T) {
+	c := theCluster(t)
+	c.node(t, "binder", "", "10.9.4.1")
+	pod := &corev1.Pod{
+		ObjectMeta: metav1.ObjectMeta{Namespace: "default", Name: "bound"},
+		Spec:       corev1.PodSpec{NodeName: "binder", Containers: []corev1.Container{{Name: "a", Image: "b"}}},
+	}
+	await(t, "pod is made", func() error { return c.Create(t.Context(), pod) })
+	defer c.Delete(t.Context(), pod, client.GracePeriodSeconds(0))
+	tolerates := func(what string, want string) {
+		t.Helper()
+		await(t, what, func() error {
+			var p corev1.Pod
+			if err := c.Get(t.Context(), client.ObjectKeyFromObject(pod), &p); err != nil {
+				return err
+			}
+			if len(p.Spec.Containers) != 1 || p.Spec.Containers[0].Image != "b" {
+				t.Fatalf("the pod lost something: %+v", p.Spec)
+			}
+			var got []string
+			for _, tol := range p.Spec.Tolerations {
+				seconds := "for ever"
+				if tol.TolerationSeconds != nil {
+					seconds = fmt.Sprint(*tol.TolerationSeconds)
+				}
+				got = append(got, seconds)
+			}
+			if strings.Join(got, ",") != want {
+				return fmt.Errorf("got %v, want %s", got, want)
+			}
+			return nil
+		})
+	}
+	annotate := func(text string) {
+		c.patch(t, &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "binder"}}, `{"metadata":{"annotations":`+text+`}}`)
+	}
+	tolerates("as Kubernetes makes it", "300,300")
+	annotate(`{"node.openyurt.io/autonomy-duration":"2h"}`)
+	tolerates("for two hours", "7200,7200")
+	annotate(`{"node.openyurt.io/autonomy-duration":"0s"}`)
+	tolerates("for ever", "for ever,for ever")
+	annotate(`{"node.openyurt.io/autonomy-duration":"soon"}`)
+	await(t, "an event names the bad annotation", func() error {
+		out, err := c.cp.Kubectl(t.Context(), "get", "events", "-n", "default", "--field-selector=reason=BadAutonomy")
+		if err == nil && !strings.Contains(out, `="soon" is no duration`) {
+			err = errors.New(out)
+		}
+		return err
+	})
+	annotate(`{"node.openyurt.io/autonomy-duration":null,"node.beta.openyurt.io/autonomy":"true"}`)
+	tolerates("the older annotation", "for ever,for ever")
+	annotate(`{"node.beta.openyurt.io/autonomy":null}`)
+	tolerates("as it was", "300,300")
+}
+
+// TestNodesCannotForge has a node write what the manager acts upon.
+func TestNodesCannotForge(t *testing.T) {
+	c := theCluster(t)
+	c.pool(t, "forge", v1beta2.NodePoolSpec{})
+	c.node(t, "forger", "forge", "10.9.5.1")
+	node := c.as(t, "system:node:forger", "system:nodes", "system:authenticated")
+	for what, text := range map[string]string{
+		"is written by yurt-manager only":         `{"metadata":{"annotations":{"nodepool.openyurt.io/previous-attributes":"{\"taints\":[]}"}}}`,
+		"a node cannot change its pool by itself": `{"metadata":{"labels":{"apps.openyurt.io/nodepool":"other"}}}`,
+	} {
+		n := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "forger"}}
+		patch := client.RawPatch("application/merge-patch+json", []byte(text))
+		if err := node.Patch(t.Context(), n, patch); err == nil || !strings.Contains(err.Error(), what) {
+			t.Errorf("patch: got %v, want %q", err, what)
+		}
+		if err := node.Status().Patch(t.Context(), n, patch); err == nil || !strings.Contains(err.Error(), what) {
+			t.Errorf("patch of status: got %v, want %q", err, what)
+		}
+	}
+	n := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "forger"}}
+	err := node.Status().Patch(t.Context(), n, client.RawPatch("application/merge-patch+json", []byte(`{"metadata":{"annotations":{"a":"b"}}}`)))
+	if err != nil {
+		t.Errorf("a node's own annotation: %v", err)
+	}
+}
+
+func (c *cluster) bundle(t *testing.T) *x509.CertPool {
+	t.Helper()
+	var secret corev1.Secret
+	if err := c.Get(t.Context(), client.ObjectKey{Namespace: namespace, Name: webhookcert.Secret}, &secret); err != nil {
+		t.Fatal(err)
+	}
+	pool := x509.NewCertPool()
+	if !pool.AppendCertsFromPEM(secret.Data["ca.crt"]) {
+		t.Fatal("no bundle in the Secret")
+	}
+	return pool
+}
+
+func TestReplicasServeAlike(t *testing.T) {
+	c := theCluster(t)
+	for _, p := range c.managers {
+		await(t, "ready", func() error { return ok("http://" + p.health + "/readyz") })
+		conn, err := tls.Dial("tcp", p.webhook, &tls.Config{RootCAs: c.bundle(t)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := conn.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+func ok(url string) error {
+	resp, err := http.Get(url)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		return errors.New(resp.Status)
+	}
+	return nil
+}
+
+func TestMetricsAreForWhoMay(t *testing.T) {
+	c := theCluster(t)
+	await(t, "ready", func() error { return ok("http://" + c.managers[0].health + "/readyz") })
+	err := c.cp.Apply(t.Context(), `
+{apiVersion: v1, kind: ServiceAccount, metadata: {name: scraper, namespace: default}}
+---
+{apiVersion: rbac.authorization.k8s.io/v1, kind: ClusterRole, metadata: {name: scraper}, rules: [{nonResourceURLs: [/metrics], verbs: [get]}]}
+---
+{apiVersion: rbac.authorization.k8s.io/v1, kind: ClusterRoleBinding, metadata: {name: scraper}, roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: scraper}, subjects: [{kind: ServiceAccount, name: scraper, namespace: default}]}
+`)
+	if err != nil {
+		t.Fatal(err)
+	}
+	token := func(namespace, name string) string {
+		out, err := c.cp.Kubectl(t.Context(), "create", "token", "-n", namespace, name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return strings.TrimSpace(out)
+	}
+	http := &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: c.bundle(t)}}}
+	defer http.CloseIdleConnections()
+	for _, tc := range []struct {
+		token string
+		want  int
+	}{{"", 401}, {"nonsense", 500}, {token("default", "default"), 403}, {token("default", "scraper"), 200}} {
+		req, err := newRequest(t, "https://"+c.managers[0].metrics+"/metrics", tc.token)
+		if err != nil {
+			t.Fatal(err)
+		}
+		resp, err := http.Do(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		body, err := io.ReadAll(resp.Body)
+		resp.Body.Close()
+		if err != nil || resp.StatusCode != tc.want || tc.want == 200 != strings.Contains(string(body), "controller_runtime_reconcile_total") {
+			t.Errorf("got %s, %v, want %d", resp.Status, err, tc.want)
+		}
+	}
+}
+
+func newRequest(t *testing.T, url, token string) (*http.Request, error) {
+	req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, url, nil)
+	if err == nil && token != "" {
+		req.Header.Set("Authorization", "Bearer "+token)
+	}
+	return req, err
+}
+
+// TestLeastPrivilege asks the API server what each account may. That it is
+// enough, the other tests show: the managers run with these accounts.
+func TestLeastPrivilege(t *testing.T) {
+	c := theCluster(t)
+	verbs := []string{"get", "list", "watch", "create", "update", "patch", "delete", "deletecollection", "impersonate", "escalate", "bind", "approve", "sign"}
+	resources := []schema.GroupResource{
+		{Resource: "nodes"},
+		{Resource: "nodes/status"},
+		{Resource: "pods"},
+		{Resource: "pods/exec"},
+		{Resource: "secrets"},
+		{Resource: "configmaps"},
+		{Resource: "serviceaccounts"},
+		{Resource: "serviceaccounts/token"},
+		{Resource: "users"},
+		{Resource: "groups"},
+		{Resource: "events"},
+		{Resource: "services"},
+		{Group: "apps.openyurt.io", Resource: "nodepools"},
+		{Group: "apps.openyurt.io", Resource: "nodepools/status"},
+		{Group: "apps.openyurt.io", Resource: "nodebuckets"},
+		{Group: rbacv1.GroupName, Resource: "clusterroles"},
+		{Group: rbacv1.GroupName, Resource: "clusterrolebindings"},
+		{Group: rbacv1.GroupName, Resource: "roles"},
+		{Group: "certificates.k8s.io", Resource: "certificatesigningrequests"},
+		{Group: "certificates.k8s.io", Resource: "certificatesigningrequests/approval"},
+		{Group: "certificates.k8s.io", Resource: "signers"},
+		{Group: "apps", Resource: "deployments"},
+		{Group: "coordination.k8s.io", Resource: "leases"},
+		{Group: "apiextensions.k8s.io", Resource: "customresourcedefinitions"},
+		{Group: "authentication.k8s.io", Resource: "tokenreviews"},
+	}
+	// By account: verb, resource, and the name where only one is allowed.
+	// Where there is an @, it is in that namespace only.
+	want := map[string][]string{
+		"yurt-manager-csr-approver-controller":    {"update certificatesigningrequests/approval", "approve signers kubernetes.io/kubelet-serving"},
+		"yurt-manager-hubleader-controller":       {"patch nodepools/status"},
+		"yurt-manager-hubleaderconfig-controller": {"create configmaps @kube-system", "patch configmaps @kube-system"},
+		"yurt-manager-hubleaderrbac-controller":   {"create clusterroles yurt-hub-multiplexer", "patch clusterroles yurt-hub-multiplexer", "escalate clusterroles yurt-hub-multiplexer"},
+		"yurt-manager-node-bucket-controller":     {"create nodebuckets", "update nodebuckets", "delete nodebuckets"},
+		"yurt-manager-nodepool-controller":        {"patch nodes", "patch nodepools/status"},
+		"yurt-manager-pod-binding-controller":     {"patch pods"},
+		"yurt-manager-webhook-controller":         {"create secrets @kube-system", "update secrets yurt-manager-webhook-certs @kube-system", "patch customresourcedefinitions nodepools.apps.openyurt.io"},
+		"yurt-manager": {
+			"list nodes", "watch nodes", "list pods", "watch pods", "list nodepools", "watch nodepools", "list nodebuckets", "watch nodebuckets",
+			"list certificatesigningrequests", "watch certificatesigningrequests", "list clusterroles yurt-hub-multiplexer", "watch clusterroles yurt-hub-multiplexer",
+			"list customresourcedefinitions nodepools.apps.openyurt.io", "watch customresourcedefinitions nodepools.apps.openyurt.io", "create tokenreviews",
+			"list configmaps @kube-system", "watch configmaps @kube-system",
+			"list secrets yurt-manager-webhook-certs @kube-system", "watch secrets yurt-manager-webhook-certs @kube-system",
+			"impersonate serviceaccounts yurt-manager-nodepool-controller @kube-system",
+			"create leases @kube-system", "get leases yurt-manager @kube-system", "update leases yurt-manager @kube-system",
+			"create events @kube-system", "patch events @kube-system", "create events @default", "patch events @default",
+			"list services kubernetes @default", "watch services kubernetes @default",
+		},
+	}
+	if len(want) != len(parts)+2 {
+		t.Errorf("%d accounts, want %d", len(want), len(parts)+2)
+	}
+	names := []string{"", "yurt-hub-multiplexer", "yurt-manager", "yurt-manager-nodepool-controller", "kubernetes", webhookcert.Definition, webhookcert.Secret, "kubernetes.io/kubelet-serving"}
+	for account, allowed := range want {
+		t.Run(account, func(t *testing.T) {
+			granted, err := c.grants(t, account)
+			if err != nil {
+				t.Fatal(err)
+			}
+			var got []string
+			for _, verb := range verbs {
+				for _, r := range resources {
+					for _, ns := range []string{"", "kube-system", "default"} {
+						for _, name := range names {
+							// What is granted more widely is said there.
+							wider := name != "" && granted(ns, verb, r, "") || ns != "" && granted("", verb, r, name)
+							if granted(ns, verb, r, name) && !wider {
+								got = append(got, strings.TrimSpace(strings.Join(strings.Fields(verb+" "+r.Resource+" "+name+" "+at(ns)), " ")))
+							}
+						}
+					}
+				}
+			}
+			slices.Sort(got)
+			slices.Sort(allowed)
+			if !slices.Equal(got, allowed) {
+				t.Errorf("got  %q\nwant %q", got, allowed)
+			}
+		})
+	}
+}
+
+// grants returns what RBAC grants an account in a namespace; in none is what it
+// grants in all.
+func (c *cluster) grants(t *testing.T, account string) (func(ns, verb string, r schema.GroupResource, name string) bool, error) {
+	rules := map[string][]authorizationv1.ResourceRule{}
+	for _, ns := range []string{"", namespace, "default"} {
+		review := &authorizationv1.SelfSubjectRulesReview{Spec: authorizationv1.SelfSubjectRulesReviewSpec{Namespace: cmp.Or(ns, "nowhere")}}
+		if err := c.as(t, "system:serviceaccount:"+namespace+":"+account).Create(t.Context(), review); err != nil {
+			return nil, err
+		}
+		rules[ns] = review.Status.ResourceRules
+	}
+	has := func(list []string, what string) bool {
+		return slices.Contains(list, what) || slices.Contains(list, "*")
+	}
+	return func(ns, verb string, r schema.GroupResource, name string) bool {
+		return slices.ContainsFunc(rules[ns], func(rule authorizationv1.ResourceRule) bool {
+			return has(rule.Verbs, verb) && has(rule.APIGroups, r.Group) && has(rule.Resources, r.Resource) &&
+				(len(rule.ResourceNames) == 0 || name != "" && slices.Contains(rule.ResourceNames, name))
+		})
+	}, nil
+}
+
+func at(ns string) string {
+	if ns == "" {
+		return ""
+	}
+	return "@" + ns
+}
+
+// TestFailover kills the replica that works.
+func TestFailover(t *testing.T) {
+	c := theCluster(t)
+	holder := func() string {
+		var lease coordinationv1.Lease
+		if err := c.Get(t.Context(), client.ObjectKey{Namespace: namespace, Name: "yurt-manager"}, &lease); err != nil || lease.Spec.HolderIdentity == nil {
+			return ""
+		}
+		return *lease.Spec.HolderIdentity
+	}
+	await(t, "one leads", func() error {
+		if holder() == "" {
+			return errors.New("nobody")
+		}
+		return nil
+	})
+	before := holder()
+	leader := slices.IndexFunc(c.managers, func(p *process) bool { return p.leads(t) })
+	if leader < 0 {
+		t.Fatal("no replica says that it leads")
+	}
+	c.managers[leader].kill()
+	defer func() {
+		if err := c.managers[leader].start(); err != nil {
+			t.Error(err)
+		}
+	}()
+	c.pool(t, "after", v1beta2.NodePoolSpec{})
+	c.node(t, "after-1", "after", "10.9.6.1")
+	await(t, "the other works", func() error {
+		var p v1beta2.NodePool
+		if err := c.Get(t.Context(), client.ObjectKey{Name: "after"}, &p); err != nil {
+			return err
+		}
+		if p.Status.ReadyNodeNum != 1 {
+			return fmt.Errorf("status %+v", p.Status)
+		}
+		return nil
+	})
+	if now := holder(); now == before {
+		t.Errorf("%s still holds the lease", now)
+	}
+}

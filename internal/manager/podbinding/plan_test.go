@@ -1,0 +1,92 @@
+package podbinding
+
+import (
+	"fmt"
+	"reflect"
+	"strings"
+	"testing"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/yurt-edge/yurt/api/apps"
+)
+
+func TestBindingOf(t *testing.T) {
+	for _, tc := range []struct{ key, value, want string }{
+		{apps.AutonomyDuration, "2h", "7200"},
+		{apps.AutonomyDuration, "0s", "ever"},
+		{apps.AutonomyDuration, "0", "ever"},
+		{apps.AutonomyDuration, "-1s", "error"},
+		{apps.AutonomyDuration, "soon", "error"},
+		{apps.AutonomyDuration, "", "error"},
+		{apps.Autonomy, "true", "ever"},
+		{apps.Autonomy, "false", "not"},
+		{apps.Binding, "true", "ever"},
+		{"other", "true", "not"},
+	} {
+		b, err := bindingOf(&corev1.Node{ObjectMeta: metav1.ObjectMeta{Annotations: map[string]string{tc.key: tc.value}}})
+		got := "ever"
+		switch {
+		case err != nil:
+			got = "error"
+			if !strings.Contains(err.Error(), tc.key) || !strings.Contains(err.Error(), "0s for ever") {
+				t.Errorf("%v names not the annotation and what it takes", err)
+			}
+		case !b.bound:
+			got = "not"
+		case b.seconds != nil:
+			got = fmt.Sprint(*b.seconds)
+		}
+		if got != tc.want {
+			t.Errorf("%s=%s: got %s, want %s", tc.key, tc.value, got, tc.want)
+		}
+	}
+}
+
+//go:fix inline
+func seconds(n int64) *int64 { return new(n) }
+
+func TestBindAndBack(t *testing.T) {
+	pod := &corev1.Pod{Spec: corev1.PodSpec{Tolerations: []corev1.Toleration{
+		{Key: corev1.TaintNodeNotReady, Effect: corev1.TaintEffectNoExecute, TolerationSeconds: seconds(300)},
+		{Key: corev1.TaintNodeUnreachable, Effect: corev1.TaintEffectNoExecute, TolerationSeconds: seconds(60)},
+		{Key: corev1.TaintNodeUnreachable, Effect: corev1.TaintEffectNoSchedule},
+		{Key: "other", Effect: corev1.TaintEffectNoExecute, TolerationSeconds: seconds(5)},
+	}}}
+	was := pod.DeepCopy()
+	times := func() string {
+		var out []string
+		for _, tol := range pod.Spec.Tolerations {
+			if tol.TolerationSeconds == nil {
+				out = append(out, "ever")
+			} else {
+				out = append(out, fmt.Sprint(*tol.TolerationSeconds))
+			}
+		}
+		return strings.Join(out, " ")
+	}
+	for _, tc := range []struct {
+		b    binding
+		want string
+	}{
+		{binding{bound: true, seconds: seconds(7200)}, "7200 7200 ever 5"},
+		{binding{bound: true}, "ever ever ever 5"},
+		{binding{bound: true, seconds: seconds(10)}, "10 10 ever 5"},
+		{binding{}, "300 60 ever 5"},
+	} {
+		if !bind(pod, tc.b) || times() != tc.want {
+			t.Errorf("%+v: got %s, want %s", tc.b, times(), tc.want)
+		}
+		if bind(pod, tc.b) {
+			t.Errorf("%+v: changed twice", tc.b)
+		}
+	}
+	if !reflect.DeepEqual(pod.Spec, was.Spec) || len(pod.Annotations) > 0 {
+		t.Errorf("got %+v, want it as it was", pod)
+	}
+	own := &corev1.Pod{Spec: corev1.PodSpec{Tolerations: []corev1.Toleration{{Key: corev1.TaintNodeNotReady, Effect: corev1.TaintEffectNoExecute}}}}
+	if bind(own, binding{bound: true, seconds: seconds(1)}) {
+		t.Error("a pod that tolerates for ever was shortened")
+	}
+}
