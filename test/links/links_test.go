@@ -112,7 +112,7 @@ func TestBadLinks(t *testing.T) {
 				soon = 8 * time.Second
 			}
 			switch illness {
-			case bed.HalfOpen, bed.Narrow:
+			case bed.HalfOpen:
 				most = 0
 			case bed.Flapping:
 				most = 5 // the first losses are taken at their word
