@@ -43,7 +43,7 @@ func (h *Hub) keepNeeds(ctx context.Context) error {
 		again := time.After(needsEvery)
 		if slice, ok := h.replica.Held(pods); ok {
 			changed = slice.Changed()
-			if err := h.hold(held); err != nil {
+			if err := h.hold(held); err != nil { //nolint:contextcheck // a scope outlives whoever asked for it
 				h.log.Warn("what pods need is not all held", "err", err)
 			} else {
 				again = nil

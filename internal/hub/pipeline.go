@@ -175,8 +175,7 @@ func (h *Hub) route(w http.ResponseWriter, r *http.Request) {
 func (h *Hub) nodeRoute(info request.Info) func(http.ResponseWriter, *http.Request, link.Credential) {
 	group, resource := info.Resource.Group, info.Resource.Resource
 	switch {
-	case group == "coordination.k8s.io" && resource == "leases" &&
-		info.Namespace == "kube-node-lease" && (info.Name == h.cfg.NodeName || info.Verb == "create"):
+	case h.isOwnLease(info):
 		return h.lease
 	case group == "" && resource == "serviceaccounts" && info.Subresource == "token" && info.Verb == "create":
 		return h.token
@@ -194,6 +193,11 @@ func (h *Hub) nodeRoute(info request.Info) func(http.ResponseWriter, *http.Reque
 		return h.event
 	}
 	return nil
+}
+
+func (h *Hub) isOwnLease(info request.Info) bool {
+	return info.Resource.Group == "coordination.k8s.io" && info.Resource.Resource == "leases" &&
+		info.Namespace == "kube-node-lease" && (info.Name == h.cfg.NodeName || info.Verb == "create")
 }
 
 func writesCSINode(info request.Info) bool {

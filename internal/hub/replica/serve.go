@@ -782,10 +782,11 @@ func (w *watcher) follow(ctx context.Context, start watchStart, end <-chan time.
 			if e.position <= start.after && !e.local {
 				continue
 			}
-			if typ, shown := e.as(w.slice.match); typ != "" {
-				if err := w.send(typ, shown.object, shown); err != nil {
-					return err
-				}
+			sent, err := w.show(e)
+			if err != nil {
+				return err
+			}
+			if sent {
 				told = e.position
 			}
 		}
@@ -800,25 +801,39 @@ func (w *watcher) follow(ctx context.Context, start watchStart, end <-chan time.
 		if err := w.out.flush(); err != nil {
 			return err
 		}
+		ticks := bookmarks.C
+		if !w.bookmarks {
+			ticks = nil
+		}
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-end:
 			return nil
 		case <-changed:
-		case <-bookmarks.C:
-			if !w.bookmarks {
-				continue
-			}
-			s.mu.Lock()
-			behind := s.window.next != seq
-			version = s.version
-			s.mu.Unlock()
-			if !behind {
+		case <-ticks:
+			if version, ok := s.reached(seq); ok {
 				if err := w.bookmark(version, false); err != nil {
 					return err
 				}
+				told = version
 			}
 		}
 	}
+}
+
+// reached returns the set's version if there is no event from seq on.
+func (s *set) reached(seq uint64) (version uint64, ok bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.version, s.window.next == seq
+}
+
+// show sends an event if the watcher's selection is concerned.
+func (w *watcher) show(e *event) (sent bool, err error) {
+	typ, shown := e.as(w.slice.match)
+	if typ == "" {
+		return false, nil
+	}
+	return true, w.send(typ, shown.object, shown)
 }
