@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net/http"
+	"slices"
 	"strconv"
 	"time"
 
@@ -763,15 +764,7 @@ func (w *watcher) follow(ctx context.Context, start watchStart, end <-chan time.
 		s.mu.Unlock()
 	}()
 	for {
-		s.mu.Lock()
-		events, ok := s.window.from(seq)
-		events = append([]*event(nil), events...)
-		changed := s.changed
-		s.window.taken[w] = s.window.next
-		s.window.trim()
-		ok = ok && s.synced && s.recalls == start.calls && s.window.tells(start.after, start.seq)
-		version := s.version
-		s.mu.Unlock()
+		events, version, changed, ok := w.next(seq, start)
 		if !ok {
 			// Too far behind, or wanted with a new credential: the client
 			// comes back.
@@ -820,6 +813,21 @@ func (w *watcher) follow(ctx context.Context, start watchStart, end <-chan time.
 			}
 		}
 	}
+}
+
+// next returns the events from seq on, the version that they lead to, and a
+// channel that is closed when there are more. It reports false when the
+// watcher cannot go on.
+func (w *watcher) next(seq uint64, start watchStart) (events []*event, version uint64, changed <-chan struct{}, ok bool) {
+	s := w.slice.stream.set
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	events, ok = s.window.from(seq)
+	s.window.taken[w] = s.window.next
+	ok = ok && s.synced && s.recalls == start.calls && s.window.tells(start.after, start.seq)
+	events = slices.Clone(events)
+	s.window.trim()
+	return events, s.version, s.changed, ok
 }
 
 // reached returns the set's version if there is no event from seq on.
