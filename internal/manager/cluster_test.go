@@ -15,6 +15,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/go-logr/logr"
 	authenticationv1 "k8s.io/api/authentication/v1"
 	coordinationv1 "k8s.io/api/coordination/v1"
 	corev1 "k8s.io/api/core/v1"
@@ -22,6 +23,7 @@ import (
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
+	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/yaml"
 
@@ -59,6 +61,7 @@ var (
 )
 
 func TestMain(m *testing.M) {
+	ctrl.SetLogger(logr.Discard()) // of the tests' own clients
 	code := m.Run()
 	if shared != nil {
 		shared.stop()
@@ -155,7 +158,12 @@ func (c *cluster) install(ctx context.Context, t testing.TB, webhookPort int) er
 		}
 		docs = append(docs, string(text))
 	}
-	return c.cp.Apply(ctx, strings.Join(docs, "\n---\n"))
+	if err := c.cp.Apply(ctx, strings.Join(docs, "\n---\n")); err != nil {
+		return err
+	}
+	// A reflector that meets a type that is not served yet waits ever longer.
+	_, err := c.cp.Kubectl(ctx, "wait", "--for=condition=Established", "--all", "--timeout=60s", "customresourcedefinitions")
+	return err
 }
 
 func (c *cluster) startManager(ports []int) error {

@@ -44,15 +44,12 @@ func TestBindingOf(t *testing.T) {
 	}
 }
 
-//go:fix inline
-func seconds(n int64) *int64 { return new(n) }
-
 func TestBindAndBack(t *testing.T) {
 	pod := &corev1.Pod{Spec: corev1.PodSpec{Tolerations: []corev1.Toleration{
-		{Key: corev1.TaintNodeNotReady, Effect: corev1.TaintEffectNoExecute, TolerationSeconds: seconds(300)},
-		{Key: corev1.TaintNodeUnreachable, Effect: corev1.TaintEffectNoExecute, TolerationSeconds: seconds(60)},
+		{Key: corev1.TaintNodeNotReady, Effect: corev1.TaintEffectNoExecute, TolerationSeconds: new(int64(300))},
+		{Key: corev1.TaintNodeUnreachable, Effect: corev1.TaintEffectNoExecute, TolerationSeconds: new(int64(60))},
 		{Key: corev1.TaintNodeUnreachable, Effect: corev1.TaintEffectNoSchedule},
-		{Key: "other", Effect: corev1.TaintEffectNoExecute, TolerationSeconds: seconds(5)},
+		{Key: "other", Effect: corev1.TaintEffectNoExecute, TolerationSeconds: new(int64(5))},
 	}}}
 	was := pod.DeepCopy()
 	times := func() string {
@@ -70,9 +67,9 @@ func TestBindAndBack(t *testing.T) {
 		b    binding
 		want string
 	}{
-		{binding{bound: true, seconds: seconds(7200)}, "7200 7200 ever 5"},
+		{binding{bound: true, seconds: new(int64(7200))}, "7200 7200 ever 5"},
 		{binding{bound: true}, "ever ever ever 5"},
-		{binding{bound: true, seconds: seconds(10)}, "10 10 ever 5"},
+		{binding{bound: true, seconds: new(int64(10))}, "10 10 ever 5"},
 		{binding{}, "300 60 ever 5"},
 	} {
 		if !bind(pod, tc.b) || times() != tc.want {
@@ -86,7 +83,7 @@ func TestBindAndBack(t *testing.T) {
 		t.Errorf("got %+v, want it as it was", pod)
 	}
 	own := &corev1.Pod{Spec: corev1.PodSpec{Tolerations: []corev1.Toleration{{Key: corev1.TaintNodeNotReady, Effect: corev1.TaintEffectNoExecute}}}}
-	if bind(own, binding{bound: true, seconds: seconds(1)}) {
+	if bind(own, binding{bound: true, seconds: new(int64(1))}) {
 		t.Error("a pod that tolerates for ever was shortened")
 	}
 }
