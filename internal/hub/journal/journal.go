@@ -48,7 +48,8 @@ const (
 	// everybody for a moment.
 	deniedAfter = 30 * time.Second
 	// keepTaken is how long an overlay waits for the replica to catch up
-	// with what the cloud took. The object may have left the replica.
+	// with what the cloud took, or let go. The object may have left the
+	// replica.
 	keepTaken = 10 * time.Minute
 )
 
@@ -368,10 +369,13 @@ func (j *Journal) Run(ctx context.Context) error {
 			j.cfg.Log.Info("journal waits", "err", err)
 			again = time.After(retryEvery)
 		}
+		tidy := j.forgetLate()
 		for waiting := true; waiting; {
 			select {
 			case <-ctx.Done():
 				return nil
+			case <-tidy:
+				tidy = j.forgetLate()
 			case <-again:
 				waiting = false
 			case <-j.wake:

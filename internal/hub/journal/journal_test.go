@@ -50,7 +50,8 @@ type cloud struct {
 	up      chan struct{}
 	version int
 	pods    map[string]*corev1.Pod
-	frames  []byte // of all changes, for watches
+	frames  []byte         // of all changes, for watches
+	ends    map[string]int // of the frames, by resource version
 	changed chan struct{}
 	cuts    chan struct{}
 	asked   []string // "METHOD path" of all writes
@@ -62,7 +63,7 @@ type cloud struct {
 
 func newCloud(t *testing.T) *cloud {
 	c := &cloud{
-		t: t, version: 10, pods: map[string]*corev1.Pod{}, changed: make(chan struct{}), cuts: make(chan struct{}),
+		t: t, version: 10, pods: map[string]*corev1.Pod{}, changed: make(chan struct{}), cuts: make(chan struct{}), ends: map[string]int{},
 		events: map[string]map[string]any{}, up: make(chan struct{}),
 	}
 	close(c.up)
@@ -121,6 +122,7 @@ func (c *cloud) set(typ string, pod *corev1.Pod) {
 		delete(c.pods, key)
 	}
 	c.frames = wire.AppendEvent(c.frames, wire.Protobuf, typ, "v1", "Pod", data)
+	c.ends[pod.ResourceVersion] = len(c.frames)
 	close(c.changed)
 	c.changed = make(chan struct{})
 }
@@ -165,9 +167,7 @@ func (c *cloud) RoundTrip(r *http.Request) (*http.Response, error) {
 	switch q := r.URL.Query(); {
 	case q.Get("watch") != "":
 		body := &watchBody{cloud: c, ctx: r.Context(), cuts: c.cuts}
-		if q.Get("resourceVersion") == fmt.Sprint(c.version) {
-			body.sent = len(c.frames)
-		} // else all of it again, of which the replica takes what is new
+		body.sent = c.ends[q.Get("resourceVersion")]
 		return &http.Response{
 			StatusCode: http.StatusOK, Header: http.Header{"Content-Type": {"application/vnd.kubernetes.protobuf;stream=watch"}}, Body: body,
 		}, nil
@@ -561,7 +561,7 @@ func TestStatusOfWhatIsGoneIsDropped(t *testing.T) {
 				b.mustPatch("a", `{"phase":"Running"}`)
 				c.meanwhile(b)
 				b.cloud.heal()
-				pass(time.Minute)
+				pass(2 * keepTaken)
 				b.depth(0, 0)
 				if got := b.cloud.writes(); len(got) != c.writes {
 					t.Errorf("writes %q", got)

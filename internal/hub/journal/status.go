@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"math"
 	"net/http"
 	"time"
 
@@ -40,6 +41,9 @@ type statusEntry struct {
 	version uint64
 	taken   time.Time // when the cloud took it
 }
+
+// untilGone is a version that the object will not have.
+const untilGone = math.MaxUint64
 
 func (e *statusEntry) delivered() bool { return e.version != 0 }
 
@@ -268,11 +272,13 @@ func (j *Journal) Overlay(r schema.GroupVersionResource, key string, k replica.K
 		return nil, false
 	}
 	meta, err := wire.ReadMeta(wire.Protobuf, base, false)
-	if err != nil || meta.UID != e.UID {
+	if err != nil {
 		return nil, false
 	}
 	if !e.covers(&meta) {
-		delete(j.status, t) // the replica has caught up
+		if e.delivered() {
+			delete(j.status, t) // the replica has caught up
+		}
 		return nil, false
 	}
 	return setStatus(base, e.Status), true
@@ -322,6 +328,11 @@ func (j *Journal) deliverStatus(ctx context.Context, e *statusEntry) error {
 		// bring anything back.
 		j.cfg.Log.Info("status dropped", "object", t.String(), "code", code)
 		j.drop("status", http.StatusText(code))
+		if code == http.StatusNotFound || code == http.StatusConflict {
+			// Nobody shall see the cloud's last status of it between the
+			// node's and its end.
+			return j.settle(ctx, e, untilGone)
+		}
 		return j.settle(ctx, e, 0)
 	}
 	return refusal("status of "+t.String(), code, body)
@@ -423,16 +434,33 @@ func (j *Journal) settle(ctx context.Context, e *statusEntry, version uint64) er
 		taken.version, taken.taken = version, time.Now()
 		j.status[t] = &taken
 	}
+	j.mu.Unlock()
+	j.refresh(t)
+	return nil
+}
+
+// forgetLate ends overlays that waited for the replica long enough. The
+// channel tells when to look again; it is nil when none is left.
+func (j *Journal) forgetLate() <-chan time.Time {
+	j.mu.Lock()
 	var late []target
-	for other, e := range j.status {
-		if e.delivered() && time.Since(e.taken) > keepTaken {
-			delete(j.status, other)
-			late = append(late, other)
+	left := false
+	for t, e := range j.status {
+		switch {
+		case !e.delivered():
+		case time.Since(e.taken) >= keepTaken:
+			delete(j.status, t)
+			late = append(late, t)
+		default:
+			left = true
 		}
 	}
 	j.mu.Unlock()
-	for _, t := range append(late, t) {
+	for _, t := range late {
 		j.refresh(t)
 	}
-	return nil
+	if !left {
+		return nil
+	}
+	return time.After(keepTaken)
 }

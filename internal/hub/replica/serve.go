@@ -548,6 +548,10 @@ type watchStart struct {
 	seq   uint64
 	after uint64   // events at or below this version are not sent
 	shown []*event // overlays, which have no version of their own
+	// ahead is set for a client that has seen more than the set holds: it was
+	// served by a hub that died before that was on disk. What the set overlays
+	// may be gone by then, and is shown once the set is where the client is.
+	ahead bool
 }
 
 // Watch answers a watch until the client goes, its time is over or it falls
@@ -639,7 +643,17 @@ func (sl *Slice) startOf(ctx context.Context, info request.Info) (watchStart, er
 	if !ok {
 		return watchStart{}, fmt.Errorf("%s: %w: %d (%d)", s.id, ErrExpired, version, s.window.start)
 	}
-	start := watchStart{seq: seq, after: version, calls: s.recalls}
+	start := watchStart{seq: seq, after: version, calls: s.recalls, ahead: version > s.version}
+	if !start.ahead {
+		start.shown = s.overlaidLocked()
+	}
+	return start, nil
+}
+
+// overlaidLocked are events that show what stands in place of the cloud's
+// objects.
+func (s *set) overlaidLocked() []*event {
+	var out []*event
 	for key := range s.bases {
 		e, ok := s.index.Get(key)
 		if !ok {
@@ -650,9 +664,9 @@ func (sl *Slice) startOf(ctx context.Context, info request.Info) (watchStart, er
 		if err != nil {
 			continue
 		}
-		start.shown = append(start.shown, newEvent(watch.Modified, key, &meta, &meta, s.kind, data))
+		out = append(out, newEvent(watch.Modified, key, &meta, &meta, s.kind, data))
 	}
-	return start, nil
+	return out
 }
 
 // watcher sends a slice's events to one client.
@@ -660,6 +674,7 @@ type watcher struct {
 	slice     *Slice
 	out       *writer
 	bookmarks bool
+	ahead     bool // see watchStart
 	scratch   []byte
 	tables    int // tables sent: only the first names its columns
 }
@@ -682,7 +697,15 @@ func (w *watcher) initial(ctx context.Context, start watchStart) error {
 			}
 		}
 	}
-	for _, e := range start.shown {
+	if err := w.overlay(start.shown); err != nil {
+		return err
+	}
+	return w.out.flush()
+}
+
+// overlay sends what stands in place of the cloud's objects.
+func (w *watcher) overlay(shown []*event) error {
+	for _, e := range shown {
 		// The client may have seen the object as the cloud has it, or under
 		// another overlay.
 		typ := watch.Modified
@@ -697,7 +720,7 @@ func (w *watcher) initial(ctx context.Context, start watchStart) error {
 			return err
 		}
 	}
-	return w.out.flush()
+	return nil
 }
 
 // send encodes one event. e carries the JSON form that other watchers may
@@ -756,6 +779,7 @@ func (s *set) insideGap(version uint64) bool {
 
 func (w *watcher) follow(ctx context.Context, start watchStart, end <-chan time.Time) error {
 	s, seq, told := w.slice.stream.set, start.seq, start.after
+	w.ahead = start.ahead
 	bookmarks := time.NewTicker(bookmarkEvery - rand.N(bookmarkEvery/4))
 	defer bookmarks.Stop()
 	defer func() {
@@ -764,7 +788,7 @@ func (w *watcher) follow(ctx context.Context, start watchStart, end <-chan time.
 		s.mu.Unlock()
 	}()
 	for {
-		events, version, changed, ok := w.next(seq, start)
+		events, shown, version, changed, ok := w.next(seq, start)
 		if !ok {
 			// Too far behind, or wanted with a new credential: the client
 			// comes back.
@@ -772,7 +796,7 @@ func (w *watcher) follow(ctx context.Context, start watchStart, end <-chan time.
 		}
 		for _, e := range events {
 			seq = e.seq + 1
-			if e.position <= start.after && !e.local {
+			if e.position <= start.after && (!e.local || w.ahead) {
 				continue
 			}
 			sent, err := w.show(e)
@@ -782,6 +806,10 @@ func (w *watcher) follow(ctx context.Context, start watchStart, end <-chan time.
 			if sent {
 				told = e.position
 			}
+		}
+		w.ahead = w.ahead && version < start.after
+		if err := w.overlay(shown); err != nil {
+			return err
 		}
 		if w.bookmarks && s.insideGap(told) {
 			// It has all that the relist found. Without this it would come
@@ -805,7 +833,7 @@ func (w *watcher) follow(ctx context.Context, start watchStart, end <-chan time.
 			return nil
 		case <-changed:
 		case <-ticks:
-			if version, ok := s.reached(seq); ok {
+			if version, ok := s.reached(seq); ok && !w.ahead {
 				if err := w.bookmark(version, false); err != nil {
 					return err
 				}
@@ -815,10 +843,10 @@ func (w *watcher) follow(ctx context.Context, start watchStart, end <-chan time.
 	}
 }
 
-// next returns the events from seq on, the version that they lead to, and a
-// channel that is closed when there are more. It reports false when the
-// watcher cannot go on.
-func (w *watcher) next(seq uint64, start watchStart) (events []*event, version uint64, changed <-chan struct{}, ok bool) {
+// next returns the events from seq on, the overlays for a client that is no
+// longer ahead then, the version that this leads to, and a channel that is
+// closed when there are more. It reports false when the watcher cannot go on.
+func (w *watcher) next(seq uint64, start watchStart) (events, shown []*event, version uint64, changed <-chan struct{}, ok bool) {
 	s := w.slice.stream.set
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -827,7 +855,10 @@ func (w *watcher) next(seq uint64, start watchStart) (events []*event, version u
 	ok = ok && s.synced && s.recalls == start.calls && s.window.tells(start.after, start.seq)
 	events = slices.Clone(events)
 	s.window.trim()
-	return events, s.version, s.changed, ok
+	if w.ahead && s.version >= start.after {
+		shown = s.overlaidLocked()
+	}
+	return events, shown, s.version, s.changed, ok
 }
 
 // reached returns the set's version if there is no event from seq on.
