@@ -187,7 +187,7 @@ func (h *Hub) nodeRoute(info request.Info) func(http.ResponseWriter, *http.Reque
 		return h.patchStatus
 	case info.Verb == "create" && isReview(info):
 		return h.review
-	case isEvent(info) && (info.Verb == "create" || info.Verb == "patch"):
+	case writesEvent(info):
 		// The node's own only: what is journalled is delivered with its
 		// credential, which is lent to nobody.
 		return h.event
@@ -209,6 +209,10 @@ func isReview(info request.Info) bool {
 	group, resource := info.Resource.Group, info.Resource.Resource
 	return group == "authorization.k8s.io" && resource == "subjectaccessreviews" ||
 		group == "authentication.k8s.io" && resource == "tokenreviews"
+}
+
+func writesEvent(info request.Info) bool {
+	return isEvent(info) && (info.Verb == "create" || info.Verb == "patch")
 }
 
 func isEvent(info request.Info) bool {

@@ -450,8 +450,8 @@ type Slice struct {
 	match  matcher
 }
 
-// Held returns the slice if a synced scope covers it. The narrowest and
-// freshest of them is taken.
+// Held returns the slice if a synced scope covers it: the very scope, else the
+// node's own before a borrowed one, else the freshest.
 func (r *Replica) Held(scope Scope) (*Slice, bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -464,12 +464,20 @@ func (r *Replica) Held(scope Scope) (*Slice, bool) {
 		if !wide.covers(scope) || !st.set.isSynced() {
 			continue
 		}
-		if best == nil || best.stream.set.at() < st.set.at() {
+		if best == nil || st.set.better(best.stream.set) {
 			m, _ := newMatcher(wide, scope)
 			best = &Slice{stream: st, scope: scope, match: m}
 		}
 	}
 	return best, best != nil
+}
+
+// better compares two sets that cover the same; see Object.better.
+func (s *set) better(than *set) bool {
+	if a, b := s.isBorrowed(), than.isBorrowed(); a != b {
+		return b
+	}
+	return s.at() > than.at()
 }
 
 func (s *set) isSynced() bool {

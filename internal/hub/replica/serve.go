@@ -242,10 +242,7 @@ func (r *Replica) Get(info request.Info, least uint64) (*Object, error) {
 		case err != nil:
 			return nil, err
 		case held:
-			// Several scopes may hold it; the one that follows the cloud
-			// best knows it best.
-			if found == nil || (!found.Current() && obj.Current()) ||
-				(found.Current() == obj.Current() && obj.Version > found.Version) {
+			if found == nil || obj.better(found) {
 				found = obj
 			}
 		case s.scope.covers(scope) && (absent == nil || absent.Borrowed()):
@@ -261,6 +258,19 @@ func (r *Replica) Get(info request.Info, least uint64) (*Object, error) {
 		return absent, apierrors.NewNotFound(info.Resource.GroupResource(), info.Name)
 	}
 	return nil, fmt.Errorf("%s: %w", info, ErrNotHeld)
+}
+
+// better compares two scopes that hold the object. The one that follows the
+// cloud knows it best. Else the node's own counts: what came by the right of
+// a pod must not stand between the kubelet and its pods.
+func (o *Object) better(than *Object) bool {
+	if a, b := o.Current(), than.Current(); a != b {
+		return a
+	}
+	if a, b := o.Borrowed(), than.Borrowed(); a != b {
+		return b
+	}
+	return o.Version > than.Version
 }
 
 func (s *set) get(key string, least uint64) (*Object, bool, error) {
