@@ -308,6 +308,10 @@ func (h *Hub) build() error {
 	h.pinned = []replica.Scope{
 		{Resource: podsResource, Fields: "spec.nodeName=" + cfg.NodeName},
 		{Resource: nodesResource, Fields: "metadata.name=" + cfg.NodeName},
+		// The kubelet starts no container before it has seen the first.
+		{Resource: schema.GroupVersionResource{Version: "v1", Resource: "services"}, Fields: "spec.clusterIP!=None"},
+		{Resource: schema.GroupVersionResource{Group: "node.k8s.io", Version: "v1", Resource: "runtimeclasses"}},
+		{Resource: schema.GroupVersionResource{Group: "storage.k8s.io", Version: "v1", Resource: "csidrivers"}},
 	}
 	for _, r := range cfg.Pinned {
 		h.pinned = append(h.pinned, replica.Scope{Resource: r})
