@@ -886,6 +886,8 @@ func ownRequest(e auditEvent) error {
 		"list pods", "watch pods", "list nodes", "watch nodes", // its own scopes
 		"patch nodes", "create events", "patch events", // its conditions
 		"list services", "watch services", "list endpointslices", "watch endpointslices",
+		"list runtimeclasses", "watch runtimeclasses", "list csidrivers", "watch csidrivers", "get csinodes", // for the kubelet
+		"list configmaps", "watch configmaps", // of the node's pods
 		"create certificatesigningrequests", "get certificatesigningrequests",
 		"list certificatesigningrequests", "watch certificatesigningrequests",
 		"get csinodes", "list configmaps", "watch configmaps", // what its kubelet and its pods need
