@@ -787,6 +787,25 @@ func (s *set) insideGap(version uint64) bool {
 	return !s.window.tells(version, 0)
 }
 
+// changes sends what is new to a client that has seen everything up to a
+// version; while it is ahead of the set, no overlays. It returns the position
+// of the last event that was sent.
+func (w *watcher) changes(events []*event, after uint64) (told uint64, err error) {
+	for _, e := range events {
+		if e.position <= after && (!e.local || w.ahead) {
+			continue
+		}
+		sent, err := w.show(e)
+		if err != nil {
+			return told, err
+		}
+		if sent {
+			told = e.position
+		}
+	}
+	return told, nil
+}
+
 func (w *watcher) follow(ctx context.Context, start watchStart, end <-chan time.Time) error {
 	s, seq, told := w.slice.stream.set, start.seq, start.after
 	w.ahead = start.ahead
@@ -804,23 +823,15 @@ func (w *watcher) follow(ctx context.Context, start watchStart, end <-chan time.
 			// comes back.
 			return nil
 		}
-		for _, e := range events {
-			seq = e.seq + 1
-			if e.position <= start.after && (!e.local || w.ahead) {
-				continue
-			}
-			sent, err := w.show(e)
-			if err != nil {
-				return err
-			}
-			if sent {
-				told = e.position
-			}
+		if len(events) > 0 {
+			seq = events[len(events)-1].seq + 1
 		}
+		last, err := w.changes(events, start.after)
 		w.ahead = w.ahead && version < start.after
-		if err := w.overlay(shown); err != nil {
+		if err = errors.Join(err, w.overlay(shown)); err != nil {
 			return err
 		}
+		told = max(told, last)
 		if w.bookmarks && s.insideGap(told) {
 			// It has all that the relist found. Without this it would come
 			// back with a version from the midst of it and have to list.
