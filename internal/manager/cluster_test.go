@@ -242,7 +242,7 @@ func await(t *testing.T, what string, check func() error) {
 	t.Helper()
 	tick := time.NewTicker(50 * time.Millisecond)
 	defer tick.Stop()
-	deadline := time.After(45 * time.Second)
+	deadline := time.After(2 * time.Minute)
 	for {
 		err := check()
 		if err == nil {
