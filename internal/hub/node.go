@@ -213,7 +213,10 @@ func (h *Hub) patchStatus(w http.ResponseWriter, r *http.Request, as link.Creden
 		return
 	}
 	patchType := types.PatchType(strings.TrimSpace(strings.Split(r.Header.Get("Content-Type"), ";")[0]))
-	data, err := h.journal.PatchStatus(r.Context(), info.Resource, patchType, body, current)
+	var data []byte
+	if err = current.Persist(r.Context()); err == nil {
+		data, err = h.journal.PatchStatus(r.Context(), info.Resource, patchType, body, current)
+	}
 	if err != nil {
 		httpx.WriteStatus(w, r, statusOf(err))
 		return

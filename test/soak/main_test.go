@@ -67,6 +67,7 @@ subjects: [{kind: ServiceAccount, name: pod, namespace: soak}]
 type world struct {
 	*bed.Bed
 	admin *kubernetes.Clientset
+	least float64 // goroutines of the hub, when fewest were seen
 }
 
 var shared *world // set by TestMain
@@ -274,7 +275,7 @@ func (w *world) measure(ctx context.Context, token string) (vitals, error) {
 	v.heap /= 1e6
 	// What the work left behind ends within moments: goroutines that serve
 	// connections just closed, on a busy machine. A leak does not end.
-	rest, tick := time.Now().Add(restBudget), time.NewTicker(100*time.Millisecond)
+	deadline, tick := time.Now().Add(restBudget), time.NewTicker(100*time.Millisecond)
 	defer tick.Stop()
 	for {
 		if text, err = health(ctx, "/metrics"); err != nil {
@@ -284,7 +285,7 @@ func (w *world) measure(ctx context.Context, token string) (vitals, error) {
 		if w.least == 0 || v.goroutines < w.least {
 			w.least = v.goroutines
 		}
-		if v.goroutines <= w.least*1.1 || time.Now().After(rest) {
+		if v.goroutines <= w.least*1.1 || time.Now().After(deadline) {
 			break
 		}
 		select {

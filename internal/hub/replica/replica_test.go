@@ -88,6 +88,35 @@ func TestEmptyScope(t *testing.T) {
 	}
 }
 
+// TestPersist: what is acknowledged of an object must find it after a crash.
+func TestPersist(t *testing.T) {
+	for _, persist := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			b := newBed(t, nil)
+			defer func() { b.stop() }()
+			b.sync(configMaps)
+			b.cloud.put("configmaps", "ns", "young", "1", nil)
+			synctest.Wait()
+			_, info := ask(t, "/api/v1/namespaces/ns/configmaps/young")
+			obj, err := b.Get(info, 0)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if persist {
+				if err := obj.Persist(t.Context()); err != nil {
+					t.Fatal(err)
+				}
+			}
+			b.cloud.cut()
+			b.crash()
+			b.open()
+			if _, err := b.Get(info, 0); (err == nil) != persist {
+				t.Errorf("persisted: %t; after the crash: %v", persist, err)
+			}
+		})
+	}
+}
+
 // TestWhoSawSomeOfAGapIsToldOfItsEnd is about a watcher that a relist shows
 // some change of, but not the last: it may come back as if nothing had been.
 func TestWhoSawSomeOfAGapIsToldOfItsEnd(t *testing.T) {

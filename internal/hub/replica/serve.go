@@ -219,6 +219,20 @@ type Object struct {
 	set *set
 }
 
+// Persist returns once the slice that the object was read from is on disk. It
+// costs nothing when that is so already. What is said of an object must not
+// outlive the object.
+func (o *Object) Persist(ctx context.Context) error {
+	// A flush that is on the way may be the one.
+	o.set.flushing.Lock()
+	due := o.set.due(false)
+	o.set.flushing.Unlock()
+	if !due {
+		return nil
+	}
+	return o.set.flush(ctx)
+}
+
 // Get returns the object that a get asks for. The error is ErrNotHeld, a
 // NotFound status when the replica knows that there is none, or ErrAhead
 // when what it holds is older than min.
