@@ -14,6 +14,7 @@ RACE    ?= ./internal/...
 # How long `make fuzz` runs each target, and how often `make torture` kills.
 FUZZTIME  ?= 10s
 CYCLES    ?= 10000
+# Tests run one package at a time: many of them measure, and share two cores.
 # Extra flags for `make test`, for example TESTFLAGS=-v.
 TESTFLAGS ?=
 export YURT_CACHE ?= $(CURDIR)/.cache
@@ -28,7 +29,7 @@ demo: setup ## Set up this machine, then lose a link and a node, and show that p
 	bin/yurtadm playground demo
 
 test: setup ## Set up this machine, then run every test.
-	go test -count=1 -p 2 -timeout 45m $(TESTFLAGS) ./...
+	go test -count=1 -p 1 -timeout 45m $(TESTFLAGS) ./...
 
 check: lint race ## Linters, go vet, race tests and repository rules.
 	go vet ./...
