@@ -309,7 +309,7 @@ func (w *world) measure(ctx context.Context, token string) (vitals, error) {
 }
 
 // restBudget is how long a measurement waits for the hub to come to rest.
-const restBudget = 5 * time.Second
+const restBudget = 2 * time.Second
 
 // read takes the figures that are in the hub's metrics.
 func (v *vitals) read(metrics string) {

@@ -107,6 +107,11 @@ func Resolve(r *http.Request) (Info, error) {
 	if !info.Reads() {
 		return info, nil
 	}
+	if r.Method != http.MethodGet && r.Method != http.MethodHead {
+		// Whatever is sent below /watch/ is called a watch.
+		info.Verb = strings.ToLower(r.Method)
+		return info, nil
+	}
 	info.Options = opts
 	if malformed != nil {
 		return info, malformed

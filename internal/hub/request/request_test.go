@@ -132,6 +132,7 @@ func FuzzResolve(f *testing.F) {
 	f.Add("GET", "/api/v1/namespaces/ns/pods/a", "watch=true&labelSelector=a%3Db", "")
 	f.Add("GET", "/apis/apps/v1/watch/deployments", "fieldSelector=metadata.name%3Da&resourceVersion=5", "upgrade")
 	f.Add("PATCH", "/api/v1/nodes/n/status", "", "")
+	f.Add("POST", "/api/v1/watch/pods", "", "")
 	f.Add("GET", "/api//v1///", "limit=-1&continue=x", "")
 	f.Fuzz(func(t *testing.T, method, path, query, connection string) {
 		r := &http.Request{Method: method, URL: &url.URL{Path: path, RawQuery: query}, Header: http.Header{"Connection": {connection}}}
