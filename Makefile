@@ -20,7 +20,7 @@ TESTFLAGS ?=
 export YURT_CACHE ?= $(CURDIR)/.cache
 
 # No target is a file: Go and the playground know what is up to date.
-.PHONY: help demo test check lint race e2e test-skew fuzz torture bench soak bin fmt vuln bin/controlplane packages setup generate verify clean
+.PHONY: help demo test check lint race e2e test-skew conform-skew fuzz torture bench soak bin fmt vuln bin/controlplane packages setup generate verify clean
 
 help: ## Show this list.
 	@awk -F ':.*## ' '/^[a-z0-9\/-]+:.*## / {printf "  %-17s %s\n", $$1, $$2}' Makefile
@@ -50,9 +50,11 @@ race: packages ## Run RACE (./internal/... unless given) under the race detector
 e2e: setup ## Run the scenarios on a playground.
 	go test -count=1 -timeout 45m $(TESTFLAGS) ./test/e2e/...
 
-test-skew: setup ## Conformance and cuts with an older kubelet, and with an older API server.
+test-skew: setup ## Cuts with an older kubelet, and with an older API server.
 	YURT_KUBELET=1.34 go test -count=1 -timeout 20m $(TESTFLAGS) -run TestCuts ./test/e2e
 	YURT_KUBERNETES=1.35 YURT_KUBELET=1.35 go test -count=1 -timeout 20m $(TESTFLAGS) -run TestCuts ./test/e2e
+
+conform-skew: setup ## Conformance with an older API server.
 	YURT_KUBERNETES=1.35 go test -count=1 -timeout 20m $(TESTFLAGS) ./test/conform
 
 fuzz: ## Run every fuzz target for FUZZTIME (10s); what it finds goes to testdata/fuzz, to be kept.
