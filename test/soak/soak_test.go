@@ -30,7 +30,8 @@ var duration = flag.Duration("soak", 45*time.Second, "how long the soak lasts")
 // second half and the first says: a leak grows with time, noise does not.
 //
 // Goroutines of connections just closed come and go by dozens on a busy
-// machine; one that each round left behind would be hundreds. Scopes fill up to what one caller may hold, 64, and then make place.
+// machine; one that each round left behind would be hundreds. Scopes fill up
+// to what one caller may hold, 64, and then make place.
 var growth = map[string]float64{
 	"goroutines": 60, "live heap MB": 6, "descriptors": 10, "anonymous MB": 25, "scopes": 64, "disk MB": 8,
 }
