@@ -149,7 +149,11 @@ func (p *Patient) start(ctx context.Context, cloud *playground.ControlPlane, bin
 
 // Await repeats try until it succeeds, for at most half a minute.
 func Await(ctx context.Context, try func(context.Context) error) error {
-	const patience = 30 * time.Second
+	return Within(ctx, 30*time.Second, try)
+}
+
+// Within is Await with a patience of its own.
+func Within(ctx context.Context, patience time.Duration, try func(context.Context) error) error {
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	tick := time.NewTicker(20 * time.Millisecond)

@@ -284,13 +284,13 @@ func TestFirstSyncOverANarrowLink(t *testing.T) {
 		return err
 	}
 	begun := time.Now()
-	if err := bed.Await(t.Context(), synced); err != nil {
+	if err := bed.Within(t.Context(), 3*time.Minute, synced); err != nil { // 200 KB are half a minute alone
 		t.Fatal(err)
 	}
 	_, down := p.Link.Bytes()
 	t.Logf("synced %s after the start, %d bytes came", time.Since(begun), down)
-	// It came up; while its queue is full it may be lost once, no more.
-	if turns, err := p.Turns(); err != nil || turns > 3 {
+	// It came up, and a full queue is no cut.
+	if turns, err := p.Turns(); err != nil || turns > 1 {
 		t.Errorf("the state changed %d times (%v)", turns, err)
 	}
 }

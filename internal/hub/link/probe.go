@@ -243,7 +243,7 @@ func (l *Link) question(ctx context.Context, i int, raw net.Conn) (verdict, stri
 		cred = bearer
 	}
 	d := dialer{link: l, cred: cred, tickets: l.ticketsOf(cred)}
-	t, err := d.handshake(ctx, &conn{Conn: raw, traffic: &l.traffic[cred], link: l, heard: &l.servers[i].heard}, i, []string{"http/1.1"})
+	t, err := d.handshake(ctx, &conn{Conn: raw, traffic: &l.traffic[cred], link: l}, i, []string{"http/1.1"})
 	if err != nil {
 		return why(ctx, err)
 	}

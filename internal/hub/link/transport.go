@@ -281,7 +281,6 @@ func (d *dialer) dial(ctx context.Context, addr string, protos ...string) (net.C
 		_ = c.Close()
 		return nil, err
 	}
-	c.verified = true
 	return secured, nil
 }
 
@@ -351,16 +350,17 @@ func (l *Link) indexOf(addr string) int {
 	return 0 // unreachable: requests are only made to servers
 }
 
-// conn counts its bytes, and notes when the server was last heard.
+// conn counts its bytes, and notes when the server was last heard. The bytes of
+// a handshake count too: a link that many handshakes fill is no cut one, and a
+// stranger who answers is found out by a probe, whose own bytes do not count.
 type conn struct {
 	net.Conn
-	lanes    *lanes
-	entry    *closer
-	traffic  *Traffic
-	link     *Link
-	heard    *atomic.Int64
-	waiting  atomic.Int64 // since when something sent has no answer, since Link.begun; 0: nothing is
-	verified bool         // the handshake is done: bytes are the server's
+	lanes   *lanes
+	entry   *closer
+	traffic *Traffic
+	link    *Link
+	heard   *atomic.Int64 // nil: of a probe
+	waiting atomic.Int64  // since when something sent has no answer, since Link.begun; 0: nothing is
 }
 
 // waits reports whether the connection has waited for bytes for that long.
@@ -392,7 +392,7 @@ func (c *conn) Read(p []byte) (int, error) {
 	if n > 0 {
 		c.traffic.in.Add(int64(n))
 		c.waiting.Store(0)
-		if c.verified {
+		if c.heard != nil {
 			c.heard.Store(int64(time.Since(c.link.begun)))
 		}
 	}
