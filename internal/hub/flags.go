@@ -13,6 +13,7 @@ import (
 
 	"github.com/yurt-edge/yurt/internal/hub/cert"
 	"github.com/yurt-edge/yurt/internal/hub/link"
+	"github.com/yurt-edge/yurt/internal/hub/pool"
 	"github.com/yurt-edge/yurt/internal/report"
 )
 
@@ -28,6 +29,7 @@ type Flags struct {
 	insecure                              bool
 	runDir                                string
 	healthPort, proxyPort, insecurePort   int
+	poolPort                              int
 	decisionAge                           time.Duration
 	keys                                  keyFlags
 }
@@ -48,10 +50,11 @@ func (f *Flags) Add(fs *pflag.FlagSet) {
 	fs.IntVar(&f.proxyPort, "proxy-secure-port", 10268, "port of the HTTPS proxy")
 	fs.BoolVar(&f.insecure, "insecure-loopback", false, "serve plain HTTP at --proxy-port to processes of root on this node")
 	fs.IntVar(&f.insecurePort, "proxy-port", 10261, "port of the plain HTTP proxy, if --insecure-loopback is given")
+	fs.IntVar(&f.poolPort, "multiplexer-port", pool.DefaultPort, "port on the node's address for hubs of the same pool; alike in all of a pool")
 	fs.BoolVar(&f.dummy, "enable-dummy-if", true, "serve pods at --dummy-if-ip")
 	fs.StringVar(&f.dummyIP, "dummy-if-ip", "169.254.2.1", "link-local address at which pods reach the hub")
 	fs.StringVar(&f.dummyName, "dummy-if-name", "hub-dummy0", "interface of --dummy-if-ip; lo where the kernel has no dummy type")
-	fs.StringSliceVar(&f.nodeIPs, "node-ip", nil, "addresses of this node, for its server certificate")
+	fs.StringSliceVar(&f.nodeIPs, "node-ip", nil, "addresses of this node, for its server certificate; the first is where hubs of the same pool reach it (default: the Node's InternalIP)")
 	fs.StringSliceVar(&f.serviceIPs, "service-ip", nil, "addresses of the service default/kubernetes, for the server certificate")
 	fs.StringSliceVar(&f.pinned, "pool-scope-resources", []string{"v1/services", "discovery.k8s.io/v1/endpointslices"},
 		"resources that are always replicated, as [group/]version/resource")
@@ -126,6 +129,10 @@ func (f *Flags) listeners(cfg *Config) error {
 		}
 		cfg.InsecurePort = f.insecurePort
 	}
+	if f.poolPort < 1 || f.poolPort > 65535 {
+		return fmt.Errorf("--multiplexer-port %d is not a port: give one between 1 and 65535", f.poolPort)
+	}
+	cfg.PoolPort = f.poolPort
 	if !f.dummy || f.dummyIP == "" {
 		return nil
 	}

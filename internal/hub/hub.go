@@ -33,6 +33,7 @@ import (
 	"github.com/yurt-edge/yurt/internal/hub/journal"
 	"github.com/yurt-edge/yurt/internal/hub/keyring"
 	"github.com/yurt-edge/yurt/internal/hub/link"
+	"github.com/yurt-edge/yurt/internal/hub/pool"
 	"github.com/yurt-edge/yurt/internal/hub/replica"
 	"github.com/yurt-edge/yurt/internal/hub/store"
 )
@@ -93,6 +94,7 @@ type Config struct {
 	// InsecurePort is that of the plain HTTP proxy for root's processes on
 	// this node; 0: there is none.
 	InsecurePort int
+	PoolPort     int    // for hubs of the same pool, on the node's address: 10269
 	DummyIP      net.IP // where pods reach the hub; nil: nowhere
 	DummyName    string // interface that holds it, where the kernel has the type
 
@@ -138,6 +140,8 @@ type Hub struct {
 	metrics   *hubMetrics
 	pinned    []replica.Scope
 
+	pool *pool.Pool
+
 	about      self
 	conditions *condition.Writer
 
@@ -179,7 +183,7 @@ func Run(ctx context.Context, cfg Config) error {
 		h.clock.Run, h.certs.Run, h.link.Run, h.answers.run, h.announce, h.keepAddress, h.runEndpoints, h.keepNeeds,
 		h.reask, h.awaitDisk, h.beat,
 		h.certified(h.replica.Run), h.certified(h.journal.Run), h.certified(h.authn.Run), h.certified(h.follow),
-		h.certified(h.conditions.Run),
+		h.certified(h.conditions.Run), h.certified(h.pool.Run), h.keepPool,
 		daemon.Watchdog(h.log, h.alive),
 	}
 	for _, s := range servers {
@@ -321,6 +325,7 @@ func (h *Hub) build() error {
 			return err
 		}
 	}
+	h.pool = h.newPool()
 	h.about.link = h.link.State()
 	h.about.born = h.about.link.Since
 	h.conditions = h.newConditions()

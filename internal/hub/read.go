@@ -100,16 +100,20 @@ func (q *query) fallBack(cause error) {
 	case errors.Is(cause, replica.ErrExpired):
 		q.expired(cause)
 	case errors.Is(cause, replica.ErrAhead):
-		err := apierrors.NewTimeoutError("Too large resource version: "+cause.Error(), 1)
-		err.ErrStatus.Details.Causes = []metav1.StatusCause{{
-			Type: metav1.CauseTypeResourceVersionTooLarge, Message: "Too large resource version",
-		}}
-		httpx.WriteStatus(q.w, q.r, err)
+		httpx.WriteStatus(q.w, q.r, tooLarge(cause))
 	case errors.Is(cause, replica.ErrFormat):
 		httpx.WriteStatus(q.w, q.r, notAcceptable(cause))
 	default:
 		httpx.WriteStatus(q.w, q.r, q.hub.away(q.info))
 	}
+}
+
+func tooLarge(cause error) error {
+	err := apierrors.NewTimeoutError("Too large resource version: "+cause.Error(), 1)
+	err.ErrStatus.Details.Causes = []metav1.StatusCause{{
+		Type: metav1.CauseTypeResourceVersionTooLarge, Message: "Too large resource version",
+	}}
+	return err
 }
 
 func notAcceptable(cause error) error {

@@ -448,6 +448,15 @@ type Slice struct {
 	stream *stream
 	scope  Scope
 	match  matcher
+	base   bool // see Base
+}
+
+// Base returns the slice without overlays: nothing but what the cloud said,
+// for hubs of other nodes.
+func (sl *Slice) Base() *Slice {
+	out := *sl
+	out.base = true
+	return &out
 }
 
 // Held returns the slice if a synced scope covers it: the very scope, else the

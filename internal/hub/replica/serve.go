@@ -431,6 +431,7 @@ func (sl *Slice) List(w http.ResponseWriter, r *http.Request, formats []request.
 		return err
 	}
 	defer v.Close()
+	v.cloud = sl.base
 	f, err := chooseForm(r, v.kind, formats, request.Metadata)
 	if err != nil {
 		return err
@@ -508,7 +509,7 @@ func (sl *Slice) measure(v *view, f form) (matcher, int, error) {
 	if f.View == request.Whole && sl.match.byKey() {
 		v.index.Scan(func(key string, e *entry) bool {
 			if sl.match.matchesKey(key) {
-				size += wire.ItemSize(f.Encoding, e.size)
+				size += wire.ItemSize(f.Encoding, v.entry(key, e).size)
 			}
 			return true
 		})
@@ -653,6 +654,7 @@ func (sl *Slice) startOf(ctx context.Context, info request.Info) (watchStart, er
 		if err != nil {
 			return watchStart{}, err
 		}
+		v.cloud = sl.base
 		return watchStart{view: v, mark: list && opts.AllowWatchBookmarks, seq: v.seq, calls: v.recalls}, nil
 	}
 	s.mu.Lock()
@@ -668,7 +670,7 @@ func (sl *Slice) startOf(ctx context.Context, info request.Info) (watchStart, er
 		return watchStart{}, fmt.Errorf("%s: %w: %d (%d)", s.id, ErrExpired, version, s.window.start)
 	}
 	start := watchStart{seq: seq, after: version, calls: s.recalls, ahead: version > s.version}
-	if !start.ahead {
+	if !start.ahead && !sl.base {
 		start.shown = s.overlaidLocked()
 	}
 	return start, nil
@@ -806,7 +808,7 @@ func (s *set) insideGap(version uint64) bool {
 // of the last event that was sent.
 func (w *watcher) changes(events []*event, after uint64) (told uint64, err error) {
 	for _, e := range events {
-		if e.position <= after && (!e.local || w.ahead) {
+		if e.position <= after && (!e.local || w.ahead) || e.local && w.slice.base {
 			continue
 		}
 		sent, err := w.show(e)
@@ -890,7 +892,7 @@ func (w *watcher) next(seq uint64, start watchStart) (events, shown []*event, ve
 	ok = ok && s.synced && s.recalls == start.calls && s.window.tells(start.after, start.seq)
 	events = slices.Clone(events)
 	s.window.trim()
-	if w.ahead && s.version >= start.after {
+	if w.ahead && s.version >= start.after && !w.slice.base {
 		shown = s.overlaidLocked()
 	}
 	return events, shown, s.version, s.changed, ok
@@ -905,6 +907,9 @@ func (s *set) reached(seq uint64) (version uint64, ok bool) {
 
 // show sends an event if the watcher's selection is concerned.
 func (w *watcher) show(e *event) (sent bool, err error) {
+	if w.slice.base && e.base != nil {
+		e = e.base
+	}
 	typ, shown := e.as(w.slice.match)
 	if typ == "" {
 		return false, nil

@@ -305,12 +305,16 @@ func (s *set) applyLocked(typ watch.EventType, meta *wire.Meta, object []byte, v
 		s.moveLocked(version)
 		return
 	}
+	under, underOld := s.beneathLocked(key)
 	if typ == watch.Deleted {
 		prev, _, blind := s.keepLocked(key, base)
 		s.forgetLocked(key)
 		s.moveLocked(version)
 		e := newEvent(typ, key, meta, prev, s.kind, object)
 		e.blind = blind
+		if under != nil {
+			e.base = newEvent(typ, key, meta, under, s.kind, object)
+		}
 		s.publishLocked(e)
 		return
 	}
@@ -324,8 +328,8 @@ func (s *set) applyLocked(typ watch.EventType, meta *wire.Meta, object []byte, v
 		if prev != nil && prev.UID != meta.UID {
 			// Deleted and made anew while nobody looked.
 			s.moveLocked(version)
-			s.publishGoneLocked(key, prev, old, meta.Version-1)
-			held, prev, old = false, nil, nil
+			s.publishGoneLocked(key, gone{prev, old, under, underOld}, meta.Version-1)
+			held, prev, old, under, underOld = false, nil, nil, nil, nil
 		}
 	}
 	s.dirty[key] = struct{}{}
@@ -337,13 +341,41 @@ func (s *set) applyLocked(typ watch.EventType, meta *wire.Meta, object []byte, v
 	}
 	e := newEntry(meta.Version, object)
 	s.index.Set(key, e)
-	if shown, shownMeta, ok := s.overlayLocked(key, e, object); ok {
+	var cloud *event
+	shown, shownMeta, overlaid := s.overlayLocked(key, e, object)
+	if overlaid || under != nil {
+		if under == nil {
+			under, underOld = prev, old
+		}
+		cloud = newEvent(typ, key, meta, under, s.kind, object)
+		cloud.blind = blind && under == nil
+		cloud.left = s.leftLocked(key, under, meta, underOld)
+	}
+	if overlaid {
 		object, meta = shown, shownMeta
 	}
 	ev := newEvent(typ, key, meta, prev, s.kind, object)
-	ev.blind = blind
+	ev.blind, ev.base = blind, cloud
 	ev.left = s.leftLocked(key, prev, meta, old)
 	s.publishLocked(ev)
+}
+
+// beneathLocked returns the cloud's last state of an object that an overlay
+// stands before; nil: none does, or it cannot be read.
+func (s *set) beneathLocked(key string) (*wire.Meta, []byte) {
+	base, ok := s.bases[key]
+	if !ok {
+		return nil, nil
+	}
+	object, err := s.readLocked(key, base)
+	if err != nil {
+		return nil, nil
+	}
+	meta, err := wire.ReadMeta(s.kind.Encoding, object, isPods(s.scope.Resource))
+	if err != nil {
+		return nil, nil
+	}
+	return &meta, object
 }
 
 // leftLocked returns the event for watchers whose selection an object left by
@@ -378,16 +410,30 @@ func (s *set) removeLocked(key string, version, shown uint64) {
 	if !ok {
 		return
 	}
-	prev, old, _ := s.keepLocked(key, base)
+	var last gone
+	last.under, last.underOld = s.beneathLocked(key)
+	last.prev, last.old, _ = s.keepLocked(key, base)
 	s.forgetLocked(key)
 	s.moveLocked(version)
-	s.publishGoneLocked(key, prev, old, shown)
+	s.publishGoneLocked(key, last, shown)
 }
 
-func (s *set) publishGoneLocked(key string, prev *wire.Meta, old []byte, shown uint64) {
-	if e := s.goneLocked(key, prev, old, shown); e != nil {
-		s.publishLocked(e)
+// gone is the last state of an object that is no more: as local readers saw
+// it, and as the cloud had it where that is something else.
+type gone struct {
+	prev     *wire.Meta
+	old      []byte
+	under    *wire.Meta
+	underOld []byte
+}
+
+func (s *set) publishGoneLocked(key string, last gone, shown uint64) {
+	e := s.goneLocked(key, last.prev, last.old, shown)
+	if e == nil {
+		return
 	}
+	e.base = s.goneLocked(key, last.under, last.underOld, shown)
+	s.publishLocked(e)
 }
 
 // goneLocked returns the DELETED event of what stood at key. Nil: it was
@@ -648,6 +694,16 @@ type view struct {
 	seq     uint64 // the first event that is not in the view
 	recalls uint64 // of the set
 	contact time.Time
+	bases   map[string]*entry // of the set: the cloud's entries beneath overlays
+	cloud   bool              // shows those
+}
+
+// entry returns the entry that the view shows where the index has e.
+func (v *view) entry(key string, e *entry) *entry {
+	if base, ok := v.bases[key]; ok && v.cloud {
+		return base
+	}
+	return e
 }
 
 var (
@@ -668,6 +724,7 @@ func (s *set) view() (*view, error) {
 	return &view{
 		set: s, index: s.index.Copy(), kind: s.kind,
 		version: s.version, seq: s.window.next, recalls: s.recalls, contact: s.contact,
+		bases: maps.Clone(s.bases),
 	}, nil
 }
 
@@ -695,6 +752,7 @@ func (v *view) each(m matcher, fn func(key string, e *entry, data []byte) error)
 		if m.byKey() && !m.matchesKey(key) {
 			return true
 		}
+		e = v.entry(key, e)
 		if buf, err = v.set.read(buf[:0], key, e); err != nil {
 			return false
 		}

@@ -42,6 +42,9 @@ type event struct {
 	object   []byte     // object data; for DELETED the last state
 	local    bool       // an overlay came or went: no version tells of it
 
+	// base is the event as it is without overlays, for peers; nil: the same.
+	base *event
+
 	// left is what a watcher gets whose selection the object left: DELETED
 	// with the state before, under the new version. Nil when no selection
 	// can tell the two states apart.
@@ -66,6 +69,9 @@ func (e *event) size() int {
 	n := eventBytes + len(e.object)
 	if e.left != nil {
 		n += len(e.left.object)
+	}
+	if e.base != nil {
+		n += e.base.size()
 	}
 	return n
 }

@@ -1,0 +1,257 @@
+package hub
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"slices"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/apimachinery/pkg/apis/meta/internalversion/validation"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime/schema"
+
+	"github.com/yurt-edge/yurt/api/apps"
+	"github.com/yurt-edge/yurt/api/apps/v1beta2"
+	"github.com/yurt-edge/yurt/internal/hub/pool"
+	"github.com/yurt-edge/yurt/internal/hub/replica"
+	"github.com/yurt-edge/yurt/internal/hub/request"
+)
+
+const (
+	// poolEvery is how often it is looked whether the node and its pool are
+	// known yet, and how long changes of them are gathered.
+	poolEvery = time.Second
+	// shareBudget is how long a peer waits for a scope that this hub does not
+	// hold yet.
+	shareBudget = 10 * time.Second
+)
+
+var poolsResource = schema.GroupVersionResource{
+	Group: v1beta2.GroupVersion.Group, Version: v1beta2.GroupVersion.Version, Resource: "nodepools",
+}
+
+func (h *Hub) newPool() *pool.Pool {
+	return pool.New(pool.Config{
+		Node: h.cfg.NodeName, Port: h.cfg.PoolPort,
+		Certificate: h.certs.ClientCertificate, ClusterCAs: h.certs.ClusterCAs, Clock: h.clock,
+		Serve:      h.servePeer,
+		Protect:    func(next http.Handler) http.Handler { return h.survive(h.observe(next)) },
+		Refused:    h.unconnected,
+		Log:        h.log.With("part", "pool"),
+		Registerer: h.cfg.Registerer,
+	})
+}
+
+// keepPool tells the pool what the cluster says of it, whenever that changes.
+// Both objects come from the cloud and from nowhere else: who is a peer is not
+// for peers to say. While the cloud is away the last word counts, from the
+// disk if need be.
+func (h *Hub) keepPool(ctx context.Context) error {
+	own := replica.Scope{Resource: nodesResource, Fields: "metadata.name=" + h.cfg.NodeName}
+	var followed replica.Scope
+	for {
+		var changes [2]<-chan struct{}
+		if slice, ok := h.replica.Held(own); ok {
+			changes[0] = slice.Changed()
+		}
+		node, _ := h.ownNode() // nil: not known yet
+		name := h.poolName(node)
+		followed = h.followPool(followed, name) //nolint:contextcheck // a scope outlives whoever asked for it
+		var member pool.Membership
+		if slice, ok := h.replica.Held(followed); ok {
+			changes[1] = slice.Changed()
+			var err error
+			if member, err = h.membership(name); err != nil && !apierrors.IsNotFound(err) {
+				h.log.Warn("the node's pool cannot be read", "pool", name, "err", err)
+			}
+		}
+		h.pool.Set(member, h.address(node))
+		var again <-chan time.Time
+		if changes[0] == nil || changes[1] == nil && name != "" {
+			again = time.After(poolEvery)
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-again:
+			continue
+		case <-changes[0]:
+		case <-changes[1]:
+		}
+		select { // a node's status changes often, its pool hardly ever
+		case <-ctx.Done():
+			return nil
+		case <-time.After(poolEvery):
+		}
+	}
+}
+
+// followPool holds the named pool's object in place of the one held before.
+func (h *Hub) followPool(before replica.Scope, name string) replica.Scope {
+	scope := replica.Scope{Resource: poolsResource, Fields: "metadata.name=" + name}
+	if name == "" {
+		scope = replica.Scope{}
+	}
+	if scope == before {
+		return before
+	}
+	if before != (replica.Scope{}) {
+		h.replica.Unpin(before)
+	}
+	if name == "" {
+		return scope
+	}
+	if err := h.replica.Pin(scope); err != nil {
+		h.log.Warn("the node's pool is not followed", "pool", name, "err", err)
+		return replica.Scope{}
+	}
+	return scope
+}
+
+// poolName is the pool that the node says it is in. Until the node is known it
+// is what the hub was told; membership is the pool's to say in any case.
+func (h *Hub) poolName(node *corev1.Node) string {
+	if node == nil {
+		return h.cfg.PoolName
+	}
+	return node.Labels[apps.NodePoolLabel]
+}
+
+// address is where peers reach this hub.
+func (h *Hub) address(node *corev1.Node) net.IP {
+	if len(h.cfg.NodeIPs) > 0 {
+		return h.cfg.NodeIPs[0]
+	}
+	if node == nil {
+		return nil
+	}
+	for _, a := range node.Status.Addresses {
+		if ip := net.ParseIP(a.Address); a.Type == corev1.NodeInternalIP && ip != nil {
+			return ip
+		}
+	}
+	return nil
+}
+
+// unshared are resources that no pool shares, whatever it says: they are for
+// one node each.
+var unshared = []string{"secrets", "pods", "nodes"}
+
+func (h *Hub) membership(name string) (pool.Membership, error) {
+	held, err := h.replica.Get(request.Info{Verb: "get", IsResource: true, Resource: poolsResource, Name: name}, 0)
+	if err != nil {
+		return pool.Membership{}, err
+	}
+	var np v1beta2.NodePool
+	if err := json.Unmarshal(held.Data, &np); err != nil {
+		return pool.Membership{}, fmt.Errorf("read node pool %s: %w", name, err)
+	}
+	if !np.Spec.InterConnectivity || np.DeletionTimestamp != nil {
+		return pool.Membership{}, nil
+	}
+	m := pool.Membership{Pool: name, Nodes: np.Status.Nodes}
+	if np.Spec.EnableLeaderElection {
+		for _, l := range np.Status.LeaderEndpoints {
+			m.Leaders = append(m.Leaders, pool.Leader{Node: l.NodeName, Address: l.Address})
+		}
+	}
+	for _, r := range np.Spec.PoolScopeMetadata {
+		if r.Group == "" && slices.Contains(unshared, r.Resource) {
+			continue
+		}
+		m.Shared = append(m.Shared, schema.GroupVersionResource(r))
+	}
+	return m, nil
+}
+
+// servePeer answers a list or watch of another hub of the pool, with what the
+// cloud said and nothing that this node put over it.
+func (h *Hub) servePeer(w http.ResponseWriter, r *http.Request, info request.Info, peer string) error {
+	formats := slices.DeleteFunc(request.Formats(r.Header), func(f request.Format) bool { return f.View != request.Whole })
+	opts := *info.Options
+	opts.Watch = info.Verb == "watch"
+	if errs := validation.ValidateListOptions(&opts, true); len(errs) > 0 {
+		return apierrors.NewBadRequest(errs.ToAggregate().Error())
+	}
+	if complicated(info) || opts.Continue != "" || opts.ResourceVersionMatch == metav1.ResourceVersionMatchExact {
+		return apierrors.NewBadRequest("yurthub: peers select simply, do not page, and ask for no exact version")
+	}
+	if h.memory.short() {
+		return tooMany(5, "the hub is short of memory and begins no lists and watches but the node's")
+	}
+	r = r.WithContext(h.lanes.turns.With(r.Context(), "peer/"+peer))
+	q := &query{hub: h, w: w, r: r, info: info, formats: formats}
+	err := q.share() //nolint:contextcheck // it has r
+	switch {
+	case err == nil:
+		return nil
+	case replica.Aborted(err):
+		panic(http.ErrAbortHandler) // the peer must not take what it has for the whole
+	case errors.Is(err, replica.ErrExpired):
+		q.expired(err)
+		return nil
+	case errors.Is(err, replica.ErrAhead):
+		return tooLarge(err)
+	case errors.Is(err, replica.ErrFormat):
+		return notAcceptable(err)
+	}
+	if status := apierrors.APIStatus(nil); errors.As(err, &status) {
+		return err
+	}
+	return apierrors.NewServiceUnavailable("yurthub: " + err.Error())
+}
+
+func (q *query) share() error {
+	held, err := q.hub.shared(q.r.Context(), replica.ScopeOf(q.info))
+	if err != nil {
+		return err
+	}
+	held.Touch()
+	held = held.Base()
+	if q.info.Verb == "watch" {
+		return held.Watch(q.w, q.r, q.info, q.formats)
+	}
+	v, err := q.version()
+	if err != nil {
+		return apierrors.NewBadRequest("the resource version is not a number")
+	}
+	if v > 0 {
+		ctx, cancel := context.WithTimeout(q.r.Context(), awaitBudget)
+		defer cancel()
+		if err := held.Await(ctx, v); err != nil {
+			return err
+		}
+	}
+	return held.List(q.w, q.r, q.formats)
+}
+
+// shared returns a slice that the node reads by its own right. One that is not
+// held is from then on, whole: another peer will ask for the rest.
+func (h *Hub) shared(ctx context.Context, scope replica.Scope) (*replica.Slice, error) {
+	own := func() (*replica.Slice, bool) {
+		held, ok := h.replica.Held(scope)
+		return held, ok && !held.Borrowed()
+	}
+	if held, ok := own(); ok {
+		return held, nil
+	}
+	whole := replica.Scope{Resource: scope.Resource}
+	if err := h.replica.Pin(whole); err != nil { //nolint:contextcheck // it outlives whoever asked for it
+		return nil, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, shareBudget)
+	defer cancel()
+	if _, err := h.replica.Open(ctx, whole, replica.Credential{}, ""); err != nil {
+		return nil, err
+	}
+	if held, ok := own(); ok {
+		return held, nil
+	}
+	return nil, fmt.Errorf("%s: %w", scope.ID(), replica.ErrNotHeld)
+}

@@ -1,0 +1,223 @@
+// Package pool lets the hubs of one pool help each other: a hub serves what
+// the pool shares to the hubs of its own pool, takes it from the pool's leader
+// instead of the cloud where it can, and relays what a hub without a link has
+// to say.
+//
+// Peers know each other by the certificate that the cluster gave their nodes,
+// in both directions, and by what the cluster last said of who is in the pool.
+// Nobody else gets an answer, with the cloud or without it.
+//
+// member.go decides, without input or output, whom to follow; server.go
+// listens; peers.go asks.
+package pool
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"log/slog"
+	"net"
+	"net/http"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"k8s.io/apimachinery/pkg/runtime/schema"
+
+	"github.com/yurt-edge/yurt/internal/hub/clock"
+	"github.com/yurt-edge/yurt/internal/hub/request"
+)
+
+// DefaultPort is where the hubs of a pool listen, on their node's address.
+const DefaultPort = 10269
+
+// Leader is a hub that others shall follow.
+type Leader struct{ Node, Address string }
+
+// Membership is what the cluster last said of this node's pool. The zero value
+// is a node without one.
+type Membership struct {
+	Pool    string
+	Nodes   []string // this one too
+	Leaders []Leader // in the order in which hubs try them
+	Shared  []schema.GroupVersionResource
+}
+
+// Has reports whether the node is in the pool.
+func (m Membership) Has(node string) bool { return slices.Contains(m.Nodes, node) }
+
+// Shares reports whether the pool shares the resource.
+func (m Membership) Shares(r schema.GroupVersionResource) bool { return slices.Contains(m.Shared, r) }
+
+func (m Membership) leader(node string) bool {
+	return slices.ContainsFunc(m.Leaders, func(l Leader) bool { return l.Node == node })
+}
+
+// Config is what a hub's part in its pool needs. All but Heartbeats must be
+// set.
+type Config struct {
+	Node string
+	Port int // of all hubs of the pool; 0 means DefaultPort
+
+	// Certificate is the node's own, and ClusterCAs are the authorities that
+	// vouch for those of peers; they are asked for each connection.
+	Certificate func() *tls.Certificate
+	ClusterCAs  func() *x509.CertPool
+	Clock       *clock.Clock
+
+	// Serve answers a list or watch of a peer, of a resource that the pool
+	// shares. What it returns before it has written is the answer.
+	Serve func(w http.ResponseWriter, r *http.Request, info request.Info, peer string) error
+	// Heartbeats answers POST [HeartbeatsPath]; nil: nobody does. Its caller
+	// is in the request's context, see [PeerFrom].
+	Heartbeats http.Handler
+	// Protect stands before everything that the listener serves: against
+	// panics and slow peers.
+	Protect func(http.Handler) http.Handler
+	// Refused counts what was not answered, by reason.
+	Refused func(reason string)
+
+	Log        *slog.Logger
+	Registerer prometheus.Registerer
+}
+
+// Pool is a hub's part in its pool. Use New, then Run. Its methods may be
+// called by several goroutines.
+type Pool struct {
+	cfg     Config
+	log     *slog.Logger
+	metrics *metrics
+
+	mu       sync.Mutex // guards the following
+	member   Membership
+	address  net.IP        // where this hub listens; nil: nowhere
+	changed  chan struct{} // closed when member or address changes
+	book     map[string]*entry
+	inFlight map[*inFlight]*entry // what is served, by whom it is for
+	busy     [2]int               // requests and watches in flight
+}
+
+// New returns the part of a hub that knows of no pool yet.
+func New(cfg Config) *Pool {
+	if cfg.Port == 0 {
+		cfg.Port = DefaultPort
+	}
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	return &Pool{
+		cfg: cfg, log: cfg.Log, metrics: newMetrics(cfg.Registerer),
+		changed: make(chan struct{}), book: map[string]*entry{}, inFlight: map[*inFlight]*entry{},
+	}
+}
+
+// Set tells what the cluster now says of the pool, and at which address of
+// this node its peers reach it. What is under way for a hub that is no longer
+// of the pool ends.
+func (p *Pool) Set(m Membership, address net.IP) {
+	if !m.Has(p.cfg.Node) {
+		m = Membership{} // who is not in it has no say in it
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if same(p.member, m) && p.address.Equal(address) {
+		return
+	}
+	if p.member.Pool != m.Pool {
+		p.log.Info("pool changed", "from", p.member.Pool, "to", m.Pool)
+	}
+	p.member, p.address = m, address
+	for node, e := range p.book {
+		if !m.Has(node) {
+			e.close()
+			delete(p.book, node)
+		}
+	}
+	for _, l := range m.Leaders {
+		if l.Node != p.cfg.Node && m.Has(l.Node) {
+			p.entryLocked(l.Node).setAddress(l.Address)
+		}
+	}
+	for f := range p.inFlight {
+		if !m.Has(f.peer) {
+			f.end()
+		}
+	}
+	close(p.changed)
+	p.changed = make(chan struct{})
+}
+
+func same(a, b Membership) bool {
+	return a.Pool == b.Pool && slices.Equal(a.Nodes, b.Nodes) && slices.Equal(a.Leaders, b.Leaders) && slices.Equal(a.Shared, b.Shared)
+}
+
+// Membership returns what Set was last told.
+func (p *Pool) Membership() Membership {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.member
+}
+
+// Peer is another hub of the pool whose address is known.
+type Peer struct {
+	Node    string
+	Address string
+	Leader  bool
+	Seen    time.Time // when it last called or answered; zero: never
+}
+
+// Peers lists them: leaders in their order, then the others by name.
+func (p *Pool) Peers() []Peer {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	var out []Peer
+	add := func(node string, leader bool) {
+		if e, ok := p.book[node]; ok && e.address != "" {
+			out = append(out, Peer{Node: node, Address: e.address, Leader: leader, Seen: e.seen})
+		}
+	}
+	for _, l := range p.member.Leaders {
+		add(l.Node, true)
+	}
+	for _, node := range p.member.Nodes {
+		if !p.member.leader(node) {
+			add(node, false)
+		}
+	}
+	return out
+}
+
+// verify returns the node that a chain of certificates is of. The name alone
+// does not make a node: the cluster gives the group to nodes only.
+func (p *Pool) verify(chain []*x509.Certificate) (node string, err error) {
+	if len(chain) == 0 {
+		return "", errors.New("no certificate shown")
+	}
+	options := x509.VerifyOptions{
+		Roots: p.cfg.ClusterCAs(), Intermediates: x509.NewCertPool(),
+		KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
+	}
+	if options.Roots == nil { // would mean the system's
+		return "", errors.New("the cluster's certificate authority is not known yet")
+	}
+	for _, c := range chain[1:] {
+		options.Intermediates.AddCert(c)
+	}
+	if _, err := p.cfg.Clock.Verify(chain[0], options); err != nil {
+		return "", err //nolint:wrapcheck // the caller says whose it is
+	}
+	subject := chain[0].Subject
+	node, ok := cutPrefix(subject.CommonName)
+	if !ok || !slices.Contains(subject.Organization, "system:nodes") {
+		return "", errors.New("the certificate is not a node's")
+	}
+	return node, nil
+}
+
+// Run serves peers until ctx ends and returns nil.
+func (p *Pool) Run(ctx context.Context) error {
+	p.listen(ctx)
+	return nil
+}
