@@ -80,6 +80,9 @@ type ControlPlane struct {
 	pki   *pki
 	admin *rest.Config
 
+	tokenMu sync.Mutex // guards token
+	token   string     // the bootstrap token, once there is one
+
 	mu        sync.Mutex // guards processes
 	processes []*process // in order of start
 	apiserver component
@@ -433,9 +436,14 @@ func (cp *ControlPlane) writeKubeconfig(path string, user clientcmdapi.AuthInfo)
 	return os.WriteFile(path, content, 0o600)
 }
 
-// BootstrapToken makes a bootstrap token with which nodes may ask for their
-// first certificate.
+// BootstrapToken returns the bootstrap token with which nodes may ask for their
+// first certificate. The first call makes it.
 func (cp *ControlPlane) BootstrapToken(ctx context.Context) (string, error) {
+	cp.tokenMu.Lock()
+	defer cp.tokenMu.Unlock()
+	if cp.token != "" {
+		return cp.token, nil
+	}
 	var random [11]byte
 	if _, err := rand.Read(random[:]); err != nil {
 		return "", err
@@ -455,7 +463,10 @@ stringData:
   usage-bootstrap-signing: "true"
   auth-extra-groups: system:bootstrappers:playground
 `, id, secret))
-	return id + "." + secret, err
+	if err == nil {
+		cp.token = id + "." + secret
+	}
+	return cp.token, err
 }
 
 // Kubectl runs kubectl as a cluster admin and returns its standard output. The

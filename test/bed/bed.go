@@ -90,11 +90,27 @@ func (b *Bed) Close() {
 	b.Cloud.Stop()
 }
 
-// Build builds the hub from this checkout and returns its path.
-func Build(ctx context.Context) (string, error) {
+// built guards the path of the hub once it is built.
+var built struct {
+	sync.Mutex
+	path string
+}
+
+// Build builds the hub from this checkout, once in a process, and returns its
+// path.
+func Build(ctx context.Context) (path string, err error) {
 	if path := os.Getenv("YURTHUB"); path != "" {
 		return path, nil
 	}
+	built.Lock()
+	defer built.Unlock()
+	if built.path == "" {
+		built.path, err = build(ctx)
+	}
+	return built.path, err
+}
+
+func build(ctx context.Context) (string, error) {
 	root, err := exec.CommandContext(ctx, "go", "list", "-m", "-f", "{{.Dir}}").Output()
 	if err != nil {
 		return "", fmt.Errorf("find module: %w", err)

@@ -24,20 +24,18 @@ import (
 // of a hub that runs. Nobody is shown the damage, a watcher sees no gap, and
 // the object is there again.
 func TestDamageInALiveStoreIsFetchedAgain(t *testing.T) {
+	t.Parallel()
 	ctx := t.Context()
 	run := t.TempDir()
-	hub, link, err := shared.AddHub(ctx, "edge-rot", "--run-dir", run)
-	do(t, err)
-	defer link.Close()
-	defer hub.Kill()
-	maps := shared.admin.CoreV1().ConfigMaps("conform-a")
+	hub, _ := busy.hub(t, "edge-rot", "--run-dir", run)
+	maps := busy.admin.CoreV1().ConfigMaps("conform-a")
 	text := strings.Repeat("words that rot ", 20)
 	object, err := maps.Create(ctx, &corev1.ConfigMap{
 		ObjectMeta: metav1.ObjectMeta{Name: "rots"}, Data: map[string]string{"text": text},
 	}, metav1.CreateOptions{})
 	do(t, err)
 	defer func() { do(t, maps.Delete(context.WithoutCancel(ctx), "rots", metav1.DeleteOptions{})) }()
-	_, edge := shared.sides(t, hub, "reader")
+	_, edge := busy.sides(t, hub, "reader")
 	const path = "/api/v1/namespaces/conform-a/configmaps"
 	warm(t, edge, path)
 	follow := question{path, "watch=true&resourceVersion=" + object.ResourceVersion, inJSON}

@@ -41,7 +41,9 @@ var documents = []question{
 // TestDocuments compares discovery, OpenAPI and the version, online and as
 // remembered.
 func TestDocuments(t *testing.T) {
-	server, edge := shared.sides(t, shared.Hub, "reader")
+	t.Parallel()
+	hub, link := calm.hub(t, "edge-documents")
+	server, edge := calm.sides(t, hub, "reader")
 	mustAwait(t, func(ctx context.Context) error { // the API server publishes new kinds in its own time
 		a, err := server.ask(ctx, documents[len(documents)-1])
 		if err == nil && (a.code != http.StatusOK || len(a.body) == 0) {
@@ -56,7 +58,7 @@ func TestDocuments(t *testing.T) {
 		}
 		wants[i] = server.mustAsk(t, q)
 	}
-	cut(t, shared.Link, edge, bed.Down)
+	cut(t, link, edge, bed.Down)
 	for i, q := range documents {
 		mustAwait(t, func(ctx context.Context) error { // it is written behind the request
 			a, err := edge.ask(ctx, q)
@@ -84,13 +86,13 @@ func TestDocuments(t *testing.T) {
 // kubectl is the command with a kubeconfig and a home of its own.
 type kubectl struct{ binary, config, home string }
 
-func newKubectl(t *testing.T, s *side, token string) kubectl {
+func newKubectl(t *testing.T, hub *bed.Hub, s *side, token string) kubectl {
 	t.Helper()
-	bundle, err := os.ReadFile(filepath.Join(shared.Hub.Dir, "pki", "ca-bundle.crt"))
+	bundle, err := os.ReadFile(filepath.Join(hub.Dir, "pki", "ca-bundle.crt"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	k := kubectl{binary: shared.Cloud.Binaries.Path("kubectl"), home: t.TempDir()}
+	k := kubectl{binary: calm.Cloud.Binaries.Path("kubectl"), home: t.TempDir()}
 	k.config = filepath.Join(k.home, "config")
 	err = clientcmd.WriteToFile(clientcmdapi.Config{
 		Clusters:       map[string]*clientcmdapi.Cluster{"c": {Server: s.base, CertificateAuthorityData: bundle}},
@@ -123,9 +125,11 @@ func (k kubectl) run(ctx context.Context, args ...string) (stdout, stderr string
 // TestKubectl compares what kubectl shows a person, through the hub and
 // without it, online and offline.
 func TestKubectl(t *testing.T) {
-	server, edge := shared.sides(t, shared.Hub, "reader")
-	direct := newKubectl(t, server, shared.tokens["reader"])
-	through := newKubectl(t, edge, shared.tokens["reader"])
+	t.Parallel()
+	hub, link := calm.hub(t, "edge-kubectl")
+	server, edge := calm.sides(t, hub, "reader")
+	direct := newKubectl(t, hub, server, calm.tokens["reader"])
+	through := newKubectl(t, hub, edge, calm.tokens["reader"])
 	for _, path := range []string{"/api/v1/pods", "/api/v1/nodes", "/api/v1/namespaces", "/api/v1/services", "/apis/conform.example.com/v1/gadgets"} {
 		warm(t, edge, path)
 	}
@@ -167,7 +171,7 @@ func TestKubectl(t *testing.T) {
 		compare("online", line, wants[line])
 	}
 	watching(t, through, edge)
-	cut(t, shared.Link, edge, bed.Blackhole)
+	cut(t, link, edge, bed.Blackhole)
 	for _, line := range commands {
 		compare("offline", line, wants[line])
 	}
@@ -197,13 +201,17 @@ func still(out string) string {
 }
 
 // watching follows a kubectl get --watch through a change, and makes that
-// change by kubectl as well.
+// change by kubectl as well. It is one of a kind that no other test compares.
 func watching(t *testing.T, reader kubectl, edge *side) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
-	warm(t, edge, "/api/v1/configmaps")
-	watch := reader.command(ctx, "get", "configmaps", "--watch-only", "-o", "name")
+	warm(t, edge, "/api/v1/serviceaccounts")
+	token, err := writerToken(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	watch := reader.command(ctx, "get", "serviceaccounts", "--watch-only", "-o", "name")
 	out, err := watch.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -217,9 +225,7 @@ func watching(t *testing.T, reader kubectl, edge *side) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if cfg.AuthInfos["u"].Token, err = writerToken(ctx); err != nil {
-		t.Fatal(err)
-	}
+	cfg.AuthInfos["u"].Token = token
 	if err := clientcmd.WriteToFile(*cfg, writer.config); err != nil {
 		t.Fatal(err)
 	}
@@ -232,7 +238,7 @@ func watching(t *testing.T, reader kubectl, edge *side) {
 	}()
 	manifest := filepath.Join(writer.home, "manifest.yaml")
 	for i := 0; ; i++ {
-		text := fmt.Sprintf("apiVersion: v1\nkind: ConfigMap\nmetadata: {name: by-kubectl, namespace: conform-a}\ndata: {i: \"%d\"}\n", i)
+		text := fmt.Sprintf("apiVersion: v1\nkind: ServiceAccount\nmetadata: {name: by-kubectl, namespace: conform-a, annotations: {i: \"%d\"}}\n", i)
 		if err := os.WriteFile(manifest, []byte(text), 0o600); err != nil {
 			t.Fatal(err)
 		}
@@ -241,10 +247,10 @@ func watching(t *testing.T, reader kubectl, edge *side) {
 		}
 		select {
 		case line := <-seen:
-			if !strings.Contains(line, "configmap/by-kubectl") {
+			if !strings.Contains(line, "serviceaccount/by-kubectl") {
 				t.Errorf("kubectl get --watch said %q", line)
 			}
-			if _, errs, err := writer.run(ctx, "delete", "configmap", "by-kubectl"); err != nil {
+			if _, errs, err := writer.run(ctx, "delete", "serviceaccount", "by-kubectl"); err != nil {
 				t.Errorf("kubectl delete: %v: %s", err, errs)
 			}
 			cancel()
@@ -257,9 +263,9 @@ func watching(t *testing.T, reader kubectl, edge *side) {
 	}
 }
 
-// writerToken is that of an account that may change config maps.
+// writerToken is that of an account that may make accounts.
 func writerToken(ctx context.Context) (string, error) {
-	err := shared.Cloud.Apply(ctx, `
+	err := calm.Cloud.Apply(ctx, `
 apiVersion: v1
 kind: ServiceAccount
 metadata: {name: writer, namespace: conform-a}
@@ -273,5 +279,5 @@ subjects: [{kind: ServiceAccount, name: writer, namespace: conform-a}]
 	if err != nil {
 		return "", err
 	}
-	return shared.token(ctx, "conform-a", "writer", "")
+	return calm.token(ctx, "conform-a", "writer", "")
 }

@@ -152,11 +152,9 @@ func small(t *testing.T, root, options string) {
 // The hub starts from any disk state and serves the node: from the cloud what
 // the disk has lost, from the disk what it still has while the link is cut.
 func TestHubStartsFromAnyDisk(t *testing.T) {
-	hub, link, err := shared.AddHub(t.Context(), "edge-disk")
-	do(t, err)
-	defer link.Close()
-	defer hub.Kill()
-	_, edge := shared.sides(t, hub, "reader")
+	t.Parallel()
+	hub, link := busy.hub(t, "edge-disk")
+	_, edge := busy.sides(t, hub, "reader")
 	warm(t, edge, "/api/v1/namespaces/conform-a/configmaps")
 	warm(t, edge, "/api/v1/services")
 	hub.Stop()
@@ -191,7 +189,7 @@ func startedHub(t *testing.T, hub *bed.Hub, state diskState) {
 	t.Helper()
 	// The CA of a hub that has lost it is new.
 	client := newSide(t, "hub", &rest.Config{
-		Host: hub.URL, QPS: -1, BearerToken: shared.tokens["reader"], TLSClientConfig: rest.TLSClientConfig{Insecure: true},
+		Host: hub.URL, QPS: -1, BearerToken: busy.tokens["reader"], TLSClientConfig: rest.TLSClientConfig{Insecure: true},
 	})
 	mustAwait(t, func(ctx context.Context) error {
 		a, err := client.ask(ctx, question{path: "/api/v1/namespaces/conform-a/configmaps?resourceVersion=0"})

@@ -77,6 +77,7 @@ func (e *eachState) want(pod string, states ...string) error {
 // pod gets another address, one is not ready any more, and of one nothing
 // changes, but the cloud takes it for not ready as it does with a silent node.
 func TestEndpointsFollowPods(t *testing.T) {
+	t.Parallel()
 	ctx := t.Context()
 	must := func(err error) {
 		t.Helper()
@@ -85,17 +86,20 @@ func TestEndpointsFollowPods(t *testing.T) {
 		}
 	}
 	const namespace = "conform-endpoints"
-	must(second(shared.admin.CoreV1().Namespaces().Create(ctx, &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: namespace}}, metav1.CreateOptions{})))
+	must(second(busy.admin.CoreV1().Namespaces().Create(ctx, &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: namespace}}, metav1.CreateOptions{})))
 	t.Cleanup(func() {
-		if err := shared.admin.CoreV1().Namespaces().Delete(context.WithoutCancel(ctx), namespace, metav1.DeleteOptions{}); err != nil {
+		if err := busy.admin.CoreV1().Namespaces().Delete(context.WithoutCancel(ctx), namespace, metav1.DeleteOptions{}); err != nil {
 			t.Error(err)
 		}
 	})
-	must(second(shared.admin.CoreV1().Services(namespace).Create(ctx, &corev1.Service{
+	must(second(busy.admin.CoreV1().Services(namespace).Create(ctx, &corev1.Service{
 		ObjectMeta: metav1.ObjectMeta{Name: "shop"},
 		Spec:       corev1.ServiceSpec{Selector: map[string]string{"app": "shop"}, Ports: []corev1.ServicePort{{Port: 80, TargetPort: intstr.FromInt32(8080)}}},
 	}, metav1.CreateOptions{})))
-	cfg, err := shared.Hub.KubeletConfig()
+	const node = "edge-endpoints"
+	busy.node(t, node)
+	hub, link := busy.hub(t, node)
+	cfg, err := hub.KubeletConfig()
 	must(err)
 	kubelet, err := kubernetes.NewForConfig(cfg)
 	must(err)
@@ -106,13 +110,13 @@ func TestEndpointsFollowPods(t *testing.T) {
 			pods[name].UID, ip, ip, ready)
 		must(second(client.CoreV1().Pods(namespace).Patch(ctx, name, types.StrategicMergePatchType, []byte(patch), metav1.PatchOptions{}, "status")))
 	}
-	server, edge := shared.sides(t, shared.Hub, "reader")
+	server, edge := busy.sides(t, hub, "reader")
 	for i, name := range []string{"moved", "broken", "same"} {
 		mustAwait(t, func(ctx context.Context) error { // the namespace's account comes a little later
-			pods[name], err = shared.admin.CoreV1().Pods(namespace).Create(ctx, &corev1.Pod{
+			pods[name], err = busy.admin.CoreV1().Pods(namespace).Create(ctx, &corev1.Pod{
 				ObjectMeta: metav1.ObjectMeta{Name: name, Labels: map[string]string{"app": "shop"}},
 				Spec: corev1.PodSpec{
-					NodeName: "edge-1", Tolerations: []corev1.Toleration{{Operator: corev1.TolerationOpExists}},
+					NodeName: node, Tolerations: []corev1.Toleration{{Operator: corev1.TolerationOpExists}},
 					Containers: []corev1.Container{{Name: "main", Image: "example.invalid/x:1"}},
 				},
 			}, metav1.CreateOptions{})
@@ -123,7 +127,7 @@ func TestEndpointsFollowPods(t *testing.T) {
 	cloud := func(want map[string]string) {
 		t.Helper()
 		mustAwait(t, func(ctx context.Context) error {
-			list, err := shared.admin.DiscoveryV1().EndpointSlices(namespace).List(ctx, metav1.ListOptions{})
+			list, err := busy.admin.DiscoveryV1().EndpointSlices(namespace).List(ctx, metav1.ListOptions{})
 			if err != nil || len(list.Items) != 1 {
 				return fmt.Errorf("%d slices, %w", len(list.Items), err)
 			}
@@ -150,7 +154,7 @@ func TestEndpointsFollowPods(t *testing.T) {
 		mustAwait(t, func(context.Context) error { return watcher.want(pod, states...) })
 	}
 
-	cut(t, shared.Link, edge, bed.Down)
+	cut(t, link, edge, bed.Down)
 	status(kubelet, "moved", "10.2.0.9", "True")
 	status(kubelet, "broken", "10.2.0.2", "False")
 	saw("moved", "10.2.0.1", "10.2.0.9")
@@ -159,10 +163,10 @@ func TestEndpointsFollowPods(t *testing.T) {
 		t.Errorf("a list: %s", a.body)
 	}
 	for name := range pods {
-		status(shared.admin, name, map[string]string{"moved": "10.2.0.1", "broken": "10.2.0.2", "same": "10.2.0.3"}[name], "False")
+		status(busy.admin, name, map[string]string{"moved": "10.2.0.1", "broken": "10.2.0.2", "same": "10.2.0.3"}[name], "False")
 	}
 	cloud(map[string]string{"moved": "10.2.0.1!", "broken": "10.2.0.2!", "same": "10.2.0.3!"})
-	heal(t, shared.Link, edge)
+	heal(t, link, edge)
 	// The hub delivers what it kept; what is as it was before the kubelet
 	// puts right when it next looks.
 	cloud(map[string]string{"moved": "10.2.0.9", "broken": "10.2.0.2!", "same": "10.2.0.3!"})

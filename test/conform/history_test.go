@@ -31,6 +31,7 @@ import (
 // through a random time, and then asks every watcher what it has seen. A seed
 // in CONFORM_SEED repeats one.
 func TestHistory(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	b, err := bed.New(t.Context(), dir, "--etcd-compaction-interval=3s")
 	if err != nil {

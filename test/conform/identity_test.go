@@ -104,7 +104,8 @@ var verdictQuestions = []question{
 // its rights are not lent to the others. While the cloud is away everybody
 // may do what they could before.
 func TestVerdicts(t *testing.T) {
-	_, reader := shared.sides(t, shared.Hub, "reader")
+	t.Parallel()
+	_, reader := calm.sides(t, calm.Hub, "reader")
 	for _, path := range []string{"/api/v1/configmaps", "/api/v1/secrets", "/api/v1/pods"} {
 		warm(t, reader, path)
 	}
@@ -113,8 +114,8 @@ func TestVerdicts(t *testing.T) {
 		q      question
 	}
 	verdicts, edges := map[asked]answer{}, map[string]*side{}
-	for _, c := range shared.callers(t) {
-		server, edge := shared.pair(t, shared.Hub, c)
+	for _, c := range calm.callers(t) {
+		server, edge := calm.pair(t, calm.Hub, c)
 		edges[c.name] = edge
 		for _, q := range verdictQuestions {
 			want, got := server.mustAsk(t, q), edge.mustAsk(t, q)
@@ -124,7 +125,7 @@ func TestVerdicts(t *testing.T) {
 			verdicts[asked{c.name, q}] = want
 		}
 	}
-	cut(t, shared.Link, reader, bed.Down)
+	cut(t, calm.Link, reader, bed.Down)
 	for a, want := range verdicts {
 		got := edges[a.caller].mustAsk(t, a.q)
 		if err := sameVerdict(want, got); err != nil {
@@ -136,16 +137,18 @@ func TestVerdicts(t *testing.T) {
 // TestImpersonation is about callers for whom the API server must be told who
 // they are, and those who say that they are somebody else.
 func TestImpersonation(t *testing.T) {
-	alice, err := shared.Cloud.ClientConfig("alice", "gardeners")
+	t.Parallel()
+	hub, _ := busy.hub(t, "edge-alice")
+	alice, err := busy.Cloud.ClientConfig("alice", "gardeners")
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, edge := shared.pair(t, shared.Hub, caller{name: "alice", cfg: alice})
+	_, edge := busy.pair(t, hub, caller{name: "alice", cfg: alice})
 	q := question{"/api/v1/namespaces/conform-a/configmaps", "", inJSON}
 	if a := edge.mustAsk(t, q); a.code != http.StatusForbidden {
 		t.Errorf("alice, whom the hub may not stand for: %d %s", a.code, a.body)
 	}
-	err = shared.Cloud.Apply(t.Context(), `
+	err = busy.Cloud.Apply(t.Context(), `
 apiVersion: rbac.authorization.k8s.io/v1
 kind: ClusterRole
 metadata: {name: conform-impersonator}
@@ -157,7 +160,7 @@ apiVersion: rbac.authorization.k8s.io/v1
 kind: ClusterRoleBinding
 metadata: {name: conform-impersonator}
 roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: conform-impersonator}
-subjects: [{apiGroup: rbac.authorization.k8s.io, kind: User, name: "system:node:edge-1"}]
+subjects: [{apiGroup: rbac.authorization.k8s.io, kind: User, name: "system:node:edge-alice"}]
 ---
 apiVersion: rbac.authorization.k8s.io/v1
 kind: ClusterRoleBinding
@@ -170,7 +173,7 @@ subjects: [{apiGroup: rbac.authorization.k8s.io, kind: Group, name: gardeners}]
 	}
 	t.Cleanup(func() {
 		ctx := context.WithoutCancel(t.Context())
-		if _, err := shared.Cloud.Kubectl(ctx, "delete", "clusterrolebinding", "conform-impersonator", "conform-gardeners"); err != nil {
+		if _, err := busy.Cloud.Kubectl(ctx, "delete", "clusterrolebinding", "conform-impersonator", "conform-gardeners"); err != nil {
 			t.Error(err)
 		}
 	})
@@ -186,8 +189,8 @@ subjects: [{apiGroup: rbac.authorization.k8s.io, kind: Group, name: gardeners}]
 		t.Errorf("alice may read a node: %d %s", a.code, a.body)
 	}
 
-	for _, c := range []caller{{name: "alice", cfg: alice}, {name: "reader", token: shared.tokens["reader"]}} {
-		_, edge := shared.pair(t, shared.Hub, c)
+	for _, c := range []caller{{name: "alice", cfg: alice}, {name: "reader", token: busy.tokens["reader"]}} {
+		_, edge := busy.pair(t, hub, c)
 		for _, header := range []string{"Impersonate-User", "Impersonate-Group", "Impersonate-Uid", "Impersonate-Extra-Scopes"} {
 			req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, edge.base+q.path+"?resourceVersion=0", nil)
 			if err != nil {

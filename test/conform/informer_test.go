@@ -30,17 +30,19 @@ import (
 // TestInformers runs client-go's informers of all kinds against the hub, by
 // WatchList and by list and watch, through a cut in which the cluster changes.
 func TestInformers(t *testing.T) {
+	t.Parallel()
+	hub, link := busy.hub(t, "edge-informers")
 	for _, watchList := range []bool{true, false} {
 		t.Run(fmt.Sprintf("WatchList=%t", watchList), func(t *testing.T) {
 			featurestesting.SetFeatureDuringTest(t, features.WatchListClient, watchList)
-			informed(t)
+			informed(t, hub, link)
 		})
 	}
 }
 
-func informed(t *testing.T) {
+func informed(t *testing.T, hub *bed.Hub, link *bed.Link) {
 	ctx, stop := context.WithCancel(t.Context())
-	cfg := mustThrough(t, shared.tokens["reader"])
+	cfg := busy.through(t, hub, busy.tokens["reader"])
 	configmaps := schema.GroupVersionResource{Version: "v1", Resource: "configmaps"}
 	gadgets := schema.GroupVersionResource{Group: "conform.example.com", Version: "v1", Resource: "gadgets"}
 	all := map[string]cache.SharedIndexInformer{}
@@ -81,7 +83,7 @@ func informed(t *testing.T) {
 		}
 		running.Go(func() { i.RunWithContext(ctx) })
 	}
-	_, edge := shared.sides(t, shared.Hub, "reader")
+	_, edge := busy.sides(t, hub, "reader")
 	agree := func(when string) {
 		t.Helper()
 		for name, i := range all {
@@ -98,7 +100,7 @@ func informed(t *testing.T) {
 		}
 	}
 	agree("at first")
-	client := shared.admin.CoreV1().ConfigMaps("conform-b")
+	client := busy.admin.CoreV1().ConfigMaps("conform-b")
 	change := func(name string) {
 		t.Helper()
 		_, err := client.Create(ctx, &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Name: name, Labels: map[string]string{"app": "x"}}}, metav1.CreateOptions{})
@@ -109,10 +111,10 @@ func informed(t *testing.T) {
 	change("informed")
 	agree("after an addition")
 	func() {
-		if err := shared.Link.Cut(bed.Blackhole); err != nil {
+		if err := link.Cut(bed.Blackhole); err != nil {
 			t.Fatal(err)
 		}
-		defer heal(t, shared.Link, edge)
+		defer heal(t, link, edge)
 		mustAwait(t, func(ctx context.Context) error { return linkIs(ctx, edge, 503) })
 		change("informed-later")
 		_, err := client.Patch(ctx, "settings", types.MergePatchType, []byte(`{"metadata":{"labels":{"app":null}}}`), metav1.PatchOptions{})
@@ -136,7 +138,7 @@ func holds(ctx context.Context, i cache.SharedIndexInformer, gvr schema.GroupVer
 	if !i.HasSynced() {
 		return errors.New("not synced")
 	}
-	client, err := metadata.NewForConfig(shared.Cloud.RESTConfig())
+	client, err := metadata.NewForConfig(busy.Cloud.RESTConfig())
 	if err != nil {
 		return err
 	}

@@ -23,6 +23,7 @@ const hubCyclesEnv = "HUB_KILL_CYCLES"
 // kubelet writes to it with the link cut, and looks at what its next life
 // shows.
 func TestKilledHubLosesNoAcknowledgedWrite(t *testing.T) {
+	t.Parallel()
 	cycles := 6
 	if v := os.Getenv(hubCyclesEnv); v != "" {
 		n, err := strconv.Atoi(v)
@@ -30,29 +31,28 @@ func TestKilledHubLosesNoAcknowledgedWrite(t *testing.T) {
 		cycles = n
 	}
 	ctx := t.Context()
-	hub, link, err := shared.AddHub(ctx, "edge-2")
-	do(t, err)
-	defer link.Close()
-	defer hub.Kill()
+	const node = "edge-killed"
+	busy.node(t, node)
+	hub, link := busy.hub(t, node)
 	cfg, err := hub.KubeletConfig()
 	do(t, err)
 	kubelet, err := kubernetes.NewForConfig(cfg)
 	do(t, err)
-	made, err := shared.admin.CoreV1().Pods("conform-b").Create(ctx, &corev1.Pod{
+	made, err := busy.admin.CoreV1().Pods("conform-b").Create(ctx, &corev1.Pod{
 		ObjectMeta: metav1.ObjectMeta{Name: "killed"},
 		Spec: corev1.PodSpec{
-			NodeName: "edge-2", ServiceAccountName: "reader", Tolerations: []corev1.Toleration{{Operator: corev1.TolerationOpExists}},
+			NodeName: node, ServiceAccountName: "reader", Tolerations: []corev1.Toleration{{Operator: corev1.TolerationOpExists}},
 			Containers: []corev1.Container{{Name: "main", Image: "example.invalid/x:1"}},
 		},
 	}, metav1.CreateOptions{})
 	do(t, err)
 	defer func() {
 		// The test's own context has ended with a failed test.
-		err := shared.admin.CoreV1().Pods("conform-b").Delete(context.WithoutCancel(ctx), "killed", *metav1.NewDeleteOptions(0))
+		err := busy.admin.CoreV1().Pods("conform-b").Delete(context.WithoutCancel(ctx), "killed", *metav1.NewDeleteOptions(0))
 		do(t, err)
 	}()
 	pods := kubelet.CoreV1().Pods("conform-b")
-	mine := metav1.ListOptions{ResourceVersion: "0", FieldSelector: "spec.nodeName=edge-2"}
+	mine := metav1.ListOptions{ResourceVersion: "0", FieldSelector: "spec.nodeName=" + node}
 	held := func(ctx context.Context) (int, error) {
 		all, err := kubelet.CoreV1().Pods("").List(ctx, mine)
 		if err != nil {
@@ -113,7 +113,7 @@ func TestKilledHubLosesNoAcknowledgedWrite(t *testing.T) {
 	t.Logf("%d cycles, %d statuses acknowledged, none lost", cycles, acked)
 	do(t, link.Heal())
 	mustAwait(t, func(ctx context.Context) error {
-		p, err := shared.admin.CoreV1().Pods("conform-b").Get(ctx, "killed", metav1.GetOptions{})
+		p, err := busy.admin.CoreV1().Pods("conform-b").Get(ctx, "killed", metav1.GetOptions{})
 		if err == nil && p.Status.Message != strconv.Itoa(written) && p.Status.Message != strconv.Itoa(acked) {
 			err = fmt.Errorf("the cloud has status %q, written %d", p.Status.Message, written)
 		}

@@ -6,7 +6,6 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
-	"fmt"
 	"net"
 	"net/netip"
 	"net/url"
@@ -45,16 +44,9 @@ func newFullHub(t *testing.T, node string) *fullHub {
 	}
 	port := l.Addr().(*net.TCPAddr).Port
 	l.Close()
-	hub, link, err := shared.AddHub(t.Context(), node,
+	hub, link := busy.hub(t, node,
 		"--enable-dummy-if", "--dummy-if-ip="+podAddress,
 		"--insecure-loopback", "--proxy-port="+strconv.Itoa(port))
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		hub.Stop()
-		link.Close()
-	})
 	return &fullHub{
 		Hub: hub, link: link,
 		plain: "http://127.0.0.1:" + strconv.Itoa(port),
@@ -127,6 +119,7 @@ func kernelAddress(t *testing.T, text string) string {
 // TestListeners looks at the sockets of hubs: there are those that
 // docs/security.md lists and no others, online and offline.
 func TestListeners(t *testing.T) {
+	t.Parallel()
 	host := func(raw string) string {
 		u, err := url.Parse(raw)
 		if err != nil {
@@ -139,7 +132,7 @@ func TestListeners(t *testing.T) {
 		pid  int
 		want []string
 	}{
-		"by default":    {shared.Hub.PID(), []string{host(shared.Hub.URL), host(shared.Hub.Health)}},
+		"by default":    {busy.Hub.PID(), []string{host(busy.Hub.URL), host(busy.Hub.Health)}},
 		"with all":      {full.PID(), []string{host(full.URL), host(full.pods), host(full.Health), host(full.plain)}},
 		"with all, cut": {full.PID(), []string{host(full.URL), host(full.pods), host(full.Health), host(full.plain)}},
 	} {
@@ -161,33 +154,30 @@ func TestListeners(t *testing.T) {
 	if err := full.link.Heal(); err != nil {
 		t.Fatal(err)
 	}
-	full.approve(t)
 	full.certificates(t)
 }
 
 // approve approves the hub's requests for serving certificates, as an
-// operator does.
-func (h *fullHub) approve(t *testing.T) {
-	t.Helper()
-	requests := shared.admin.CertificatesV1().CertificateSigningRequests()
-	mustAwait(t, func(ctx context.Context) error {
-		all, err := requests.List(ctx, metav1.ListOptions{FieldSelector: "spec.signerName=" + certificatesv1.KubeletServingSignerName})
-		if err != nil {
+// operator does. There may be several: a cut can cost the answer to one.
+func (h *fullHub) approve(ctx context.Context) error {
+	requests := busy.admin.CertificatesV1().CertificateSigningRequests()
+	all, err := requests.List(ctx, metav1.ListOptions{FieldSelector: "spec.signerName=" + certificatesv1.KubeletServingSignerName})
+	if err != nil {
+		return err
+	}
+	for i := range all.Items {
+		csr := &all.Items[i]
+		if csr.Spec.Username != "system:node:"+h.Node || len(csr.Status.Conditions) > 0 {
+			continue
+		}
+		csr.Status.Conditions = []certificatesv1.CertificateSigningRequestCondition{
+			{Type: certificatesv1.CertificateApproved, Status: corev1.ConditionTrue, Reason: "Test"},
+		}
+		if _, err := requests.UpdateApproval(ctx, csr.Name, csr, metav1.UpdateOptions{}); err != nil {
 			return err
 		}
-		for i := range all.Items {
-			csr := &all.Items[i]
-			if csr.Spec.Username != "system:node:"+h.Node {
-				continue
-			}
-			csr.Status.Conditions = append(csr.Status.Conditions, certificatesv1.CertificateSigningRequestCondition{
-				Type: certificatesv1.CertificateApproved, Status: corev1.ConditionTrue, Reason: "Test",
-			})
-			_, err := requests.UpdateApproval(ctx, csr.Name, csr, metav1.UpdateOptions{})
-			return err
-		}
-		return fmt.Errorf("%s asked for no serving certificate", h.Node)
-	})
+	}
+	return nil
 }
 
 // certificates looks at what each listener shows: on the node's own address a
@@ -195,7 +185,7 @@ func (h *fullHub) approve(t *testing.T) {
 func (h *fullHub) certificates(t *testing.T) {
 	t.Helper()
 	cluster, bundle := x509.NewCertPool(), x509.NewCertPool()
-	cluster.AppendCertsFromPEM(shared.Cloud.CA.CertPEM)
+	cluster.AppendCertsFromPEM(busy.Cloud.CA.CertPEM)
 	text, err := os.ReadFile(filepath.Join(h.Dir, "pki", "ca-bundle.crt"))
 	if err != nil {
 		t.Fatal(err)
@@ -209,7 +199,7 @@ func (h *fullHub) certificates(t *testing.T) {
 		}
 		return err
 	}
-	mustAwait(t, func(ctx context.Context) error { return dial(ctx, h.pods, cluster) })
+	mustAwait(t, func(ctx context.Context) error { return errors.Join(h.approve(ctx), dial(ctx, h.pods, cluster)) })
 	if err := dial(t.Context(), h.URL, bundle); err != nil {
 		t.Errorf("programs on the node: %v", err)
 	}

@@ -4,13 +4,18 @@ import (
 	"context"
 	"embed"
 	"encoding/json"
+	"errors"
+	"flag"
 	"fmt"
 	"net/http"
 	"os"
+	"path/filepath"
+	"strconv"
 	"sync"
 	"testing"
 	"time"
 
+	"golang.org/x/sync/errgroup"
 	authenticationv1 "k8s.io/api/authentication/v1"
 	coordinationv1 "k8s.io/api/coordination/v1"
 	corev1 "k8s.io/api/core/v1"
@@ -29,18 +34,28 @@ var testdata embed.FS
 // patience is how long a test waits for what must happen soon.
 const patience = 30 * time.Second
 
-// world is what all tests of the package share: one control plane with the
-// fixture in it. Each test that cuts or restarts a hub has its own.
+// world is a control plane with the fixture in it, which tests share. A test
+// that cuts or restarts a hub, or holds it to its limits, has one of its own.
 type world struct {
 	*bed.Bed
 	admin  *kubernetes.Clientset
 	tokens map[string]string // by service account
 }
 
-// shared is set by TestMain and read by tests.
-var shared *world
+// The worlds, set by TestMain and read by tests. In the calm one tests change
+// nothing that is compared, so that two servers can be asked about it one after
+// the other. In the busy one they do as they like with what they have made. So
+// all tests run side by side.
+var calm, busy *world
+
+// sideBySide is how many tests run at once: they wait more than they work.
+const sideBySide = 8
 
 func TestMain(m *testing.M) {
+	flag.Parse()
+	if err := flag.Set("test.parallel", strconv.Itoa(sideBySide)); err != nil {
+		panic(err) // package testing has no such flag any more
+	}
 	code, err := run(m)
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
@@ -50,7 +65,7 @@ func TestMain(m *testing.M) {
 }
 
 func run(m *testing.M) (int, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), 15*time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Minute) // for the start
 	defer cancel()
 	dir, err := os.MkdirTemp("", "yurt-conform-")
 	if err != nil {
@@ -60,20 +75,37 @@ func run(m *testing.M) (int, error) {
 	if err != nil {
 		return 0, err
 	}
-	b, err := bed.New(ctx, dir, audit...)
-	if err != nil {
-		return 0, err
+	var starting errgroup.Group
+	start := func(w **world, name string, flags ...string) {
+		starting.Go(func() error {
+			b, err := bed.New(ctx, filepath.Join(dir, name), flags...)
+			if err != nil {
+				return err
+			}
+			if *w, err = newWorld(ctx, b); err != nil {
+				b.Close()
+			}
+			return err
+		})
 	}
-	defer b.Close()
-	shared, err = newWorld(ctx, b)
-	if err != nil {
+	start(&calm, "calm")
+	start(&busy, "busy", audit...)
+	defer func() {
+		for _, w := range []*world{calm, busy} {
+			if w != nil {
+				w.Close()
+			}
+		}
+	}()
+	if err := starting.Wait(); err != nil {
 		return 0, err
 	}
 	var beating sync.WaitGroup
-	ctx, cancel = context.WithCancel(ctx)
-	beating.Go(func() { shared.heartbeats(ctx) })
+	alive, end := context.WithCancel(context.Background())
+	beating.Go(func() { calm.heartbeats(alive) })
+	beating.Go(func() { busy.heartbeats(alive) })
 	code := m.Run()
-	cancel()
+	end()
 	beating.Wait()
 	if code == 0 {
 		return 0, os.RemoveAll(dir)
@@ -112,10 +144,8 @@ func (w *world) heartbeats(ctx context.Context) {
 	tick := time.NewTicker(5 * time.Second)
 	defer tick.Stop()
 	for {
-		for _, node := range []string{"edge-1", "edge-2"} {
-			if err := w.heartbeat(ctx, node); err != nil && ctx.Err() == nil {
-				fmt.Fprintf(os.Stderr, "heartbeat of %s: %v\n", node, err)
-			}
+		if err := w.heartbeatAll(ctx); err != nil && ctx.Err() == nil {
+			fmt.Fprintln(os.Stderr, "heartbeat:", err)
 		}
 		select {
 		case <-ctx.Done():
@@ -123,6 +153,39 @@ func (w *world) heartbeats(ctx context.Context) {
 		case <-tick.C:
 		}
 	}
+}
+
+func (w *world) heartbeatAll(ctx context.Context) error {
+	nodes, err := w.admin.CoreV1().Nodes().List(ctx, metav1.ListOptions{})
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for i := range nodes.Items {
+		errs = append(errs, w.heartbeat(ctx, nodes.Items[i].Name))
+	}
+	return errors.Join(errs...)
+}
+
+// node makes a node that is ready, and that pods may be on.
+func (w *world) node(t *testing.T, name string) {
+	t.Helper()
+	if _, err := w.admin.CoreV1().Nodes().Create(t.Context(), &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: name}}, metav1.CreateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	mustAwait(t, func(ctx context.Context) error { return w.heartbeat(ctx, name) })
+}
+
+// hub starts a hub, with a link of its own, for the time of a test.
+func (w *world) hub(t *testing.T, node string, flags ...string) (*bed.Hub, *bed.Link) {
+	t.Helper()
+	hub, link, err := w.AddHub(t.Context(), node, flags...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(link.Close)
+	t.Cleanup(hub.Kill)
+	return hub, link
 }
 
 // heartbeat renews the node's lease, and makes the node ready if it is not.
@@ -238,18 +301,14 @@ func newSide(t *testing.T, name string, cfg *rest.Config) *side {
 // sides returns the API server and the hub for the same caller.
 func (w *world) sides(t *testing.T, hub *bed.Hub, account string) (server, edge *side) {
 	t.Helper()
-	cfg := w.config(w.tokens[account])
-	through, err := hub.RESTConfig(cfg)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return newSide(t, "API server", cfg), newSide(t, "hub", through)
+	token := w.tokens[account]
+	return newSide(t, "API server", w.config(token)), newSide(t, "hub", w.through(t, hub, token))
 }
 
-// mustThrough is the configuration of a client of the shared hub.
-func mustThrough(t *testing.T, token string) *rest.Config {
+// through is the configuration of a client of the hub.
+func (w *world) through(t *testing.T, hub *bed.Hub, token string) *rest.Config {
 	t.Helper()
-	cfg, err := shared.Hub.RESTConfig(shared.config(token))
+	cfg, err := hub.RESTConfig(w.config(token))
 	if err != nil {
 		t.Fatal(err)
 	}

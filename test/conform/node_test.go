@@ -25,6 +25,7 @@ import (
 // TestNodeWrites does what a kubelet does while the cloud is away, and looks
 // at what the node sees at once and the cloud in the end.
 func TestNodeWrites(t *testing.T) {
+	t.Parallel()
 	ctx := t.Context()
 	must := func(err error) {
 		t.Helper()
@@ -32,12 +33,12 @@ func TestNodeWrites(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	cfg, err := shared.Hub.KubeletConfig()
+	cfg, err := busy.Hub.KubeletConfig()
 	must(err)
 	kubelet, err := kubernetes.NewForConfig(cfg)
 	must(err)
-	_, edge := shared.sides(t, shared.Hub, "reader")
-	inCloud := shared.admin.CoreV1().Pods("conform-b")
+	_, edge := busy.sides(t, busy.Hub, "reader")
+	inCloud := busy.admin.CoreV1().Pods("conform-b")
 	made := map[string]*corev1.Pod{}
 	for _, name := range []string{"kept", "replaced", "deleted"} {
 		made[name], err = inCloud.Create(ctx, &corev1.Pod{
@@ -76,7 +77,7 @@ func TestNodeWrites(t *testing.T) {
 		t.Fatalf("first event: %s, %v", first, err)
 	}
 
-	cut(t, shared.Link, edge, bed.Down)
+	cut(t, busy.Link, edge, bed.Down)
 	// The heartbeat is answered with itself.
 	lease, err := leases.Get(ctx, "edge-1", metav1.GetOptions{})
 	must(err)
@@ -165,7 +166,7 @@ func TestNodeWrites(t *testing.T) {
 	again.Status = corev1.PodStatus{}
 	again, err = inCloud.Create(ctx, again, metav1.CreateOptions{})
 	must(err)
-	heal(t, shared.Link, edge)
+	heal(t, busy.Link, edge)
 	mustAwait(t, func(ctx context.Context) error {
 		p, err := inCloud.Get(ctx, "kept", metav1.GetOptions{})
 		if err == nil && (p.Status.PodIP != "10.1.0.4" || p.Status.Phase != corev1.PodRunning) {
@@ -174,21 +175,21 @@ func TestNodeWrites(t *testing.T) {
 		return err
 	})
 	mustAwait(t, func(ctx context.Context) error {
-		n, err := shared.admin.CoreV1().Nodes().Get(ctx, "edge-1", metav1.GetOptions{})
+		n, err := busy.admin.CoreV1().Nodes().Get(ctx, "edge-1", metav1.GetOptions{})
 		if err == nil && n.Status.Conditions[0].Reason != "FromTheEdge" {
 			err = fmt.Errorf("the cloud has %+v", n.Status.Conditions)
 		}
 		return err
 	})
 	mustAwait(t, func(ctx context.Context) error {
-		made, err := shared.admin.CoreV1().Events("conform-b").Get(ctx, "offline", metav1.GetOptions{})
+		made, err := busy.admin.CoreV1().Events("conform-b").Get(ctx, "offline", metav1.GetOptions{})
 		if err != nil {
 			return err
 		}
 		if made.Count != 2 {
 			return fmt.Errorf("count is %d", made.Count)
 		}
-		e, err := shared.admin.CoreV1().Events("conform-b").Get(ctx, event.Name, metav1.GetOptions{})
+		e, err := busy.admin.CoreV1().Events("conform-b").Get(ctx, event.Name, metav1.GetOptions{})
 		if err == nil && e.Count != 7 {
 			err = fmt.Errorf("count is %d", e.Count)
 		}
@@ -200,12 +201,12 @@ func TestNodeWrites(t *testing.T) {
 		t.Errorf("the new pod got the status of the old one: %+v", p.Status)
 	}
 	// And the node sees what the cloud has, without what was overlaid.
-	server, _ := shared.sides(t, shared.Hub, "reader")
+	server, _ := busy.sides(t, busy.Hub, "reader")
 	mustAwait(t, func(ctx context.Context) error {
 		return same(ctx, server, edge, question{"/api/v1/namespaces/conform-b/pods", "resourceVersion=0", inJSON})
 	})
 	// A token made on the node lives as long as its pod.
-	ofPod := newSide(t, "hub", mustThrough(t, token))
+	ofPod := newSide(t, "hub", busy.through(t, busy.Hub, token))
 	tokenIs := func(ctx context.Context, want int) error {
 		a, err := ofPod.ask(ctx, question{"/version", "", inJSON})
 		if err == nil && a.code != want {
@@ -245,7 +246,7 @@ func offlineToken(t *testing.T, kubelet *kubernetes.Clientset, pod *corev1.Pod) 
 	}
 	// Of this account nobody asked the cloud anything, so it may nothing; but
 	// the hub knows who it is.
-	edge := newSide(t, "hub", mustThrough(t, made.Status.Token))
+	edge := newSide(t, "hub", busy.through(t, busy.Hub, made.Status.Token))
 	if a := edge.mustAsk(t, question{"/api/v1/namespaces/conform-b/pods", "resourceVersion=0", inJSON}); a.code != http.StatusForbidden {
 		t.Errorf("with a token made on the node: %d %s", a.code, a.body)
 	}
@@ -265,7 +266,7 @@ func offlineToken(t *testing.T, kubelet *kubernetes.Clientset, pod *corev1.Pod) 
 	first := made.Status.Token
 	// The reader of the other namespace may read, and still may with a token
 	// that the hub makes.
-	mine, err := shared.admin.CoreV1().Pods("conform-a").Get(t.Context(), "web-1", metav1.GetOptions{})
+	mine, err := busy.admin.CoreV1().Pods("conform-a").Get(t.Context(), "web-1", metav1.GetOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -274,13 +275,13 @@ func offlineToken(t *testing.T, kubelet *kubernetes.Clientset, pod *corev1.Pod) 
 	if err != nil {
 		t.Fatal(err)
 	}
-	edge = newSide(t, "hub", mustThrough(t, made.Status.Token))
+	edge = newSide(t, "hub", busy.through(t, busy.Hub, made.Status.Token))
 	if a := edge.mustAsk(t, question{"/api/v1/pods", "resourceVersion=0", inJSON}); a.code != http.StatusOK {
 		t.Errorf("with a token made on the node: %d %s", a.code, a.body)
 	}
 	// It is worth nothing anywhere else, one for somebody else nothing here,
 	// and the kubelet is told to come back soon.
-	direct := newSide(t, "API server", shared.config(made.Status.Token))
+	direct := newSide(t, "API server", busy.config(made.Status.Token))
 	if a := direct.mustAsk(t, question{"/version", "", inJSON}); a.code != http.StatusUnauthorized {
 		t.Errorf("the API server takes a token made on the node: %d %s", a.code, a.body)
 	}
@@ -292,7 +293,7 @@ func offlineToken(t *testing.T, kubelet *kubernetes.Clientset, pod *corev1.Pod) 
 	if err != nil {
 		t.Fatal(err)
 	}
-	edge = newSide(t, "hub", mustThrough(t, foreign.Status.Token))
+	edge = newSide(t, "hub", busy.through(t, busy.Hub, foreign.Status.Token))
 	if a := edge.mustAsk(t, question{"/version", "", inJSON}); a.code != http.StatusUnauthorized {
 		t.Errorf("a token for another audience: %d %s", a.code, a.body)
 	}
@@ -302,7 +303,7 @@ func offlineToken(t *testing.T, kubelet *kubernetes.Clientset, pod *corev1.Pod) 
 // unkept asks for what must not be kept: it gets an error that says so.
 func unkept(t *testing.T, kubelet *kubernetes.Clientset, pod *corev1.Pod) {
 	t.Helper()
-	mine, err := kubernetes.NewForConfig(mustThrough(t, shared.tokens["reader"]))
+	mine, err := kubernetes.NewForConfig(busy.through(t, busy.Hub, busy.tokens["reader"]))
 	if err != nil {
 		t.Fatal(err)
 	}

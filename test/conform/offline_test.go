@@ -67,9 +67,12 @@ func (a answer) old() bool {
 // TestOffline compares what the hub says while the link is cut with what the
 // API server said just before.
 func TestOffline(t *testing.T) {
-	server, edge := shared.sides(t, shared.Hub, "reader")
+	t.Parallel()
 	for name, mode := range map[string]bed.Mode{"down": bed.Down, "blackhole": bed.Blackhole} {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			hub, link := calm.hub(t, "edge-"+name)
+			server, edge := calm.sides(t, hub, "reader")
 			// For each question offline, one with the same answer online.
 			online := map[question]question{}
 			add := func(q, as question) { online[q] = as }
@@ -124,7 +127,7 @@ func TestOffline(t *testing.T) {
 				checks[q] = a
 				return err
 			})
-			cut(t, shared.Link, edge, mode)
+			cut(t, link, edge, mode)
 			many(t, server, edge, qs, func(ctx context.Context, q question) error {
 				began := time.Now()
 				got, err := edge.ask(ctx, q)

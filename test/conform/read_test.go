@@ -146,9 +146,14 @@ func join(parts ...string) string {
 // TestListOnline compares lists while the link is whole: those without a
 // resource version are the cloud's, resourceVersion=0 the replica's.
 func TestListOnline(t *testing.T) {
-	server, edge := shared.sides(t, shared.Hub, "reader")
+	t.Parallel()
 	for _, k := range kinds {
 		t.Run(k.name, func(t *testing.T) {
+			t.Parallel()
+			// Each has a hub of its own, as a hub begins no more than some
+			// selections in a second.
+			hub, _ := calm.hub(t, "edge-lists-"+k.name)
+			server, edge := calm.sides(t, hub, "reader")
 			paths := []string{k.collection}
 			if k.everywhere != "" {
 				paths = append(paths, k.everywhere)
@@ -180,7 +185,9 @@ func TestListOnline(t *testing.T) {
 
 // TestListVersionsOnline compares what a resource version and its match mean.
 func TestListVersionsOnline(t *testing.T) {
-	server, edge := shared.sides(t, shared.Hub, "reader")
+	t.Parallel()
+	hub, _ := calm.hub(t, "edge-versions")
+	server, edge := calm.sides(t, hub, "reader")
 	for _, k := range kinds {
 		t.Run(k.name, func(t *testing.T) {
 			t.Parallel() // they wait more than they work
@@ -247,7 +254,9 @@ func objectVersion(t *testing.T, server *side, k kind) string {
 
 // TestPages follows continue tokens to the end on both sides.
 func TestPages(t *testing.T) {
-	server, edge := shared.sides(t, shared.Hub, "reader")
+	t.Parallel()
+	hub, _ := calm.hub(t, "edge-pages")
+	server, edge := calm.sides(t, hub, "reader")
 	for _, k := range kinds[:4] {
 		path := k.everywhere
 		warm(t, edge, path)
@@ -294,7 +303,9 @@ func (a answer) continueToken() (string, error) {
 
 // TestGetOnline compares gets of objects that exist and that do not.
 func TestGetOnline(t *testing.T) {
-	server, edge := shared.sides(t, shared.Hub, "reader")
+	t.Parallel()
+	hub, _ := calm.hub(t, "edge-gets")
+	server, edge := calm.sides(t, hub, "reader")
 	for _, k := range kinds {
 		t.Run(k.name, func(t *testing.T) {
 			warm(t, edge, k.collection)
@@ -320,7 +331,9 @@ func TestGetOnline(t *testing.T) {
 
 // TestPathsOnline compares requests that are odd in their path.
 func TestPathsOnline(t *testing.T) {
-	server, edge := shared.sides(t, shared.Hub, "reader")
+	t.Parallel()
+	hub, _ := calm.hub(t, "edge-paths")
+	server, edge := calm.sides(t, hub, "reader")
 	warm(t, edge, "/api/v1/configmaps")
 	var qs []question
 	for _, path := range []string{

@@ -38,7 +38,6 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/kubernetes"
-	"k8s.io/client-go/rest"
 
 	"github.com/yurt-edge/yurt/test/bed"
 )
@@ -51,10 +50,6 @@ const guarded = `
 apiVersion: v1
 kind: Namespace
 metadata: {name: guarded}
----
-apiVersion: v1
-kind: Node
-metadata: {name: edge-3}
 ---
 apiVersion: v1
 kind: ConfigMap
@@ -89,7 +84,7 @@ apiVersion: v1
 kind: Pod
 metadata: {name: %[1]s, namespace: guarded}
 spec:
-  nodeName: edge-3
+  nodeName: %[2]s
   serviceAccountName: %[1]s
   tolerations: [{operator: Exists}]
   containers: [{name: main, image: example.invalid/x:1}]
@@ -110,30 +105,30 @@ roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: guarded-
 subjects: [{kind: ServiceAccount, name: %[1]s, namespace: guarded}]
 `
 
-// guard makes the accounts, each with a pod on edge-3, those of the second
+// guard makes the accounts, each with a pod on the node, those of the second
 // list with the rights, and returns a token of each.
-func guard(t *testing.T, without, with []string) map[string]string {
+func guard(t *testing.T, node string, without, with []string) map[string]string {
 	t.Helper()
+	busy.node(t, node)
 	manifest := guarded
 	for _, account := range slices.Concat(without, with) {
-		manifest += fmt.Sprintf(guardedAccount, account)
+		manifest += fmt.Sprintf(guardedAccount, account, node)
 	}
 	for _, account := range with {
 		manifest += fmt.Sprintf(guardedRights, account)
 	}
-	mustAwait(t, func(ctx context.Context) error { return shared.Cloud.Apply(ctx, manifest) })
+	mustAwait(t, func(ctx context.Context) error { return busy.Cloud.Apply(ctx, manifest) })
 	t.Cleanup(func() {
 		ctx := context.WithoutCancel(t.Context())
 		for _, account := range slices.Concat(without, with) {
 			grace := int64(0)
-			_ = shared.admin.CoreV1().Pods("guarded").Delete(ctx, account, metav1.DeleteOptions{GracePeriodSeconds: &grace}) // it may be gone
+			_ = busy.admin.CoreV1().Pods("guarded").Delete(ctx, account, metav1.DeleteOptions{GracePeriodSeconds: &grace}) // it may be gone
 		}
-		_ = shared.admin.CoreV1().Nodes().Delete(ctx, "edge-3", metav1.DeleteOptions{})
 	})
 	tokens := map[string]string{}
 	for _, account := range slices.Concat(without, with) {
 		var err error
-		if tokens[account], err = shared.token(t.Context(), "guarded", account, account); err != nil {
+		if tokens[account], err = busy.token(t.Context(), "guarded", account, account); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -142,7 +137,7 @@ func guard(t *testing.T, without, with []string) map[string]string {
 
 func deleteAccount(t *testing.T, account string) {
 	t.Helper()
-	if err := shared.admin.CoreV1().ServiceAccounts("guarded").Delete(t.Context(), account, metav1.DeleteOptions{}); err != nil {
+	if err := busy.admin.CoreV1().ServiceAccounts("guarded").Delete(t.Context(), account, metav1.DeleteOptions{}); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -370,7 +365,7 @@ func issue(t *testing.T, caCert *x509.Certificate, caKey any, name string, expir
 // clusterCA reads the cluster's authority, as only a test can.
 func clusterCA(t *testing.T) (*x509.Certificate, any) {
 	t.Helper()
-	pair, err := tls.LoadX509KeyPair(shared.Cloud.CA.CertFile, shared.Cloud.CA.KeyFile)
+	pair, err := tls.LoadX509KeyPair(busy.Cloud.CA.CertFile, busy.Cloud.CA.KeyFile)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -380,7 +375,7 @@ func clusterCA(t *testing.T) (*x509.Certificate, any) {
 // clusterSigner reads the key that signs ServiceAccount tokens.
 func clusterSigner(t *testing.T) *rsa.PrivateKey {
 	t.Helper()
-	text, err := os.ReadFile(filepath.Join(filepath.Dir(shared.Cloud.CA.KeyFile), "sa.key"))
+	text, err := os.ReadFile(filepath.Join(filepath.Dir(busy.Cloud.CA.KeyFile), "sa.key"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -436,7 +431,7 @@ func (h *fullHub) credentials(t *testing.T, tokens map[string]string) []credenti
 	if err != nil {
 		t.Fatal(err)
 	}
-	elsewhere, err := shared.admin.CoreV1().ServiceAccounts("guarded").CreateToken(t.Context(), "allowed",
+	elsewhere, err := busy.admin.CoreV1().ServiceAccounts("guarded").CreateToken(t.Context(), "allowed",
 		&authenticationv1.TokenRequest{Spec: authenticationv1.TokenRequestSpec{Audiences: []string{"elsewhere"}}}, metav1.CreateOptions{})
 	if err != nil {
 		t.Fatal(err)
@@ -488,8 +483,9 @@ func (h *fullHub) credentials(t *testing.T, tokens map[string]string) []credenti
 // offline, and compares what comes back with the tables of docs/security.md.
 // It then looks at what arrived at the API server, and as whom.
 func TestStatusTables(t *testing.T) {
+	t.Parallel()
 	hub := newFullHub(t, "edge-3")
-	tokens := guard(t, []string{"powerless", "unseen", "unseen-too"}, []string{"allowed", "deleted", "leaving"})
+	tokens := guard(t, hub.Node, []string{"powerless", "unseen", "unseen-too"}, []string{"allowed", "deleted", "leaving"})
 	rows := hub.credentials(t, tokens)
 	bundle := x509.NewCertPool()
 	text, err := os.ReadFile(filepath.Join(hub.Dir, "pki", "ca-bundle.crt"))
@@ -531,9 +527,9 @@ func TestStatusTables(t *testing.T) {
 		s.online, s.offline = map[string]int{}, map[string]int{}
 	}
 
-	edge := newSide(t, "hub", mustRESTConfig(t, hub.Hub, tokens["allowed"]))
+	edge := newSide(t, "hub", busy.through(t, hub.Hub, tokens["allowed"]))
 	warm(t, edge, "/api/v1/namespaces/guarded/configmaps")
-	warm(t, newSide(t, "hub", mustRESTConfig(t, hub.Hub, tokens["deleted"])), "/api/v1/namespaces/guarded/configmaps")
+	warm(t, newSide(t, "hub", busy.through(t, hub.Hub, tokens["deleted"])), "/api/v1/namespaces/guarded/configmaps")
 	for _, account := range []string{"deleted", "unseen", "unseen-too"} {
 		deleteAccount(t, account)
 		refusedByCloud(t, tokens[account])
@@ -574,20 +570,11 @@ func TestStatusTables(t *testing.T) {
 	hub.whoseRequests(t)
 }
 
-func mustRESTConfig(t *testing.T, hub *bed.Hub, token string) *rest.Config {
-	t.Helper()
-	cfg, err := hub.RESTConfig(shared.config(token))
-	if err != nil {
-		t.Fatal(err)
-	}
-	return cfg
-}
-
 // refusedByCloud waits until the API server itself refuses a token: it too
 // remembers for ten seconds.
 func refusedByCloud(t *testing.T, token string) {
 	t.Helper()
-	server := newSide(t, "API server", shared.config(token))
+	server := newSide(t, "API server", busy.config(token))
 	mustAwait(t, func(ctx context.Context) error {
 		a, err := server.ask(ctx, question{"/api/v1/namespaces/guarded/configmaps", "", inJSON})
 		if err == nil && a.code != http.StatusUnauthorized {
@@ -601,7 +588,7 @@ func refusedByCloud(t *testing.T, token string) {
 // longer accepts: what the API server says to one request counts for all.
 func refusedPromptly(t *testing.T, hub *fullHub, token string) {
 	t.Helper()
-	edge := newSide(t, "hub", mustRESTConfig(t, hub.Hub, token))
+	edge := newSide(t, "hub", busy.through(t, hub.Hub, token))
 	path := "/api/v1/namespaces/guarded/configmaps"
 	if a := edge.mustAsk(t, question{path, "", inJSON}); a.code != http.StatusUnauthorized {
 		t.Errorf("forwarded with a token of a deleted account: %d %s", a.code, a.body)
@@ -622,7 +609,7 @@ func (h *fullHub) madeToken(t *testing.T, account string) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	pod, err := shared.admin.CoreV1().Pods("guarded").Get(t.Context(), account, metav1.GetOptions{})
+	pod, err := busy.admin.CoreV1().Pods("guarded").Get(t.Context(), account, metav1.GetOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -720,7 +707,7 @@ func auditEvents(t *testing.T) []auditEvent {
 func (h *fullHub) whoTheCloudSees(t *testing.T, all []*surface) {
 	t.Helper()
 	mustAwait(t, func(ctx context.Context) error {
-		return shared.Cloud.Apply(ctx, `
+		return busy.Cloud.Apply(ctx, `
 apiVersion: rbac.authorization.k8s.io/v1
 kind: ClusterRole
 metadata: {name: guarded-impersonator}
@@ -736,7 +723,7 @@ subjects: [{apiGroup: rbac.authorization.k8s.io, kind: User, name: "system:node:
 `)
 	})
 	t.Cleanup(func() {
-		if err := shared.admin.RbacV1().ClusterRoleBindings().Delete(context.WithoutCancel(t.Context()), "guarded-impersonator", metav1.DeleteOptions{}); err != nil {
+		if err := busy.admin.RbacV1().ClusterRoleBindings().Delete(context.WithoutCancel(t.Context()), "guarded-impersonator", metav1.DeleteOptions{}); err != nil {
 			t.Error(err)
 		}
 	})
@@ -905,13 +892,14 @@ func ownRequest(e auditEvent) error {
 // They are known there until the link is back; then the first request is
 // refused, and watches that are open end.
 func TestRevokedDuringCut(t *testing.T) {
-	hub := newFullHub(t, "edge-3")
-	tokens := guard(t, []string{"witness"}, []string{"revoked", "removed", "staying"})
+	t.Parallel()
+	hub := newFullHub(t, "edge-4")
+	tokens := guard(t, hub.Node, []string{"witness"}, []string{"revoked", "removed", "staying"})
 	const settings, password = "/api/v1/namespaces/guarded/configmaps", "/api/v1/namespaces/guarded/secrets/password"
 	list := question{settings, "resourceVersion=0", inJSON}
 	sides, streams := map[string]*side{}, map[string]*openWatch{}
 	for _, account := range []string{"revoked", "removed", "staying"} {
-		sides[account] = newSide(t, "hub", mustRESTConfig(t, hub.Hub, tokens[account]))
+		sides[account] = newSide(t, "hub", busy.through(t, hub.Hub, tokens[account]))
 		warm(t, sides[account], settings)
 		if a := sides[account].mustAsk(t, question{password, "", inJSON}); a.code != http.StatusOK {
 			t.Fatalf("%s reads the secret: %d %s", account, a.code, a.body)
@@ -919,7 +907,7 @@ func TestRevokedDuringCut(t *testing.T) {
 		streams[account] = watchAll(t, sides[account], settings)
 		streams[account].until(t, "ADDED")
 	}
-	witness := newSide(t, "hub", mustRESTConfig(t, hub.Hub, tokens["witness"]))
+	witness := newSide(t, "hub", busy.through(t, hub.Hub, tokens["witness"]))
 	expect := func(account string, q question, want int) {
 		t.Helper()
 		if a := sides[account].mustAsk(t, q); a.code != want {
@@ -933,12 +921,12 @@ func TestRevokedDuringCut(t *testing.T) {
 
 	cut(t, hub.link, witness, bed.Down)
 	expect("staying", question{absent, "resourceVersion=0", inJSON}, http.StatusNotFound)
-	if err := shared.admin.RbacV1().RoleBindings("guarded").Delete(t.Context(), "revoked", metav1.DeleteOptions{}); err != nil {
+	if err := busy.admin.RbacV1().RoleBindings("guarded").Delete(t.Context(), "revoked", metav1.DeleteOptions{}); err != nil {
 		t.Fatal(err)
 	}
 	deleteAccount(t, "removed")
 	refusedByCloud(t, tokens["removed"])
-	server := newSide(t, "API server", shared.config(tokens["revoked"]))
+	server := newSide(t, "API server", busy.config(tokens["revoked"]))
 	mustAwait(t, func(ctx context.Context) error {
 		a, err := server.ask(ctx, question{settings, "", inJSON})
 		if err == nil && a.code != http.StatusForbidden {
@@ -959,7 +947,7 @@ func TestRevokedDuringCut(t *testing.T) {
 	streams["removed"].ended(t)
 	expect("revoked", question{password, "", inJSON}, http.StatusForbidden)
 	// The third goes on: it sees what happens next.
-	_, err := shared.admin.CoreV1().ConfigMaps("guarded").Patch(t.Context(), "settings", types.MergePatchType,
+	_, err := busy.admin.CoreV1().ConfigMaps("guarded").Patch(t.Context(), "settings", types.MergePatchType,
 		[]byte(`{"data":{"a":"`+strconv.FormatInt(time.Now().UnixNano(), 36)+`"}}`), metav1.PatchOptions{})
 	if err != nil {
 		t.Fatal(err)

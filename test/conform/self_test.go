@@ -25,13 +25,11 @@ import (
 // TestConditionsOfTheHub: what the hub says of itself on its Node, through a
 // cut and until the feature is turned off.
 func TestConditionsOfTheHub(t *testing.T) {
+	t.Parallel()
 	ctx := t.Context()
-	hub, link, err := shared.AddHub(ctx, "edge-2")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(link.Close)
-	t.Cleanup(hub.Kill)
+	const node = "edge-self"
+	busy.node(t, node)
+	hub, link := busy.hub(t, node)
 	restart := func(args ...string) {
 		t.Helper()
 		hub.Stop()
@@ -54,7 +52,7 @@ func TestConditionsOfTheHub(t *testing.T) {
 		t.Helper()
 		// A turn settles, and writes keep their distance.
 		err := awaitFor(t.Context(), 2*patience, func(ctx context.Context) error {
-			node, err := from.CoreV1().Nodes().Get(ctx, "edge-2", metav1.GetOptions{ResourceVersion: "0"})
+			node, err := from.CoreV1().Nodes().Get(ctx, node, metav1.GetOptions{ResourceVersion: "0"})
 			if err != nil {
 				return err
 			}
@@ -75,7 +73,7 @@ func TestConditionsOfTheHub(t *testing.T) {
 		"YurtHubLinkReady": "LinkUp", "YurtHubStoreReady": "Healthy", "YurtHubCertificateReady": "Valid",
 		"YurtHubJournalReady": "Empty", "Autonomy": "Held",
 	} {
-		says(shared.admin, typ, "True", reason)
+		says(busy.admin, typ, "True", reason)
 	}
 
 	if err := link.Cut(bed.Down); err != nil {
@@ -106,7 +104,7 @@ func TestConditionsOfTheHub(t *testing.T) {
 	// What was journalled reaches the cloud, whether the link's return, which
 	// settles first, is told by then or not. Its timing is in the unit tests.
 	mustAwait(t, func(ctx context.Context) error {
-		node, err := shared.admin.CoreV1().Nodes().Get(ctx, "edge-2", metav1.GetOptions{})
+		node, err := busy.admin.CoreV1().Nodes().Get(ctx, node, metav1.GetOptions{})
 		if err != nil {
 			return err
 		}
@@ -118,7 +116,7 @@ func TestConditionsOfTheHub(t *testing.T) {
 		return fmt.Errorf("the cloud was not told of the cut: %v", node.Status.Conditions)
 	})
 	mustAwait(t, func(ctx context.Context) error {
-		events, err := shared.admin.CoreV1().Events("default").List(ctx, metav1.ListOptions{FieldSelector: "involvedObject.uid=edge-2"})
+		events, err := busy.admin.CoreV1().Events("default").List(ctx, metav1.ListOptions{FieldSelector: "involvedObject.uid=" + node})
 		if err != nil {
 			return err
 		}
@@ -136,7 +134,7 @@ func TestConditionsOfTheHub(t *testing.T) {
 
 	restart("--node-conditions=false")
 	mustAwait(t, func(ctx context.Context) error {
-		node, err := shared.admin.CoreV1().Nodes().Get(ctx, "edge-2", metav1.GetOptions{})
+		node, err := busy.admin.CoreV1().Nodes().Get(ctx, node, metav1.GetOptions{})
 		if err != nil {
 			return err
 		}
@@ -186,6 +184,7 @@ func askSocket(ctx context.Context, hub *bed.Hub) (out hubReport, err error) {
 // TestDoctorOnRealServer: what the server says of the node's rights, and of a
 // certificate that it does not know.
 func TestDoctorOnRealServer(t *testing.T) {
+	t.Parallel()
 	ctx := t.Context()
 	dir := t.TempDir()
 	doctor := filepath.Join(dir, "yurtadm")
@@ -204,8 +203,8 @@ func TestDoctorOnRealServer(t *testing.T) {
 		result string
 		says   string
 	}{
-		{"rights", shared.Cloud.CA, []string{"system:nodes"}, "rbac", "ok", "rights that the hub needs"},
-		{"no rights", shared.Cloud.CA, nil, "rbac", "fail", "may not list services, watch services, list endpointslices"},
+		{"rights", busy.Cloud.CA, []string{"system:nodes"}, "rbac", "ok", "rights that the hub needs"},
+		{"no rights", busy.Cloud.CA, nil, "rbac", "fail", "may not list services, watch services, list endpointslices"},
 		{"unknown", elsewhere, []string{"system:nodes"}, "answer", "fail", "does not accept the certificate"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -219,7 +218,7 @@ func TestDoctorOnRealServer(t *testing.T) {
 			}
 			// Its exit code is of the whole; the ports are those of no hub.
 			out, _ := exec.CommandContext(ctx, doctor, "doctor", "--unit=", "-o", "json", "--credential", pair,
-				"--root-dir", shared.Hub.Dir, "--run-dir", shared.Hub.Dir, "--server-addr", shared.Cloud.RESTConfig().Host).Output()
+				"--root-dir", busy.Hub.Dir, "--run-dir", busy.Hub.Dir, "--server-addr", busy.Cloud.RESTConfig().Host).Output()
 			var got struct {
 				Checks []struct{ Check, Outcome, Text string }
 			}

@@ -33,7 +33,7 @@ func sameWatch(ctx context.Context, server, edge *side, q question) error {
 				return err
 			}
 		}
-		err := differ(got[0], got[1])
+		err := differ(got[0].timeless(), got[1].timeless())
 		if err == nil || tries == 2 {
 			return err
 		}
@@ -60,7 +60,9 @@ func manyWatches(t *testing.T, server, edge *side, questions []question) {
 // TestWatchModes compares how watches begin, in all modes, and that they end
 // when their time is over.
 func TestWatchModes(t *testing.T) {
-	server, edge := shared.sides(t, shared.Hub, "reader")
+	t.Parallel()
+	hub, _ := calm.hub(t, "edge-modes")
+	server, edge := calm.sides(t, hub, "reader")
 	var qs []question
 	for _, k := range kinds {
 		warm(t, edge, k.collection)
@@ -161,8 +163,10 @@ func history(t *testing.T, client dynamic.ResourceInterface, object func(name st
 // TestWatchEvents compares what watchers are told of the same changes, those
 // connected while they happen and those that come later with an old version.
 func TestWatchEvents(t *testing.T) {
-	server, edge := shared.sides(t, shared.Hub, "reader")
-	admin, err := dynamic.NewForConfig(shared.Cloud.RESTConfig())
+	t.Parallel()
+	hub, _ := busy.hub(t, "edge-events")
+	server, edge := busy.sides(t, hub, "reader")
+	admin, err := dynamic.NewForConfig(busy.Cloud.RESTConfig())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -177,10 +181,10 @@ func TestWatchEvents(t *testing.T) {
 		{
 			gvr: schema.GroupVersionResource{Version: "v1", Resource: "pods"}, prefix: "/api/v1", kind: "Pod",
 			spec: map[string]any{
-				"serviceAccountName": "reader", "automountServiceAccountToken": false, "nodeName": "edge-1",
+				"serviceAccountName": "reader", "automountServiceAccountToken": false, "nodeName": "edge-2",
 				"containers": []any{map[string]any{"name": "main", "image": "example.invalid/x:1"}},
 			},
-			fields: []string{"spec.nodeName=edge-1", "spec.nodeName=", "spec.nodeName!=edge-1"},
+			fields: []string{"spec.nodeName=edge-2", "spec.nodeName=", "spec.nodeName!=edge-2"},
 		},
 		{
 			gvr: schema.GroupVersionResource{Group: "conform.example.com", Version: "v1", Resource: "gadgets"}, prefix: "/apis/conform.example.com/v1", kind: "Gadget",
@@ -189,7 +193,7 @@ func TestWatchEvents(t *testing.T) {
 	} {
 		t.Run(c.gvr.Resource, func(t *testing.T) {
 			t.Parallel()
-			path := c.prefix + "/namespaces/conform-b/" + c.gvr.Resource
+			path := c.prefix + "/namespaces/conform-c/" + c.gvr.Resource
 			warm(t, edge, path)
 			from, err := edge.mustAsk(t, question{path, "resourceVersion=0", inJSON}).listVersion()
 			if err != nil {
@@ -227,7 +231,7 @@ func TestWatchEvents(t *testing.T) {
 					})
 				}
 			}
-			versions := history(t, admin.Resource(c.gvr).Namespace("conform-b"), func(name string, labels map[string]any) *unstructured.Unstructured {
+			versions := history(t, admin.Resource(c.gvr).Namespace("conform-c"), func(name string, labels map[string]any) *unstructured.Unstructured {
 				u := &unstructured.Unstructured{Object: map[string]any{
 					"apiVersion": c.gvr.GroupVersion().String(), "kind": c.kind,
 					"metadata": map[string]any{"name": name},
@@ -262,10 +266,12 @@ func TestWatchEvents(t *testing.T) {
 // TestWatchBinding compares what watchers by node are told when a pod without
 // a node gets one, which is the one change of a selectable field.
 func TestWatchBinding(t *testing.T) {
-	server, edge := shared.sides(t, shared.Hub, "reader")
-	path := "/api/v1/namespaces/conform-b/pods"
+	t.Parallel()
+	hub, _ := busy.hub(t, "edge-bindings")
+	server, edge := busy.sides(t, hub, "reader")
+	path := "/api/v1/namespaces/conform-d/pods"
 	warm(t, edge, "/api/v1/pods")
-	pods := shared.admin.CoreV1().Pods("conform-b")
+	pods := busy.admin.CoreV1().Pods("conform-d")
 	pod := &corev1.Pod{
 		ObjectMeta: metav1.ObjectMeta{Name: "bound-late"},
 		Spec: corev1.PodSpec{
