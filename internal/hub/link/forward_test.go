@@ -158,7 +158,7 @@ func TestForwardChoosesIdentity(t *testing.T) {
 func TestForwardFlushesEachEvent(t *testing.T) {
 	t.Parallel()
 	ca := newAuthority(t)
-	events := make(chan string)
+	events, ended := make(chan string), make(chan struct{})
 	u := newUpstream(t, ca, func(w http.ResponseWriter, r *http.Request) {
 		rc := http.NewResponseController(w)
 		_ = rc.Flush()
@@ -168,6 +168,7 @@ func TestForwardFlushesEachEvent(t *testing.T) {
 				_, _ = io.WriteString(w, e)
 				_ = rc.Flush()
 			case <-r.Context().Done():
+				ended <- struct{}{}
 				return
 			}
 		}
@@ -175,6 +176,7 @@ func TestForwardFlushesEachEvent(t *testing.T) {
 	r := newRig(t, ca, nil, u.addr())
 	r.waitUp(t)
 	h := r.hub(t, AsNode(), nil)
+	h.Client().Timeout = 2 * patience
 	for _, path := range []string{"/api/v1/pods?watch=true", "/api/v1/namespaces/a/pods/b/log?follow=true", "/api/v1/namespaces/a/services/b/proxy/sse"} {
 		resp, err := h.Client().Get(h.URL + path)
 		if err != nil {
@@ -189,6 +191,7 @@ func TestForwardFlushesEachEvent(t *testing.T) {
 			}
 		}
 		_ = resp.Body.Close()
+		receive(t, ended) // or it would take events of the next
 	}
 }
 
@@ -281,7 +284,7 @@ func TestForwardKeepsWholeBodies(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if got := <-kept; got != "/small small" || len(kept) > 0 {
+	if got := receive(t, kept); got != "/small small" || len(kept) > 0 {
 		t.Errorf("kept %q and %d more", got, len(kept))
 	}
 }
@@ -289,7 +292,7 @@ func TestForwardKeepsWholeBodies(t *testing.T) {
 func TestForwardTellsTheServerThatTheClientLeft(t *testing.T) {
 	t.Parallel()
 	ca := newAuthority(t)
-	entered, left := make(chan struct{}), make(chan struct{})
+	entered, left := make(chan struct{}, 1), make(chan struct{}, 1)
 	u := newUpstream(t, ca, func(w http.ResponseWriter, r *http.Request) {
 		if r.URL.RawQuery != "" {
 			_ = http.NewResponseController(w).Flush()
@@ -316,10 +319,10 @@ func TestForwardTellsTheServerThatTheClientLeft(t *testing.T) {
 					_ = resp.Body.Close()
 				}
 			}()
-			<-entered
+			receive(t, entered)
 			cancel()
-			<-left
-			<-done
+			receive(t, left)
+			receive(t, done)
 		}
 	}
 	if !r.Online() {
@@ -386,7 +389,7 @@ func TestForwardFailsWaitingRequestsWhenTheLinkGoesDown(t *testing.T) {
 	})
 	w := newWire(t, u.addr())
 	r := newRig(t, ca, func(c *Config) {
-		c.Budgets = Budgets{Stall: 100 * time.Millisecond, Answer: 300 * time.Millisecond, Connect: 300 * time.Millisecond}
+		c.Budgets = Budgets{Stall: 100 * time.Millisecond, Answer: 4 * time.Second, Connect: 4 * time.Second}
 	}, w.addr)
 	r.waitUp(t)
 	h := r.hub(t, AsNode(), nil)
@@ -397,11 +400,11 @@ func TestForwardFailsWaitingRequestsWhenTheLinkGoesDown(t *testing.T) {
 			codes <- code
 		}()
 	}
-	<-entered
-	<-entered
+	receive(t, entered)
+	receive(t, entered)
 	w.blackhole()
 	for range 2 {
-		if code := <-codes; code != http.StatusServiceUnavailable {
+		if code := receive(t, codes); code != http.StatusServiceUnavailable {
 			t.Errorf("code %d", code)
 		}
 	}
@@ -536,7 +539,7 @@ func TestUpgradeEndsWithEitherSide(t *testing.T) {
 	_ = c.Close()
 	c, _, _ = dialUpgrade(t, h, "/client-ends", "SPDY/3.1")
 	_ = c.Close()
-	<-ended
+	receive(t, ended)
 }
 
 func dialUpgrade(t *testing.T, h *httptest.Server, path, protocol string) (net.Conn, *http.Response, *bufio.Reader) {
@@ -596,6 +599,8 @@ func TestForwardCarriesMoreWatchesThanOneConnectionTakes(t *testing.T) {
 	})
 	r := newRig(t, ca, nil, u.addr())
 	r.waitUp(t)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
 	// Connections that the server ends must not count for ever: hence rounds.
 	for range 10 {
 		before := u.dials.Load()
@@ -612,7 +617,7 @@ func TestForwardCarriesMoreWatchesThanOneConnectionTakes(t *testing.T) {
 						responses <- resp
 						return
 					}
-					if r.WaitUp(t.Context()) != nil {
+					if ctx.Err() != nil || r.WaitUp(ctx) != nil {
 						return
 					}
 				}

@@ -285,6 +285,8 @@ func newRig(t testing.TB, ca *authority, change func(*Config), addrs ...string) 
 		ClusterCAs:        func() *x509.CertPool { return ca.pool },
 		ClientCertificate: func() (*tls.Certificate, error) { return r.cert.Load(), nil },
 		Registerer:        r.registry,
+		// Busy processors are no cut.
+		Budgets: Budgets{Connect: patience, Answer: patience, Patience: patience},
 	}
 	for _, a := range addrs {
 		cfg.Servers = append(cfg.Servers, &url.URL{Scheme: "https", Host: a})
@@ -311,7 +313,7 @@ func newRig(t testing.TB, ca *authority, change func(*Config), addrs ...string) 
 
 func (r *rig) waitUp(t testing.TB) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
 	if err := r.WaitUp(ctx); err != nil {
 		t.Fatalf("link did not come up: %v, state %+v", err, r.State())
@@ -320,7 +322,7 @@ func (r *rig) waitUp(t testing.TB) {
 
 func (r *rig) waitDown(t testing.TB) {
 	t.Helper()
-	timeout := time.After(20 * time.Second)
+	timeout := time.After(patience)
 	for {
 		changed := r.Changed()
 		if !r.Online() {

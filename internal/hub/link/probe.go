@@ -34,8 +34,7 @@ func (l *Link) watchOver(ctx context.Context, i int) {
 		case <-l.servers[i].wake:
 		case <-timer.C:
 		}
-		wait, gentle := l.next(i, time.Now())
-		if wait > 0 {
+		if wait := l.next(i, time.Now()); wait > 0 {
 			timer.Reset(wait)
 			continue
 		}
@@ -46,34 +45,40 @@ func (l *Link) watchOver(ctx context.Context, i int) {
 			timer.Reset(l.cfg.Budgets.Retry)
 			continue
 		}
-		started, connect, answer := l.begin(i)
+		p := l.begin(i)
 		wg.Go(func() {
 			defer func() { <-slots }()
-			if gentle && l.ping(ctx, i) {
+			if p.gentle && l.ping(ctx, i) {
 				return
 			}
-			l.probe(ctx, i, started, connect, answer)
+			l.probe(ctx, i, p)
 		})
 	}
 }
 
-// next returns how long server i need not be probed, and whether a request
-// on a pooled connection will do when the time has come.
-func (l *Link) next(i int, now time.Time) (wait time.Duration, gentle bool) {
+// next returns how long server i need not be probed.
+func (l *Link) next(i int, now time.Time) time.Duration {
 	heard := l.heardAt(i)
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.tracker.hear(i, heard)
-	s := &l.tracker.servers[i]
-	return s.due.Sub(now), s.healthy && !s.suspected
+	return l.tracker.servers[i].due.Sub(now)
 }
 
-func (l *Link) begin(i int) (started time.Time, connect, answer time.Duration) {
+// probing is a probe under way.
+type probing struct {
+	started         time.Time
+	connect, answer time.Duration // how long each may take
+	gentle          bool          // a request on a pooled connection will do
+}
+
+func (l *Link) begin(i int) probing {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	now := time.Now()
-	connect, answer = l.tracker.start(i, now, 0.8+0.4*rand.Float64())
-	return now, connect, answer
+	s := &l.tracker.servers[i]
+	p := probing{started: time.Now(), gentle: s.healthy && !s.suspected}
+	p.connect, p.answer = l.tracker.start(i, p.started, 0.8+0.4*rand.Float64())
+	return p
 }
 
 // suspect tells the prober of server i that something may be wrong.
@@ -125,12 +130,12 @@ func (l *Link) ping(ctx context.Context, i int) bool {
 
 // probe finds out on a fresh connection whether server i can be reached and
 // serves, and reports what it found.
-func (l *Link) probe(ctx context.Context, i int, started time.Time, connect, answer time.Duration) {
-	f := l.look(ctx, i, connect, answer)
+func (l *Link) probe(ctx context.Context, i int, p probing) {
+	f := l.look(ctx, i, p.connect, p.answer)
 	if ctx.Err() != nil {
 		return
 	}
-	l.report(i, started, f)
+	l.report(i, p.started, f)
 }
 
 func (l *Link) report(i int, started time.Time, f finding) {
@@ -156,8 +161,10 @@ func (l *Link) report(i int, started time.Time, f finding) {
 		l.sure = make(chan struct{})
 	}
 	to.preferred.Store(int64(s.preferred.Sub(l.begun)))
+	l.metrics.probed(f.verdict)
 	var old *lanes
 	if turned {
+		l.metrics.turned() // before anybody is told
 		l.up.Store(state.Up)
 		if state.Up && l.pace.renew(now) || !state.Up && l.pace.cut(now) {
 			l.slow.Store(false)
@@ -172,7 +179,6 @@ func (l *Link) report(i int, started time.Time, f finding) {
 	l.mu.Unlock()
 
 	l.wake(i)
-	l.metrics.probed(f.verdict)
 	switch {
 	case lost && old == nil:
 		current.cutServer(i) // what waits there shall try elsewhere
@@ -184,7 +190,6 @@ func (l *Link) report(i int, started time.Time, f finding) {
 	if !turned {
 		return
 	}
-	l.metrics.turned()
 	if old != nil {
 		old.cut()
 		l.cfg.Log.Warn("link is down", "reason", state.Reason, "was_up_for", state.Since.Sub(from.Since))

@@ -109,7 +109,8 @@ type server struct {
 	due time.Time
 	// probed is when the last probe started.
 	probed time.Time
-	// suspected says that the next probe must be on a fresh connection.
+	// suspected says that something was wrong after the last probe set out:
+	// the next one must be on a fresh connection, and is not put off.
 	suspected bool
 	// unwell counts probes in a row that got an answer, but not a good one.
 	unwell int
@@ -160,11 +161,15 @@ func (t *tracker) hear(i int, at time.Time) {
 // apart, so that failing requests cannot make a storm of them.
 func (t *tracker) suspect(i int, now time.Time) bool {
 	s := &t.servers[i]
-	due := later(now, s.probed.Add(t.budgets.Retry))
-	if !s.healthy || !due.Before(s.due) {
+	if !s.healthy {
 		return false
 	}
-	s.due, s.suspected = due, true
+	s.suspected = true
+	due := later(now, s.probed.Add(t.budgets.Retry))
+	if !due.Before(s.due) {
+		return false
+	}
+	s.due = due
 	return true
 }
 
@@ -216,7 +221,9 @@ func (t *tracker) report(i int, started, now time.Time, f finding) bool {
 		s.connect, s.answer = max(f.connect, s.connect*3/4), max(f.answer, s.answer*3/4)
 		s.unsure = !s.healthy
 		s.unwell, s.ailing, s.reason = 0, false, f.reason
-		s.due = now.Add(t.silent())
+		if !s.suspected {
+			s.due = now.Add(t.silent())
+		}
 		if !s.healthy {
 			s.healthy, s.preferred = true, now
 			if len(s.losses) > 0 {
@@ -245,7 +252,7 @@ func (t *tracker) report(i int, started, now time.Time, f finding) bool {
 			return false
 		}
 	}
-	s.healthy, s.reason = false, f.reason
+	s.healthy, s.suspected, s.reason = false, false, f.reason
 	return t.settle(now, f.reason)
 }
 

@@ -100,6 +100,9 @@ func play(t *testing.T, script []byte) []byte {
 		if tr.state.Up {
 			side = "up"
 		}
+		if tr.servers[i].suspected {
+			side += ", in doubt,"
+		}
 		fmt.Fprintf(&out, "%-34s -> %s%s since %s, next probe at %s\n", line, result,
 			side, tr.state.Since.Sub(zero), tr.servers[i].due.Sub(zero))
 	}
