@@ -60,6 +60,8 @@ type ControlPlaneConfig struct {
 	ControllerManager, Scheduler bool
 	// APIServerFlags are appended to the API server's flags.
 	APIServerFlags []string
+	// ControllerManagerFlags are appended to the controller manager's.
+	ControllerManagerFlags []string
 	// Progress tells of builds. The zero value is silent.
 	Progress Progress
 }
@@ -261,7 +263,7 @@ func (cp *ControlPlane) kubeAPIServer(etcdURL string) component {
 }
 
 func (cp *ControlPlane) controllerManagerFlags(port int) []string {
-	return []string{
+	return append([]string{
 		"--bind-address=127.0.0.1", "--secure-port=" + strconv.Itoa(port),
 		"--leader-elect=false",
 		"--controllers=*,bootstrapsigner,tokencleaner",
@@ -275,7 +277,7 @@ func (cp *ControlPlane) controllerManagerFlags(port int) []string {
 		// A node's pod CIDR follows from the topology, because the routers
 		// must know it before the node exists.
 		"--allocate-node-cidrs=false",
-	}
+	}, cp.cfg.ControllerManagerFlags...)
 }
 
 func (cp *ControlPlane) schedulerFlags(port int) []string {

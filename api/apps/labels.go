@@ -31,6 +31,23 @@ const (
 	// OriginalUnreachable is the same for a node that cannot be reached.
 	OriginalUnreachable = "apps.openyurt.io/original-unreachable-toleration-duration"
 
+	// Heartbeats on the lease of a node are heartbeats of others of its pool,
+	// which have no link to the cloud.
+	Heartbeats = "node.openyurt.io/heartbeats"
+	// DelegateHeartbeat on the lease of a node is "true" while it is renewed
+	// on the word of another node.
+	DelegateHeartbeat = "openyurt.io/delegate-heartbeat"
+	// VouchedFor on the lease of a node is the manager's memory of who vouched
+	// for it last, and with which heartbeat.
+	VouchedFor = "node.openyurt.io/vouched-for"
+	// VouchedForCondition of a node is True while another vouches for it.
+	VouchedForCondition = "YurtNodeVouchedFor"
+	// UnschedulableTaint keeps new pods from a node that cannot hear of them.
+	UnschedulableTaint = "node.openyurt.io/unschedulable"
+	// Dead on a node says that the manager takes it for dead since its
+	// condition Ready became Unknown, at the time that is the value.
+	Dead = "node.openyurt.io/dead"
+
 	// LeaderConfigPrefix begins the names of the ConfigMaps that tell hubs of
 	// their pool's leaders; the pool's name follows.
 	LeaderConfigPrefix = "leader-hub-"

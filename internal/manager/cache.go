@@ -1,6 +1,7 @@
 package manager
 
 import (
+	coordinationv1 "k8s.io/api/coordination/v1"
 	corev1 "k8s.io/api/core/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
 	apiextensionsv1 "k8s.io/apiextensions-apiserver/pkg/apis/apiextensions/v1"
@@ -55,6 +56,9 @@ var (
 		{APIGroups: []string{""}, Resources: []string{"configmaps"}, Verbs: []string{"list", "watch"}},
 		{APIGroups: []string{""}, Resources: []string{"secrets"}, ResourceNames: []string{webhookcert.Secret}, Verbs: []string{"list", "watch"}},
 	}
+	readLeases = []rbacv1.PolicyRule{ // in kube-node-lease
+		{APIGroups: []string{coordinationv1.GroupName}, Resources: []string{"leases"}, Verbs: []string{"list", "watch"}},
+	}
 	readInDefault = []rbacv1.PolicyRule{
 		{APIGroups: []string{""}, Resources: []string{"services"}, ResourceNames: []string{"kubernetes"}, Verbs: []string{"list", "watch"}},
 	}
@@ -70,10 +74,11 @@ func cacheOptions(namespace string) cache.Options {
 	return cache.Options{
 		DefaultTransform: cache.TransformStripManagedFields(),
 		ByObject: map[client.Object]cache.ByObject{
-			&corev1.Pod{}:       {Transform: slimPod},
-			&corev1.ConfigMap{}: {Namespaces: map[string]cache.Config{namespace: {LabelSelector: followed}}},
-			&corev1.Secret{}:    {Namespaces: map[string]cache.Config{namespace: {FieldSelector: named(webhookcert.Secret)}}},
-			&corev1.Service{}:   {Namespaces: map[string]cache.Config{metav1.NamespaceDefault: {FieldSelector: named("kubernetes")}}},
+			&corev1.Pod{}:           {Transform: slimPod},
+			&coordinationv1.Lease{}: {Namespaces: map[string]cache.Config{corev1.NamespaceNodeLease: {}}},
+			&corev1.ConfigMap{}:     {Namespaces: map[string]cache.Config{namespace: {LabelSelector: followed}}},
+			&corev1.Secret{}:        {Namespaces: map[string]cache.Config{namespace: {FieldSelector: named(webhookcert.Secret)}}},
+			&corev1.Service{}:       {Namespaces: map[string]cache.Config{metav1.NamespaceDefault: {FieldSelector: named("kubernetes")}}},
 			&rbacv1.ClusterRole{}: {
 				Field: named(hubleader.Multiplexer),
 			},

@@ -42,6 +42,7 @@ type cluster struct {
 	kube          kubernetes.Interface
 	cp            *playground.ControlPlane
 	dir           string
+	ports         []int // three for each manager
 	managers      []*process
 }
 
@@ -72,21 +73,28 @@ func TestMain(m *testing.M) {
 // theCluster is one for all tests; the first that asks starts it.
 func theCluster(t *testing.T) *cluster {
 	t.Helper()
-	started.Do(func() { shared, failed = startCluster(context.Background(), t) })
+	started.Do(func() {
+		if shared, failed = startCluster(context.Background(), t); failed == nil {
+			failed = shared.startManagers(2)
+		}
+	})
 	if failed != nil {
 		t.Fatal(failed)
 	}
 	return shared
 }
 
-func startCluster(ctx context.Context, t testing.TB) (*cluster, error) {
+// startCluster starts all but the managers.
+func startCluster(ctx context.Context, t testing.TB, controllerManagerFlags ...string) (*cluster, error) {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Minute)
 	defer cancel()
 	dir, err := os.MkdirTemp("", "yurt-manager-test")
 	if err != nil {
 		return nil, err
 	}
-	cp, err := playground.StartControlPlane(ctx, playground.ControlPlaneConfig{Dir: filepath.Join(dir, "cloud"), ControllerManager: true})
+	cp, err := playground.StartControlPlane(ctx, playground.ControlPlaneConfig{
+		Dir: filepath.Join(dir, "cloud"), ControllerManager: true, ControllerManagerFlags: controllerManagerFlags,
+	})
 	if err != nil {
 		return nil, errors.Join(err, os.RemoveAll(dir))
 	}
@@ -106,11 +114,10 @@ func (c *cluster) fill(ctx context.Context, t testing.TB) error {
 	if c.Client, err = client.New(c.cp.RESTConfig(), client.Options{Scheme: newScheme()}); err != nil {
 		return err
 	}
-	ports, err := freePorts(6)
-	if err != nil {
+	if c.ports, err = freePorts(6); err != nil {
 		return err
 	}
-	if err := c.install(ctx, t, ports[0]); err != nil {
+	if err := c.install(ctx, t, c.ports[0]); err != nil {
 		return err
 	}
 	token, err := c.kube.CoreV1().ServiceAccounts(namespace).CreateToken(ctx, "yurt-manager", &authenticationv1.TokenRequest{}, metav1.CreateOptions{})
@@ -124,8 +131,12 @@ func (c *cluster) fill(ctx context.Context, t testing.TB) error {
 	if text, err := build.CombinedOutput(); err != nil {
 		return fmt.Errorf("build yurt-manager: %w: %s", err, text)
 	}
-	for i := range 2 {
-		if err := c.startManager(ports[3*i : 3*i+3]); err != nil {
+	return nil
+}
+
+func (c *cluster) startManagers(n int, flags ...string) error {
+	for i := range n {
+		if err := c.startManager(c.ports[3*i:3*i+3], flags...); err != nil {
 			return err
 		}
 	}
@@ -166,15 +177,15 @@ func (c *cluster) install(ctx context.Context, t testing.TB, webhookPort int) er
 	return err
 }
 
-func (c *cluster) startManager(ports []int) error {
+func (c *cluster) startManager(ports []int, flags ...string) error {
 	p := &process{
 		log: filepath.Join(c.dir, fmt.Sprintf("manager-%d.log", len(c.managers))), binary: c.binary(),
 		webhook: "localhost:" + strconv.Itoa(ports[0]), metrics: "localhost:" + strconv.Itoa(ports[1]), health: "localhost:" + strconv.Itoa(ports[2]),
-		args: []string{
+		args: append([]string{
 			"--kubeconfig=" + c.kubeconfig(), "--metrics-addr=127.0.0.1:" + strconv.Itoa(ports[1]),
 			"--health-probe-addr=127.0.0.1:" + strconv.Itoa(ports[2]), "--webhook-port=" + strconv.Itoa(ports[0]),
 			"--leader-elect-lease-duration=6s", "--max-nodes-per-bucket=2", "--log-level=debug",
-		},
+		}, flags...),
 	}
 	c.managers = append(c.managers, p)
 	return p.start()

@@ -9,12 +9,15 @@ import (
 	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/controller"
+	"sigs.k8s.io/controller-runtime/pkg/metrics"
 
 	"github.com/yurt-edge/yurt/internal/manager/csr"
 	"github.com/yurt-edge/yurt/internal/manager/hubleader"
+	"github.com/yurt-edge/yurt/internal/manager/lifecycle"
 	"github.com/yurt-edge/yurt/internal/manager/nodebucket"
 	"github.com/yurt-edge/yurt/internal/manager/nodepool"
 	"github.com/yurt-edge/yurt/internal/manager/podbinding"
+	"github.com/yurt-edge/yurt/internal/manager/vouch"
 	"github.com/yurt-edge/yurt/internal/manager/webhookcert"
 )
 
@@ -28,7 +31,9 @@ type part struct {
 	alias string
 	// rules are what it writes anywhere, namespaced in the working namespace.
 	rules, namespaced []rbacv1.PolicyRule
-	setup             func(s *site) error
+	// leases are what it writes among the leases of nodes.
+	leases []rbacv1.PolicyRule
+	setup  func(s *site) error
 }
 
 // account is the name of the ServiceAccount as which the part writes.
@@ -51,6 +56,10 @@ var parts = []part{
 		setup: func(s *site) error { return csr.Setup(s.mgr, s.write, s.cfg.DummyIP, s.options) },
 	},
 	{
+		name: "delegate-lease-controller", alias: "delegatelease", rules: vouch.Rules, leases: vouch.LeaseRules,
+		setup: func(s *site) error { return vouch.Setup(s.mgr, s.write, metrics.Registry, s.options) },
+	},
+	{
 		name: "hubleader-controller", alias: "hubleader", rules: hubleader.Rules,
 		setup: func(s *site) error { return hubleader.Setup(s.mgr, s.write, s.options) },
 	},
@@ -65,6 +74,12 @@ var parts = []part{
 	{
 		name: "node-bucket-controller", alias: "nodebucket", rules: nodebucket.Rules,
 		setup: func(s *site) error { return nodebucket.Setup(s.mgr, s.write, s.cfg.MaxNodesPerBucket, s.options) },
+	},
+	{
+		name: "node-life-cycle-controller", alias: "nodelifecycle", rules: lifecycle.Rules,
+		setup: func(s *site) error {
+			return lifecycle.Setup(s.mgr, s.write, s.cfg.Grace, metrics.Registry, s.options)
+		},
 	},
 	{
 		name: "nodepool-controller", alias: "nodepool", rules: nodepool.Rules,

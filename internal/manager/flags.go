@@ -35,6 +35,7 @@ func (f *Flags) Add(fs *pflag.FlagSet) {
 	fs.IntVar(&f.burst, "rest-config-burst", 100, "requests at once to the API server, per controller")
 	fs.IntVar(&f.cfg.Workers, "concurrent-workers", 3, "objects that a controller works on at once")
 	fs.IntVar(&f.cfg.MaxNodesPerBucket, "max-nodes-per-bucket", 100, "nodes in a NodeBucket")
+	fs.DurationVar(&f.cfg.Grace, "node-monitor-grace-period", 40*time.Second, "after how long a silent node of an Edge pool is dead, if others of its pool are heard for as long")
 	fs.StringVar(&f.dummyIP, "dummy-if-ip", "169.254.2.1", "address at which pods reach the hub of their node, as the hubs' flag")
 }
 

@@ -49,6 +49,9 @@ type Config struct {
 	Workers int
 	// MaxNodesPerBucket is the size of a NodeBucket.
 	MaxNodesPerBucket int
+	// Grace is after how long a node of an Edge pool that is silent is dead, if
+	// others of its pool are heard for as long.
+	Grace time.Duration
 	// DummyIP is the address at which pods reach the hub of their node.
 	DummyIP net.IP
 	Log     *slog.Logger
@@ -64,6 +67,8 @@ func (c *Config) check() error {
 		return fmt.Errorf("--concurrent-workers is %d: want 1 to 100", c.Workers)
 	case c.LeaseDuration < time.Second:
 		return fmt.Errorf("--leader-elect-lease-duration is %s: want 1s or more", c.LeaseDuration)
+	case c.Grace < time.Second:
+		return fmt.Errorf("--node-monitor-grace-period is %s: want 1s or more", c.Grace)
 	case c.DummyIP == nil:
 		return errors.New("--dummy-if-ip is no IP address: give that of the hubs")
 	}

@@ -29,6 +29,7 @@ import (
 	"github.com/yurt-edge/yurt/api/apps/v1alpha1"
 	"github.com/yurt-edge/yurt/api/apps/v1beta1"
 	"github.com/yurt-edge/yurt/api/apps/v1beta2"
+	"github.com/yurt-edge/yurt/internal/manager/vouch"
 	"github.com/yurt-edge/yurt/internal/manager/webhookcert"
 )
 
@@ -543,16 +544,19 @@ func ok(url string) error {
 	return nil
 }
 
-func TestMetricsAreForWhoMay(t *testing.T) {
-	c := theCluster(t)
-	await(t, "ready", func() error { return ok("http://" + c.managers[0].health + "/readyz") })
-	err := c.cp.Apply(t.Context(), `
+// scraper is an account that may read metrics.
+const scraper = `
 {apiVersion: v1, kind: ServiceAccount, metadata: {name: scraper, namespace: default}}
 ---
 {apiVersion: rbac.authorization.k8s.io/v1, kind: ClusterRole, metadata: {name: scraper}, rules: [{nonResourceURLs: [/metrics], verbs: [get]}]}
 ---
 {apiVersion: rbac.authorization.k8s.io/v1, kind: ClusterRoleBinding, metadata: {name: scraper}, roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: scraper}, subjects: [{kind: ServiceAccount, name: scraper, namespace: default}]}
-`)
+`
+
+func TestMetricsAreForWhoMay(t *testing.T) {
+	c := theCluster(t)
+	await(t, "ready", func() error { return ok("http://" + c.managers[0].health + "/readyz") })
+	err := c.cp.Apply(t.Context(), scraper)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -629,6 +633,8 @@ func TestLeastPrivilege(t *testing.T) {
 	// Where there is an @, it is in that namespace only.
 	want := map[string][]string{
 		"yurt-manager-csr-approver-controller":    {"update certificatesigningrequests/approval", "approve signers kubernetes.io/kubelet-serving"},
+		"yurt-manager-delegate-lease-controller":  {"patch nodes", "patch nodes/status", "patch leases @kube-node-lease"},
+		"yurt-manager-node-life-cycle-controller": {"patch nodes"},
 		"yurt-manager-hubleader-controller":       {"patch nodepools/status"},
 		"yurt-manager-hubleaderconfig-controller": {"create configmaps @kube-system", "patch configmaps @kube-system"},
 		"yurt-manager-hubleaderrbac-controller":   {"create clusterroles yurt-hub-multiplexer", "patch clusterroles yurt-hub-multiplexer", "escalate clusterroles yurt-hub-multiplexer"},
@@ -646,12 +652,14 @@ func TestLeastPrivilege(t *testing.T) {
 			"create leases @kube-system", "get leases yurt-manager @kube-system", "update leases yurt-manager @kube-system",
 			"create events @kube-system", "patch events @kube-system", "create events @default", "patch events @default",
 			"list services kubernetes @default", "watch services kubernetes @default",
+			"list leases @kube-node-lease", "watch leases @kube-node-lease",
+			"get configmaps extension-apiserver-authentication @kube-system",
 		},
 	}
 	if len(want) != len(parts)+2 {
 		t.Errorf("%d accounts, want %d", len(want), len(parts)+2)
 	}
-	names := []string{"", "yurt-hub-multiplexer", "yurt-manager", "yurt-manager-nodepool-controller", "kubernetes", webhookcert.Definition, webhookcert.Secret, "kubernetes.io/kubelet-serving"}
+	names := []string{"", vouch.Authentication, "yurt-hub-multiplexer", "yurt-manager", "yurt-manager-nodepool-controller", "kubernetes", webhookcert.Definition, webhookcert.Secret, "kubernetes.io/kubelet-serving"}
 	for account, allowed := range want {
 		t.Run(account, func(t *testing.T) {
 			granted, err := c.grants(t, account)
@@ -661,7 +669,7 @@ func TestLeastPrivilege(t *testing.T) {
 			var got []string
 			for _, verb := range verbs {
 				for _, r := range resources {
-					for _, ns := range []string{"", "kube-system", "default"} {
+					for _, ns := range []string{"", "kube-system", "default", corev1.NamespaceNodeLease} {
 						for _, name := range names {
 							// What is granted more widely is said there.
 							wider := name != "" && granted(ns, verb, r, "") || ns != "" && granted("", verb, r, name)
@@ -685,7 +693,7 @@ func TestLeastPrivilege(t *testing.T) {
 // grants in all.
 func (c *cluster) grants(t *testing.T, account string) (func(ns, verb string, r schema.GroupResource, name string) bool, error) {
 	rules := map[string][]authorizationv1.ResourceRule{}
-	for _, ns := range []string{"", namespace, "default"} {
+	for _, ns := range []string{"", namespace, "default", corev1.NamespaceNodeLease} {
 		review := &authorizationv1.SelfSubjectRulesReview{Spec: authorizationv1.SelfSubjectRulesReviewSpec{Namespace: cmp.Or(ns, "nowhere")}}
 		if err := c.as(t, "system:serviceaccount:"+namespace+":"+account).Create(t.Context(), review); err != nil {
 			return nil, err

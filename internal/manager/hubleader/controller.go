@@ -73,6 +73,9 @@ func candidateOf(node *corev1.Node) candidate {
 	if node.Labels[apps.EdgeWorkerLabel] == "false" {
 		c.fit = false // it has no hub
 	}
+	if nodepool.VouchedFor(node) {
+		c.fit = false // it has no link
+	}
 	for _, a := range node.Status.Addresses {
 		if a.Type == corev1.NodeInternalIP {
 			c.address = a.Address

@@ -72,7 +72,8 @@ func attributesChanged(e event.UpdateEvent) bool {
 func membershipChanged(e event.UpdateEvent) bool {
 	was, ok := e.ObjectOld.(*corev1.Node)
 	is, ok2 := e.ObjectNew.(*corev1.Node)
-	return !ok || !ok2 || was.Labels[apps.NodePoolLabel] != is.Labels[apps.NodePoolLabel] || Ready(was) != Ready(is)
+	return !ok || !ok2 || was.Labels[apps.NodePoolLabel] != is.Labels[apps.NodePoolLabel] || Ready(was) != Ready(is) ||
+		VouchedFor(was) != VouchedFor(is)
 }
 
 // PoolsOfNode enqueues the pool of a node, and the one that it has left.

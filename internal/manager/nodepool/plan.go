@@ -114,7 +114,7 @@ func find(taints []corev1.Taint, like corev1.Taint) *corev1.Taint {
 // it as it was.
 func count(was v1beta2.NodePoolStatus, nodes []corev1.Node) v1beta2.NodePoolStatus {
 	out := *was.DeepCopy()
-	out.ReadyNodeNum, out.UnreadyNodeNum, out.Nodes = 0, 0, nil
+	out.ReadyNodeNum, out.UnreadyNodeNum, out.VouchedNodeNum, out.Nodes = 0, 0, 0, nil
 	for i := range nodes {
 		out.Nodes = append(out.Nodes, nodes[i].Name)
 		if Ready(&nodes[i]) {
@@ -122,14 +122,22 @@ func count(was v1beta2.NodePoolStatus, nodes []corev1.Node) v1beta2.NodePoolStat
 		} else {
 			out.UnreadyNodeNum++
 		}
+		if VouchedFor(&nodes[i]) {
+			out.VouchedNodeNum++
+		}
 	}
 	slices.SortFunc(out.Nodes, strings.Compare)
 	return out
 }
 
 // Ready reports whether the node is ready.
-func Ready(node *corev1.Node) bool {
+func Ready(node *corev1.Node) bool { return isTrue(node, corev1.NodeReady) }
+
+// VouchedFor reports whether the node has no link, and another vouches for it.
+func VouchedFor(node *corev1.Node) bool { return isTrue(node, apps.VouchedForCondition) }
+
+func isTrue(node *corev1.Node, kind corev1.NodeConditionType) bool {
 	return slices.ContainsFunc(node.Status.Conditions, func(c corev1.NodeCondition) bool {
-		return c.Type == corev1.NodeReady && c.Status == corev1.ConditionTrue
+		return c.Type == kind && c.Status == corev1.ConditionTrue
 	})
 }

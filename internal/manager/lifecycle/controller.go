@@ -1,0 +1,156 @@
+// Package lifecycle tells a node that is dead from one whose link is, for the
+// nodes of Edge pools.
+//
+// It works beside the node lifecycle controller of Kubernetes, which cannot
+// tell them apart. That one goes on as it is: it finds that a node is silent,
+// and evicts pods of nodes that are ready to say that they are not. A policy
+// that the API server evaluates keeps it from evicting for silence, whether
+// the manager runs or not. This controller lifts that for nodes that are dead.
+package lifecycle
+
+import (
+	"context"
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	coordinationv1 "k8s.io/api/coordination/v1"
+	corev1 "k8s.io/api/core/v1"
+	rbacv1 "k8s.io/api/rbac/v1"
+	"k8s.io/client-go/tools/events"
+	"k8s.io/utils/clock"
+	ctrl "sigs.k8s.io/controller-runtime"
+	"sigs.k8s.io/controller-runtime/pkg/builder"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+	"sigs.k8s.io/controller-runtime/pkg/controller"
+	"sigs.k8s.io/controller-runtime/pkg/event"
+	"sigs.k8s.io/controller-runtime/pkg/predicate"
+	"sigs.k8s.io/controller-runtime/pkg/reconcile"
+
+	"github.com/yurt-edge/yurt/api/apps"
+	"github.com/yurt-edge/yurt/api/apps/v1beta2"
+	"github.com/yurt-edge/yurt/internal/manager/nodepool"
+	"github.com/yurt-edge/yurt/internal/manager/vouch"
+)
+
+// Rules are what the controller writes.
+var Rules = []rbacv1.PolicyRule{{APIGroups: []string{""}, Resources: []string{"nodes"}, Verbs: []string{"patch"}}}
+
+// lookEvery is how many times in a grace period a pool is looked at.
+const lookEvery = 4
+
+type watcher struct {
+	read, write client.Client
+	clock       clock.PassiveClock
+	events      events.EventRecorder
+	ear         *vouch.Ear
+	grace       time.Duration
+	buried      prometheus.Counter
+
+	mu     sync.Mutex // guards voices
+	voices map[string]voice
+}
+
+// Setup adds the controller to mgr. A node that is silent for grace is dead if
+// others of its pool were heard for as long.
+func Setup(mgr ctrl.Manager, write client.Client, grace time.Duration, metrics prometheus.Registerer, options controller.Options) error {
+	wall := clock.RealClock{}
+	c := &watcher{
+		read: mgr.GetClient(), write: write, clock: wall, events: mgr.GetEventRecorder("yurt-manager"),
+		ear: vouch.NewEar(wall.Now()), grace: grace, voices: map[string]voice{},
+		buried: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "yurt_manager_dead_nodes_total", Help: "Nodes of Edge pools that were taken for dead.",
+		}),
+	}
+	metrics.MustRegister(c.buried)
+	err := ctrl.NewControllerManagedBy(mgr).Named("nodelifecycle").WithOptions(options).
+		For(&v1beta2.NodePool{}, builder.WithPredicates(predicate.GenerationChangedPredicate{})).
+		Watches(&corev1.Node{}, nodepool.PoolsOfNode{}, builder.WithPredicates(predicate.Funcs{UpdateFunc: stateChanged})).
+		Watches(&coordinationv1.Lease{}, c.ear.Handler(wall.Now)).
+		Complete(c)
+	if err != nil {
+		return fmt.Errorf("set up nodelifecycle: %w", err)
+	}
+	return nil
+}
+
+// stateChanged leaves out the updates that change nothing here.
+func stateChanged(e event.UpdateEvent) bool {
+	was, ok := e.ObjectOld.(*corev1.Node)
+	is, ok2 := e.ObjectNew.(*corev1.Node)
+	return !ok || !ok2 || gone(was) != gone(is) || was.Annotations[apps.Dead] != is.Annotations[apps.Dead] ||
+		was.Labels[apps.NodePoolLabel] != is.Labels[apps.NodePoolLabel] || len(was.Spec.Taints) != len(is.Spec.Taints)
+}
+
+// Reconcile looks at one pool.
+func (c *watcher) Reconcile(ctx context.Context, req reconcile.Request) (reconcile.Result, error) {
+	var pool v1beta2.NodePool
+	if err := c.read.Get(ctx, req.NamespacedName, &pool); err != nil {
+		c.silence(req.Name)
+		return reconcile.Result{}, client.IgnoreNotFound(err)
+	}
+	if pool.Spec.Type != v1beta2.Edge {
+		return reconcile.Result{}, nil
+	}
+	members, err := c.members(ctx, pool.Name)
+	if err != nil {
+		return reconcile.Result{}, err
+	}
+	v := c.listen(pool.Name, members)
+	now := c.clock.Now()
+	dead := dying(members, v, c.grace)
+	for _, m := range members {
+		was := m.node.DeepCopy()
+		if m.node == dead {
+			bury(m.node, now)
+		} else if !tend(m.node, now) {
+			continue
+		}
+		// Taints are a list that a merge patch replaces, so the patch must
+		// not meet a node that has changed since.
+		patch := client.MergeFromWithOptions(was, client.MergeFromWithOptimisticLock{})
+		if err := c.write.Patch(ctx, m.node, patch); client.IgnoreNotFound(err) != nil {
+			return reconcile.Result{}, fmt.Errorf("patch node %s: %w", m.node.Name, err)
+		}
+		if m.node == dead {
+			c.buried.Inc()
+			c.events.Eventf(m.node, nil, corev1.EventTypeWarning, "NodeDead", "Evict",
+				"silent for %s and nobody of pool %s vouches for it, while %s are heard: its pods are evicted after the time that they tolerate",
+				now.Sub(m.any).Round(time.Second), pool.Name, heardOf(members, m.any))
+		}
+	}
+	return reconcile.Result{RequeueAfter: c.grace / lookEvery}, nil
+}
+
+// members are the nodes of a pool and when they were heard.
+func (c *watcher) members(ctx context.Context, pool string) ([]member, error) {
+	var list corev1.NodeList
+	if err := c.read.List(ctx, &list, client.MatchingLabels{apps.NodePoolLabel: pool}); err != nil {
+		return nil, fmt.Errorf("list nodes of pool: %w", err)
+	}
+	members := make([]member, len(list.Items))
+	for i := range list.Items {
+		heard := c.ear.Last(list.Items[i].Name)
+		members[i] = member{&list.Items[i], heard.Own, later(heard.Any, c.ear.Began())}
+	}
+	return members, nil
+}
+
+// listen keeps the voice of a pool up to date.
+func (c *watcher) listen(pool string, members []member) voice {
+	var last time.Time
+	for _, m := range members {
+		last = later(last, m.own)
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.voices[pool] = c.voices[pool].next(last, c.grace)
+	return c.voices[pool]
+}
+
+func (c *watcher) silence(pool string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	delete(c.voices, pool)
+}

@@ -1,0 +1,216 @@
+// Package vouch renews the leases of nodes that have no link to the cloud, on
+// heartbeats that their hubs signed and other nodes of the pool carried here.
+//
+// A node carries the heartbeats of others as an annotation of its own lease,
+// which nobody but that node may write. So the cloud knows who vouches.
+package vouch
+
+import (
+	"context"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	coordinationv1 "k8s.io/api/coordination/v1"
+	corev1 "k8s.io/api/core/v1"
+	rbacv1 "k8s.io/api/rbac/v1"
+	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/client-go/tools/events"
+	"k8s.io/utils/clock"
+	ctrl "sigs.k8s.io/controller-runtime"
+	"sigs.k8s.io/controller-runtime/pkg/builder"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+	"sigs.k8s.io/controller-runtime/pkg/controller"
+	"sigs.k8s.io/controller-runtime/pkg/event"
+	"sigs.k8s.io/controller-runtime/pkg/handler"
+	"sigs.k8s.io/controller-runtime/pkg/predicate"
+	"sigs.k8s.io/controller-runtime/pkg/reconcile"
+
+	"github.com/yurt-edge/yurt/api/apps"
+	"github.com/yurt-edge/yurt/internal/heartbeat"
+)
+
+// Rules are what the controller writes, and LeaseRules what it writes among
+// the leases of nodes.
+var (
+	Rules = []rbacv1.PolicyRule{
+		{APIGroups: []string{""}, Resources: []string{"nodes", "nodes/status"}, Verbs: []string{"patch"}},
+	}
+	LeaseRules = []rbacv1.PolicyRule{
+		{APIGroups: []string{"coordination.k8s.io"}, Resources: []string{"leases"}, Verbs: []string{"patch"}},
+	}
+)
+
+type listener struct {
+	read, write client.Client
+	clock       clock.PassiveClock
+	events      events.EventRecorder
+	ear         *Ear
+	authority   *authority
+	heartbeats  *prometheus.CounterVec
+}
+
+// Setup adds the controller to mgr.
+func Setup(mgr ctrl.Manager, write client.Client, metrics prometheus.Registerer, options controller.Options) error {
+	wall := clock.RealClock{}
+	c := &listener{
+		read: mgr.GetClient(), write: write, clock: wall, events: mgr.GetEventRecorder("yurt-manager"), ear: NewEar(wall.Now()),
+		authority: &authority{read: mgr.GetAPIReader(), clock: wall},
+		heartbeats: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "yurt_manager_heartbeats_total", Help: "Heartbeats that nodes carried for others, by what became of them.",
+		}, []string{"result"}),
+	}
+	metrics.MustRegister(c.heartbeats)
+	// The ear hears of a lease before the lease is looked at: handlers are
+	// called in the order in which they are added.
+	err := ctrl.NewControllerManagedBy(mgr).Named("delegatelease").WithOptions(options).
+		Watches(&coordinationv1.Lease{}, c.ear.Handler(wall.Now)).
+		Watches(&coordinationv1.Lease{}, &handler.EnqueueRequestForObject{}, builder.WithPredicates(predicate.NewPredicateFuncs(concerns))).
+		Watches(&corev1.Node{}, handler.EnqueueRequestsFromMapFunc(leaseOf), builder.WithPredicates(predicate.Funcs{
+			UpdateFunc: func(e event.UpdateEvent) bool { return marked(e.ObjectNew) && !marked(e.ObjectOld) },
+			CreateFunc: func(e event.CreateEvent) bool { return marked(e.Object) },
+			DeleteFunc: func(event.DeleteEvent) bool { return false },
+		})).
+		Complete(c)
+	if err != nil {
+		return fmt.Errorf("set up delegatelease: %w", err)
+	}
+	return nil
+}
+
+// concerns tells the leases that carry heartbeats, or are renewed by such.
+func concerns(lease client.Object) bool {
+	a := lease.GetAnnotations()
+	return a[apps.Heartbeats] != "" || a[apps.VouchedFor] != ""
+}
+
+// marked reports whether the node looks vouched for.
+func marked(node client.Object) bool {
+	n, ok := node.(*corev1.Node)
+	return ok && (tell(n.DeepCopy(), standing{}, time.Time{}) || closeTo(n.DeepCopy(), false, time.Time{}))
+}
+
+func leaseOf(_ context.Context, node client.Object) []reconcile.Request {
+	return []reconcile.Request{{NamespacedName: types.NamespacedName{Namespace: corev1.NamespaceNodeLease, Name: node.GetName()}}}
+}
+
+// Reconcile believes or refuses what a node carries, and says of the node
+// itself whether it is vouched for.
+func (c *listener) Reconcile(ctx context.Context, req reconcile.Request) (reconcile.Result, error) {
+	var lease coordinationv1.Lease
+	if err := c.read.Get(ctx, req.NamespacedName, &lease); err != nil {
+		return reconcile.Result{}, client.IgnoreNotFound(err)
+	}
+	var node corev1.Node
+	if err := c.read.Get(ctx, types.NamespacedName{Name: lease.Name}, &node); err != nil {
+		return reconcile.Result{}, client.IgnoreNotFound(err)
+	}
+	if text := lease.Annotations[apps.Heartbeats]; text != "" {
+		if err := c.listen(ctx, &node, text); err != nil {
+			return reconcile.Result{}, err
+		}
+	}
+	return c.stand(ctx, &lease, &node)
+}
+
+// listen takes what the voucher carries. It goes on after one that fails.
+func (c *listener) listen(ctx context.Context, voucher *corev1.Node, text string) error {
+	all, err := heartbeat.Split(text)
+	if err != nil {
+		c.judge(voucher, unreadable, err)
+		return nil
+	}
+	var errs []error
+	for _, s := range all {
+		roots, err := c.authority.roots(ctx)
+		if err != nil {
+			return err
+		}
+		v, why, err := c.take(ctx, voucher, s, roots)
+		if err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		c.judge(voucher, v, why)
+	}
+	return errors.Join(errs...)
+}
+
+// take renews the lease of the node that the heartbeat is of, if it is worth
+// that. Why says what is wrong with it.
+func (c *listener) take(ctx context.Context, voucher *corev1.Node, s heartbeat.Signed, roots *x509.CertPool) (v verdict, why, err error) {
+	now := c.clock.Now()
+	b, why := s.Open(roots, now)
+	if why != nil {
+		return forged, why, nil
+	}
+	if why = b.Fresh(now); why != nil {
+		return stale, fmt.Errorf("heartbeat of %s: %w", b.Node, why), nil
+	}
+	var node corev1.Node
+	if err := c.read.Get(ctx, types.NamespacedName{Name: b.Node}, &node); err != nil {
+		return unknown, nil, client.IgnoreNotFound(err)
+	}
+	pool := voucher.Labels[apps.NodePoolLabel]
+	switch {
+	case node.UID != b.UID:
+		return unknown, nil, nil
+	case pool == "" || node.Labels[apps.NodePoolLabel] != pool || node.Name == voucher.Name:
+		return foreign, fmt.Errorf("%s is not another node of pool %q", node.Name, pool), nil
+	}
+	var lease coordinationv1.Lease
+	if err := c.read.Get(ctx, types.NamespacedName{Namespace: corev1.NamespaceNodeLease, Name: b.Node}, &lease); err != nil {
+		return unknown, nil, client.IgnoreNotFound(err)
+	}
+	was := lease.DeepCopy()
+	if v = renew(&lease, b, voucher.Name, c.ear.Last(b.Node), now); v != renewed {
+		return v, nil, nil
+	}
+	// If the node speaks for itself in this moment, its word counts.
+	patch := client.MergeFromWithOptions(was, client.MergeFromWithOptimisticLock{})
+	if err := c.write.Patch(ctx, &lease, patch); client.IgnoreNotFound(err) != nil {
+		return v, nil, fmt.Errorf("renew lease of %s: %w", b.Node, err)
+	}
+	return v, nil, nil
+}
+
+// judge counts, and tells of what should not have been carried. The recorder
+// makes one event of many that are alike.
+func (c *listener) judge(voucher *corev1.Node, v verdict, why error) {
+	c.heartbeats.WithLabelValues(string(v)).Inc()
+	if slices.Contains(refused, v) {
+		c.events.Eventf(voucher, nil, corev1.EventTypeWarning, "HeartbeatRefused", "Vouch", "%s: %v", v, why)
+	}
+}
+
+// stand says of a node whether it is vouched for.
+func (c *listener) stand(ctx context.Context, lease *coordinationv1.Lease, node *corev1.Node) (reconcile.Result, error) {
+	was := lease.DeepCopy()
+	if settle(lease) {
+		patch := client.MergeFromWithOptions(was, client.MergeFromWithOptimisticLock{})
+		if err := c.write.Patch(ctx, lease, patch); client.IgnoreNotFound(err) != nil {
+			return reconcile.Result{}, fmt.Errorf("patch lease of %s: %w", node.Name, err)
+		}
+	}
+	now := c.clock.Now()
+	s := standingOf(lease, c.ear.Last(node.Name), c.ear.Began(), now)
+	before := node.DeepCopy()
+	if tell(node, s, now) {
+		// The patch names the conditions that change, and no others.
+		patch := client.StrategicMergeFrom(before, client.MergeFromWithOptimisticLock{})
+		if err := c.write.Status().Patch(ctx, node, patch); client.IgnoreNotFound(err) != nil {
+			return reconcile.Result{}, fmt.Errorf("patch status of node: %w", err)
+		}
+		before = node.DeepCopy()
+	}
+	if closeTo(node, s.vouched, now) {
+		patch := client.MergeFromWithOptions(before, client.MergeFromWithOptimisticLock{})
+		if err := c.write.Patch(ctx, node, patch); client.IgnoreNotFound(err) != nil {
+			return reconcile.Result{}, fmt.Errorf("patch node: %w", err)
+		}
+	}
+	return reconcile.Result{RequeueAfter: max(0, s.until)}, nil
+}
