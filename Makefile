@@ -50,7 +50,7 @@ race: packages ## Run RACE (./internal/... unless given) under the race detector
 e2e: setup ## Run the scenarios on a playground.
 	go test -count=1 -timeout 45m $(TESTFLAGS) ./test/e2e/...
 
-test-skew: setup ## Cuts with an older kubelet, and with an older API server.
+test-skew: setup conform-skew ## Cuts with an older kubelet, and with an older API server, and conformance with that.
 	YURT_KUBELET=1.34 go test -count=1 -timeout 20m $(TESTFLAGS) -run TestCuts ./test/e2e
 	YURT_KUBERNETES=1.35 YURT_KUBELET=1.35 go test -count=1 -timeout 20m $(TESTFLAGS) -run TestCuts ./test/e2e
 
@@ -58,8 +58,7 @@ conform-skew: setup ## Conformance with an older API server.
 	YURT_KUBERNETES=1.35 go test -count=1 -timeout 20m $(TESTFLAGS) ./test/conform
 
 fuzz: ## Run every fuzz target for FUZZTIME (10s); what it finds goes to testdata/fuzz, to be kept.
-	@git grep -nE '^func Fuzz' -- '*_test.go' | sed -E 's|^(.*)/[^/]+:[0-9]+:func (Fuzz[A-Za-z0-9_]*).*|\1 \2|' | \
-	while read -r dir name; do echo "== $$name in $$dir"; go test -run '^$$' -fuzz "^$$name\$$" -fuzztime $(FUZZTIME) "./$$dir"; done
+	@.ci/fuzz $(FUZZTIME)
 
 torture: setup ## Kill the store CYCLES (10000) times under load, and a whole hub a fiftieth of that.
 	STORE_KILL_CYCLES=$(CYCLES) go test -count=1 -v -timeout 24h -run '^TestKillUnderLoadLosesNothingAcknowledged$$' ./internal/hub/store

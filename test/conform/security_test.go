@@ -875,9 +875,9 @@ func ownRequest(e auditEvent) error {
 		"list services", "watch services", "list endpointslices", "watch endpointslices",
 		"list runtimeclasses", "watch runtimeclasses", "list csidrivers", "watch csidrivers", "get csinodes", // for the kubelet
 		"list configmaps", "watch configmaps", // of the node's pods
+		"list nodepools", "watch nodepools", // of its own pool
 		"create certificatesigningrequests", "get certificatesigningrequests",
 		"list certificatesigningrequests", "watch certificatesigningrequests",
-		"get csinodes", "list configmaps", "watch configmaps", // what its kubelet and its pods need
 	}, asks):
 		return nil
 	case asks == "get configmaps" && e.RequestURI == "/api/v1/namespaces/kube-system/configmaps/kube-root-ca.crt":

@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"github.com/yurt-edge/yurt/internal/atomicfile"
 )
@@ -35,7 +36,7 @@ func loadPair(path string, keys Sealer) (*tls.Certificate, error) {
 	if err != nil {
 		return nil, err
 	}
-	plain, found, err := unsealKey(filepath.Base(path), data, keys)
+	plain, bare, err := unsealKey(filepath.Base(path), data, keys)
 	if err != nil {
 		return nil, fmt.Errorf("load %s: %w", path, err)
 	}
@@ -43,19 +44,21 @@ func loadPair(path string, keys Sealer) (*tls.Certificate, error) {
 	if err != nil {
 		return nil, fmt.Errorf("load %s: %w", path, err)
 	}
-	if key, ok := pair.PrivateKey.(*ecdsa.PrivateKey); ok && keys != nil && !found {
+	if key, ok := pair.PrivateKey.(*ecdsa.PrivateKey); ok && keys != nil && bare {
 		return storePair(path, data, key, keys)
 	}
 	return &pair, nil
 }
 
-// unsealKey returns PEM data with its sealed key, if it has one, in the clear.
-func unsealKey(name string, data []byte, keys Sealer) (plain []byte, found bool, err error) {
+// unsealKey returns PEM data with its sealed key, if it has one, in the clear,
+// and whether a key was not sealed.
+func unsealKey(name string, data []byte, keys Sealer) (plain []byte, bare bool, err error) {
 	for rest := data; ; {
 		var block *pem.Block
 		if block, rest = pem.Decode(rest); block == nil {
-			return plain, found, nil
+			return plain, bare, nil
 		}
+		bare = bare || strings.HasSuffix(block.Type, "PRIVATE KEY")
 		if block.Type == blockSealed {
 			if keys == nil {
 				return nil, false, errors.New("its key is sealed")
@@ -63,7 +66,7 @@ func unsealKey(name string, data []byte, keys Sealer) (plain []byte, found bool,
 			if block.Bytes, err = keys.Unseal(name, block.Bytes); err != nil {
 				return nil, false, err
 			}
-			block.Type, found = blockKey, true
+			block.Type = blockKey
 		}
 		plain = append(plain, pem.EncodeToMemory(block)...)
 	}

@@ -112,9 +112,13 @@ var errKeep = errors.New("keep")
 func eachField(message []byte, f func(num protowire.Number, whole, value []byte) ([]byte, error)) ([]byte, error) {
 	out := make([]byte, 0, len(message)+64)
 	err := fields(message, func(num protowire.Number, whole, value []byte, _ uint64) error {
-		to, err := f(num, whole, value)
+		var to []byte
+		err := errKeep
+		if value != nil {
+			to, err = f(num, whole, value)
+		}
 		switch {
-		case value == nil || errors.Is(err, errKeep):
+		case errors.Is(err, errKeep):
 			out = append(out, whole...)
 			return nil
 		case err != nil:
@@ -194,18 +198,19 @@ func (e *editor) endpoint(message []byte, family discoveryv1.AddressType) ([]byt
 	var conditions, unknown, rest []byte // unknown: conditions that are not known here
 	serving := -1
 	err := fields(message, func(num protowire.Number, whole, value []byte, _ uint64) error {
-		switch num {
-		case 1:
+		switch {
+		case value == nil: // none that is known
+		case num == 1:
 			p.addresses = append(p.addresses, string(value))
 			return nil
-		case 2:
+		case num == 2:
 			conditions = append(conditions, value...) // two parts of a message merge so
 			return nil
-		case 4:
+		case num == 4:
 			if err := p.reference(value); err != nil {
 				return err
 			}
-		case 6:
+		case num == 6:
 			p.node = string(value)
 		}
 		rest = append(rest, whole...)
@@ -258,7 +263,7 @@ func (e *editor) subset(message []byte) ([]byte, error) {
 	var ready, not, rest []byte
 	changed := false
 	err := fields(message, func(num protowire.Number, whole, value []byte, _ uint64) error {
-		if num != 1 && num != 2 {
+		if value == nil || num != 1 && num != 2 {
 			rest = append(rest, whole...)
 			return nil
 		}
@@ -290,15 +295,16 @@ func (e *editor) address(message []byte, ready bool) (out []byte, isReady, chang
 	p := point{ready: ready, serving: ready, addresses: []string{""}}
 	var rest []byte
 	err = fields(message, func(num protowire.Number, whole, value []byte, _ uint64) error {
-		switch num {
-		case 1:
+		switch {
+		case value == nil: // none that is known
+		case num == 1:
 			p.addresses[0] = string(value)
 			return nil
-		case 2:
+		case num == 2:
 			if err := p.reference(value); err != nil {
 				return err
 			}
-		case 4:
+		case num == 4:
 			p.node = string(value)
 		}
 		rest = append(rest, whole...)

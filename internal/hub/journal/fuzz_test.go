@@ -3,6 +3,12 @@ package journal
 import (
 	"encoding/json"
 	"testing"
+
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/runtime/schema"
+	"k8s.io/apimachinery/pkg/types"
+
+	"github.com/yurt-edge/yurt/internal/hub/wire"
 )
 
 // FuzzEntries decodes journal records as they may stand in a store that was
@@ -46,6 +52,34 @@ func FuzzStatusField(f *testing.F) {
 		}
 		if sound := setStatus(nil, status); string(getStatus(sound)) != string(status) {
 			t.Errorf("status %x came back as %x", status, getStatus(sound))
+		}
+	})
+}
+
+// FuzzPatch applies what a kubelet may send to what the hub may hold.
+func FuzzPatch(f *testing.F) {
+	status, err := (&corev1.PodStatus{Phase: corev1.PodRunning, Conditions: []corev1.PodCondition{{Type: corev1.PodReady}}}).Marshal()
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add([]byte(`{"metadata":{"uid":"u"},"status":{"podIPs":[{"ip":"10.0.0.1"},{"$patch":"replace"}],"$setElementOrder/conditions":[{"type":"Ready"}],"conditions":[{"type":"Ready","status":"True"}]}}`), status)
+	f.Add([]byte(`{"status":{"$patch":"delete","$retainKeys":["phase"],"$deleteFromPrimitiveList/addresses":["a"]}}`), status)
+	f.Add([]byte(`{"status":null,"metadata":{"managedFields":[{}]}}`), []byte{})
+	f.Add([]byte(`[{"op":"remove"}]`), []byte{8, 1})
+	f.Fuzz(func(t *testing.T, patch, status []byte) {
+		for _, r := range []schema.GroupVersionResource{corev1.SchemeGroupVersion.WithResource("pods"), corev1.SchemeGroupVersion.WithResource("nodes")} {
+			if checkUID(r, wire.Meta{Name: "a", UID: "u"}, patch) != nil {
+				continue
+			}
+			out, err := patchedStatus(r, types.StrategicMergePatchType, patch, status)
+			if err != nil {
+				continue
+			}
+			// What is kept can be sent.
+			e := &statusEntry{Resource: r.Resource, Name: "a", UID: "u", Status: out, Base: status}
+			if patch, err := e.patch(); err == nil && !json.Valid(patch) {
+				t.Errorf("patch is not JSON: %q", patch)
+			}
 		}
 	})
 }
