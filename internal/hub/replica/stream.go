@@ -822,6 +822,7 @@ func (st *stream) watch(ctx context.Context, c Credential) error {
 	known := s.kind.Encoding
 	s.contact = time.Now()
 	s.mu.Unlock()
+	st.log.Debug("stream follows", "version", version)
 	if enc != known {
 		return fmt.Errorf("watch %s: encoding changed: %w", s.id, errGone)
 	}
