@@ -7,6 +7,7 @@ import (
 	"os"
 	"strconv"
 	"testing"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -77,14 +78,14 @@ func TestKilledHubLosesNoAcknowledgedWrite(t *testing.T) {
 		reached := make(chan struct{})
 		go func() { // ends when the hub is killed
 			defer close(done)
-			for first := acked; ; {
+			for writes := 0; ; writes++ {
 				patch := fmt.Appendf(nil, `{"metadata":{"uid":%q},"status":{"phase":"Running","message":"%d"}}`, made.UID, written+1)
 				written++
 				if _, err := pods.Patch(ctx, "killed", types.StrategicMergePatchType, patch, metav1.PatchOptions{}, "status"); err != nil {
 					return
 				}
 				acked = written
-				if acked-first == ends+1 {
+				if writes == ends {
 					close(reached)
 				}
 			}
@@ -93,6 +94,8 @@ func TestKilledHubLosesNoAcknowledgedWrite(t *testing.T) {
 		case <-reached:
 		case <-done:
 			t.Fatalf("cycle %d: writes ended after %d", cycle, acked)
+		case <-time.After(patience):
+			t.Fatalf("cycle %d: not %d writes within %s", cycle, ends+1, patience)
 		}
 		hub.Kill()
 		<-done
