@@ -193,7 +193,9 @@ func TestIdleLinkCostsLittle(t *testing.T) {
 	ca := newAuthority(t)
 	u := newUpstream(t, ca, hello)
 	idle := 200 * time.Millisecond
-	r := newRig(t, ca, func(c *Config) { c.Budgets = Budgets{Idle: idle, Ping: idle} }, u.addr())
+	r := newRig(t, ca, func(c *Config) {
+		c.Budgets.Idle, c.Budgets.Ping, c.Budgets.Stall = idle, idle, patience
+	}, u.addr())
 	r.waitUp(t)
 	waitFor(t, func() bool { return u.asked.Load() >= 2 }) // a pooled connection is open now
 	from, in, dials := r.traffic[node].Written(), r.traffic[node].Read(), u.dials.Load()

@@ -35,9 +35,19 @@ func FuzzObject(f *testing.F) {
 	f.Add(text)
 	f.Add([]byte(`{"metadata":{"name":1},"spec":{"ports":[{}],"rules":[{"host":null}],"replicas":"x"},"status":null,"subsets":[{}],"endpoints":[{"addresses":[]}]}`))
 	kinds := [][2]string{
-		{"v1", "Pod"}, {"v1", "Node"}, {"v1", "Service"}, {"v1", "Endpoints"}, {"v1", "Event"}, {"v1", "PersistentVolumeClaim"},
-		{"discovery.k8s.io/v1", "EndpointSlice"}, {"apps/v1", "Deployment"}, {"batch/v1", "CronJob"}, {"networking.k8s.io/v1", "Ingress"},
-		{"coordination.k8s.io/v1", "Lease"}, {"apiextensions.k8s.io/v1", "CustomResourceDefinition"}, {"new.k8s.io/v1", "Thing"},
+		{"v1", "Pod"},
+		{"v1", "Node"},
+		{"v1", "Service"},
+		{"v1", "Endpoints"},
+		{"v1", "Event"},
+		{"v1", "PersistentVolumeClaim"},
+		{"discovery.k8s.io/v1", "EndpointSlice"},
+		{"apps/v1", "Deployment"},
+		{"batch/v1", "CronJob"},
+		{"networking.k8s.io/v1", "Ingress"},
+		{"coordination.k8s.io/v1", "Lease"},
+		{"apiextensions.k8s.io/v1", "CustomResourceDefinition"},
+		{"new.k8s.io/v1", "Thing"},
 	}
 	f.Fuzz(func(t *testing.T, object []byte) {
 		for _, k := range kinds {
