@@ -175,7 +175,11 @@ func (cp *ControlPlane) start(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if err := cp.Apply(ctx, string(rbac)); err != nil {
+	hubs, err := os.ReadFile(filepath.Join(cp.Binaries.Root, chartDir, "templates/hub.yaml"))
+	if err != nil {
+		return err
+	}
+	if err := cp.Apply(ctx, string(rbac)+"---\n"+string(hubs)); err != nil {
 		return err
 	}
 	if cp.cfg.ControllerManager {

@@ -18,7 +18,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/tarball"
 )
 
-// Images that every machine has. There is no registry: a tag that a machine
+// Images that every machine has; see also [ManagerImage]. There is no registry: a tag that a machine
 // does not have can not be pulled.
 const (
 	PauseImage   = "yurt.local/pause:1"
@@ -77,20 +77,25 @@ func fileLayer(path string, content []byte) (v1.Layer, error) {
 	})
 }
 
-// ensureImages builds the programs of the base images and writes the archives
-// into dir.
+// ensureImages builds the programs of the images and writes the archives into
+// dir, those for cloud machines alone into dir/cloud.
 func ensureImages(ctx context.Context, bin Binaries, dir string) error {
-	if err := os.MkdirAll(dir, 0o755); err != nil {
+	if err := os.MkdirAll(filepath.Join(dir, RoleCloud), 0o755); err != nil {
 		return err
 	}
-	for tag, program := range map[string]string{PauseImage: "pause", WebImage: "web", CoreDNSImage: "coredns"} {
-		if program != "coredns" {
-			if err := goBuild(ctx, bin, program, "./playground/images/"+program); err != nil {
+	for _, i := range []struct{ tag, program, pkg, archive string }{
+		{PauseImage, "pause", "./playground/images/pause", "pause.tar"},
+		{WebImage, "web", "./playground/images/web", "web.tar"},
+		{CoreDNSImage, "coredns", "", "coredns.tar"},
+		{ManagerImage, "yurt-manager", "./cmd/yurt-manager", RoleCloud + "/yurt-manager.tar"},
+	} {
+		if i.pkg != "" {
+			if err := goBuild(ctx, bin, i.program, i.pkg); err != nil {
 				return err
 			}
 		}
-		if err := WriteImage(filepath.Join(dir, program+".tar"), tag, bin.Path(program)); err != nil {
-			return fmt.Errorf("make image %s: %w", tag, err)
+		if err := WriteImage(filepath.Join(dir, i.archive), i.tag, bin.Path(i.program)); err != nil {
+			return fmt.Errorf("make image %s: %w", i.tag, err)
 		}
 	}
 	return nil

@@ -31,6 +31,7 @@ const (
 type node struct {
 	Machine
 	Edge             bool
+	PoolType         string
 	DNS, ClusterCIDR string
 	CAFile           string // appears once the API can be trusted
 	CgroupDriver     string
@@ -99,6 +100,7 @@ func (p *Playground) files(m Machine, c credentials) (map[string]machine.File, e
 	n := node{
 		Machine:      m,
 		Edge:         m.Role == RoleEdge,
+		PoolType:     p.topology.poolType(m.Pool),
 		DNS:          p.topology.DNS,
 		ClusterCIDR:  p.topology.ClusterCIDR,
 		CAFile:       nodeCAFile,

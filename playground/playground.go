@@ -37,6 +37,10 @@ type Config struct {
 	Topology Topology
 	// WithoutHub makes every machine talk to the API server directly.
 	WithoutHub bool
+	// ManagerValues overlay the values of yurt-manager's chart.
+	ManagerValues map[string]any
+	// ControllerManagerFlags are added to those of kube-controller-manager.
+	ControllerManagerFlags []string
 	// Wait waits for another playground on this host to end, where otherwise
 	// it is an error.
 	Wait bool
@@ -84,6 +88,9 @@ type Playground struct {
 
 	// The fields below are set in the owner only.
 
+	managerValues   map[string]any
+	controllerFlags []string
+
 	net     *network.Network
 	cp      *ControlPlane
 	log     *slog.Logger
@@ -108,7 +115,7 @@ type outlet struct {
 }
 
 // Up builds what is missing, brings a playground up and returns when all nodes
-// are ready and cluster DNS answers. The playground belongs to this process
+// and yurt-manager are ready and cluster DNS answers. The playground belongs to this process
 // and dies with it; call [Playground.Stop] to end it. When Up returns an error
 // nothing is left.
 func Up(ctx context.Context, cfg Config) (_ *Playground, err error) {
@@ -129,6 +136,7 @@ func Up(ctx context.Context, cfg Config) (_ *Playground, err error) {
 	life, stop := context.WithCancel(context.WithoutCancel(ctx))
 	p := &Playground{
 		dir: cfg.Dir, topology: cfg.Topology, log: cfg.Log,
+		managerValues: cfg.ManagerValues, controllerFlags: cfg.ControllerManagerFlags,
 		life: life, stop: stop, release: release, power: map[string]*outlet{},
 	}
 	defer func() {
@@ -225,7 +233,7 @@ func (p *Playground) start(ctx context.Context, progress Progress, base string) 
 	p.cp, err = StartControlPlane(ctx, ControlPlaneConfig{
 		Dir: p.controlPlaneDir(), Binaries: p.bin, Address: t.Host, Port: t.Port,
 		ServiceCIDR: t.ServiceCIDR, ClusterCIDR: t.ClusterCIDR,
-		ControllerManager: true, Scheduler: true,
+		ControllerManager: true, Scheduler: true, ControllerManagerFlags: p.controllerFlags,
 	})
 	if err != nil {
 		return step.Fail(err)
@@ -234,9 +242,15 @@ func (p *Playground) start(ctx context.Context, progress Progress, base string) 
 	if err != nil {
 		return step.Fail(err)
 	}
-	approver := &approver{client: client, topology: t, log: p.log}
-	p.tasks.Go(func() { approver.run(p.life) })
+	cidrs := &podCIDRs{client: client, topology: t, log: p.log}
+	p.tasks.Go(func() { cidrs.run(p.life) })
 	if err := p.applyDNS(ctx); err != nil {
+		return step.Fail(err)
+	}
+	step.Done()
+
+	step = progress.Start("install yurt-manager")
+	if err := p.installManager(ctx); err != nil {
 		return step.Fail(err)
 	}
 	step.Done()
@@ -258,10 +272,14 @@ func (p *Playground) start(ctx context.Context, progress Progress, base string) 
 	}
 	step.Done()
 
-	step = progress.Start("nodes and cluster DNS ready")
-	ctx, cancel := context.WithTimeoutCause(ctx, readyBudget, fmt.Errorf("nodes or cluster DNS not ready after %s", readyBudget))
+	step = progress.Start("nodes, yurt-manager and cluster DNS ready")
+	ctx, cancel := context.WithTimeoutCause(ctx, readyBudget, fmt.Errorf("nodes, yurt-manager or cluster DNS not ready after %s", readyBudget))
 	defer cancel()
 	if err := p.waitNodes(ctx, step.Update); err != nil {
+		return step.Fail(err)
+	}
+	// It approves the serving certificates that DNS meets at its hub.
+	if err := p.waitManager(ctx, step.Update); err != nil {
 		return step.Fail(err)
 	}
 	if err := p.waitPods(ctx, "kube-system", "k8s-app=kube-dns", len(t.Machines), step.Update); err != nil {

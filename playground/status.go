@@ -25,15 +25,22 @@ type Status struct {
 	// Memory is what the playground's processes use alone plus their part of
 	// what they share, in bytes.
 	Memory   int64           `json:"memory"`
+	Manager  ManagerStatus   `json:"manager"`
 	Pools    []PoolStatus    `json:"pools"`
 	Machines []MachineStatus `json:"machines"`
 }
 
-// PoolStatus is the uplink of a pool.
+// PoolStatus is a pool's uplink and its NodePool.
 type PoolStatus struct {
 	Name string `json:"name"`
 	Link string `json:"link"`
 	NAT  bool   `json:"nat"`
+	// Type is Edge or Cloud, empty without a NodePool. NodesReady counts the
+	// pool's ready nodes and Nodes all of them, as yurt-manager does.
+	Type       string   `json:"type"`
+	NodesReady int      `json:"nodesReady"`
+	Nodes      int      `json:"nodes"`
+	Leaders    []string `json:"leaders"`
 }
 
 // MachineStatus is one machine with its node.
@@ -102,6 +109,7 @@ func (p *Playground) status(ctx context.Context) (Status, error) {
 		s.Pools = append(s.Pools, PoolStatus{Name: pool.Name, Link: link[pool.Name], NAT: nat[pool.Name]})
 	}
 	nodes := p.nodes(ctx, &s)
+	p.managed(ctx, &s)
 	for _, m := range p.topology.Machines {
 		ms := MachineStatus{Machine: m, Link: link[m.Name], Ready: "absent"}
 		if n, ok := nodes[m.Name]; ok {
@@ -118,6 +126,32 @@ func (p *Playground) status(ctx context.Context) (Status, error) {
 		s.Memory += memoryOf(pid)
 	}
 	return s, nil
+}
+
+// managed asks the API server for what yurt-manager does. When it does not
+// answer, s says so.
+func (p *Playground) managed(ctx context.Context, s *Status) {
+	if s.ControlPlaneError != "" {
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	pools, err := p.nodePools(ctx)
+	if err == nil {
+		s.Manager, err = p.managerStatus(ctx)
+	}
+	if err != nil {
+		s.ControlPlaneError = err.Error()
+	}
+	for i := range s.Pools {
+		pool := pools[s.Pools[i].Name]
+		s.Pools[i].Type = string(pool.Spec.Type)
+		s.Pools[i].NodesReady = int(pool.Status.ReadyNodeNum)
+		s.Pools[i].Nodes = int(pool.Status.ReadyNodeNum + pool.Status.UnreadyNodeNum)
+		for _, l := range pool.Status.LeaderEndpoints {
+			s.Pools[i].Leaders = append(s.Pools[i].Leaders, l.NodeName)
+		}
+	}
 }
 
 type nodeState struct {

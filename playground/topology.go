@@ -134,8 +134,8 @@ func (t Topology) Validate() error {
 		address(field("address"), m.Address)
 		prefix(field("podCIDR"), m.PodCIDR)
 	}
-	if len(t.Machines) == 0 {
-		bad("machines", "there is none; add at least one")
+	if _, ok := t.serviceRouter(); !ok {
+		bad("machines", "none has role cloud, and yurt-manager runs there; add one")
 	}
 	if len(errs) > 0 {
 		return errors.Join(errs...)
@@ -187,6 +187,16 @@ func (t Topology) serviceRouter() (string, bool) {
 		return "", false
 	}
 	return t.Machines[i].Name, true
+}
+
+// poolType is the type of the NodePool of a pool: cloud where a machine is.
+func (t Topology) poolType(name string) string {
+	for _, m := range t.Machines {
+		if m.Pool == name && m.Role == RoleCloud {
+			return RoleCloud
+		}
+	}
+	return RoleEdge
 }
 
 // Machine returns the machine of a name.

@@ -10,9 +10,7 @@ import (
 	"strings"
 	"testing"
 
-	"helm.sh/helm/v3/pkg/chart/loader"
 	"helm.sh/helm/v3/pkg/chartutil"
-	"helm.sh/helm/v3/pkg/engine"
 	"helm.sh/helm/v3/pkg/lint"
 	"helm.sh/helm/v3/pkg/lint/support"
 	corev1 "k8s.io/api/core/v1"
@@ -22,6 +20,7 @@ import (
 	"sigs.k8s.io/yaml"
 
 	"github.com/yurt-edge/yurt/api/crds"
+	"github.com/yurt-edge/yurt/internal/chart"
 	"github.com/yurt-edge/yurt/internal/manager/webhookcert"
 )
 
@@ -185,32 +184,14 @@ const mutates = "admissionregistration.k8s.io/v1/MutatingAdmissionPolicy"
 // renderFor renders for an API server that serves what is named.
 func renderFor(t testing.TB, serves, namespace string, values map[string]any) []*unstructured.Unstructured {
 	t.Helper()
-	chart, err := loader.Load(chartDir)
+	objects, err := chart.Render(chartDir, chart.Release{
+		Name: "yurt", Namespace: namespace, Values: values,
+		Capabilities: &chartutil.Capabilities{KubeVersion: chartutil.DefaultCapabilities.KubeVersion, APIVersions: []string{"v1", serves}},
+	})
 	if err != nil {
 		t.Fatal(err)
 	}
-	all, err := chartutil.ToRenderValues(chart, values, chartutil.ReleaseOptions{Name: "yurt", Namespace: namespace, IsInstall: true},
-		&chartutil.Capabilities{KubeVersion: chartutil.DefaultCapabilities.KubeVersion, APIVersions: []string{"v1", serves}})
-	if err != nil {
-		t.Fatal(err)
-	}
-	files, err := engine.Engine{Strict: true}.Render(chart, all)
-	if err != nil {
-		t.Fatal(err)
-	}
-	var out []*unstructured.Unstructured
-	for _, name := range slices.Sorted(maps.Keys(files)) {
-		for doc := range strings.SplitSeq(files[name], "\n---\n") {
-			o := &unstructured.Unstructured{}
-			if err := yaml.UnmarshalStrict([]byte(doc), &o.Object); err != nil {
-				t.Fatalf("%s: %v\n%s", name, err, doc)
-			}
-			if len(o.Object) > 0 {
-				out = append(out, o)
-			}
-		}
-	}
-	return out
+	return objects
 }
 
 func TestChartLints(t *testing.T) {

@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -25,10 +26,10 @@ import (
 	"k8s.io/client-go/rest"
 	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/client"
-	"sigs.k8s.io/yaml"
 
 	"github.com/yurt-edge/yurt/api/apps"
 	"github.com/yurt-edge/yurt/api/apps/v1beta2"
+	"github.com/yurt-edge/yurt/internal/chart"
 	"github.com/yurt-edge/yurt/internal/manager/webhookcert"
 	"github.com/yurt-edge/yurt/playground"
 )
@@ -117,7 +118,7 @@ func (c *cluster) fill(ctx context.Context, t testing.TB) error {
 	if c.ports, err = freePorts(6); err != nil {
 		return err
 	}
-	if err := c.install(ctx, t, c.ports[0]); err != nil {
+	if err := c.install(ctx, c.ports[0]); err != nil {
 		return err
 	}
 	token, err := c.kube.CoreV1().ServiceAccounts(namespace).CreateToken(ctx, "yurt-manager", &authenticationv1.TokenRequest{}, metav1.CreateOptions{})
@@ -148,32 +149,36 @@ func (c *cluster) binary() string     { return filepath.Join(c.dir, "yurt-manage
 
 // install applies the chart but for the Deployment. The webhook is reached at
 // loopback, for lack of a Service network.
-func (c *cluster) install(ctx context.Context, t testing.TB, webhookPort int) error {
-	var docs []string
-	for _, o := range render(t, namespace, nil) {
-		switch o.GetKind() {
-		case "Deployment", "PodDisruptionBudget":
-			continue
-		case "CustomResourceDefinition":
-			if o.GetName() == webhookcert.Definition {
-				url := fmt.Sprintf("https://localhost:%d/convert", webhookPort)
-				err := unstructured.SetNestedMap(o.Object, map[string]any{"url": url}, "spec", "conversion", "webhook", "clientConfig")
-				if err != nil {
-					return err
-				}
+func (c *cluster) install(ctx context.Context, webhookPort int) error {
+	able, err := chart.Ask(c.kube.Discovery())
+	if err != nil {
+		return err
+	}
+	objects, err := chart.Render(chartDir, chart.Release{Name: "yurt", Namespace: namespace, Capabilities: able})
+	if err != nil {
+		return err
+	}
+	objects = slices.DeleteFunc(objects, func(o *unstructured.Unstructured) bool {
+		return o.GetKind() == "Deployment" || o.GetKind() == "PodDisruptionBudget"
+	})
+	for _, o := range objects {
+		if o.GetName() == webhookcert.Definition {
+			url := fmt.Sprintf("https://localhost:%d/convert", webhookPort)
+			err := unstructured.SetNestedMap(o.Object, map[string]any{"url": url}, "spec", "conversion", "webhook", "clientConfig")
+			if err != nil {
+				return err
 			}
 		}
-		text, err := yaml.Marshal(o.Object)
-		if err != nil {
-			return err
-		}
-		docs = append(docs, string(text))
 	}
-	if err := c.cp.Apply(ctx, strings.Join(docs, "\n---\n")); err != nil {
+	text, err := chart.YAML(objects)
+	if err != nil {
+		return err
+	}
+	if err := c.cp.Apply(ctx, text); err != nil {
 		return err
 	}
 	// A reflector that meets a type that is not served yet waits ever longer.
-	_, err := c.cp.Kubectl(ctx, "wait", "--for=condition=Established", "--all", "--timeout=60s", "customresourcedefinitions")
+	_, err = c.cp.Kubectl(ctx, "wait", "--for=condition=Established", "--all", "--timeout=60s", "customresourcedefinitions")
 	return err
 }
 
@@ -253,7 +258,7 @@ func await(t *testing.T, what string, check func() error) {
 	t.Helper()
 	tick := time.NewTicker(50 * time.Millisecond)
 	defer tick.Stop()
-	deadline := time.After(2 * time.Minute)
+	deadline := time.After(45 * time.Second)
 	for {
 		err := check()
 		if err == nil {

@@ -3,6 +3,7 @@
 package playgroundcli
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -219,10 +220,11 @@ func printStatus(out io.Writer, s playground.Status) error {
 	if s.ControlPlaneError != "" {
 		fmt.Fprintf(out, "control plane: %s\n", s.ControlPlaneError)
 	}
+	fmt.Fprintf(out, "yurt-manager: %d of %d replicas ready, %s works\n", s.Manager.Ready, s.Manager.Replicas, cmp.Or(s.Manager.Leader, "none"))
 	w := tabwriter.NewWriter(out, 0, 4, 2, ' ', 0)
-	fmt.Fprintln(w, "\nPOOL\tUPLINK\tNAT")
+	fmt.Fprintln(w, "\nPOOL\tTYPE\tUPLINK\tNAT\tREADY\tLEADERS")
 	for _, p := range s.Pools {
-		fmt.Fprintf(w, "%s\t%s\t%s\n", p.Name, p.Link, onOff(p.NAT))
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%d/%d\t%s\n", p.Name, p.Type, p.Link, onOff(p.NAT), p.NodesReady, p.Nodes, strings.Join(p.Leaders, ","))
 	}
 	fmt.Fprintln(w, "\nMACHINE\tPOOL\tROLE\tADDRESS\tHUB\tPOWER\tLINK\tREADY\tPODS\tMEMORY")
 	for _, m := range s.Machines {

@@ -135,9 +135,16 @@ type Leader struct {
 
 // NodePoolStatus is what was observed of a pool.
 type NodePoolStatus struct {
+	// ReadyNodeNum is how many nodes are ready.
+	//
 	// +optional
+	// +kubebuilder:default=0
 	ReadyNodeNum int32 `json:"readyNodeNum"`
+	// UnreadyNodeNum is how many are not. The defaults are for the columns: a
+	// patch of what differs never writes a first 0.
+	//
 	// +optional
+	// +kubebuilder:default=0
 	UnreadyNodeNum int32 `json:"unreadyNodeNum"`
 	// VouchedNodeNum is how many nodes have no link to the cloud and are
 	// vouched for by another node of the pool.
@@ -199,6 +206,7 @@ type NodePool struct {
 	// +kubebuilder:default={}
 	Spec NodePoolSpec `json:"spec,omitempty"`
 	// +optional
+	// +kubebuilder:default={}
 	Status NodePoolStatus `json:"status,omitempty"`
 }
 
