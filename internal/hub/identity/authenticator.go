@@ -385,6 +385,13 @@ func (a *Authenticator) decide(ctx context.Context, token string, d digest, admi
 	ctx = context.WithoutCancel(ctx)
 	return a.flights.DoChan(string(d[:]), func() (any, error) {
 		asked := time.Now()
+		if cached, ok := a.tokens.Get(d); ok {
+			// Found out since the caller looked, by the flight before.
+			v := cached.(verdict) //nolint:errcheck // only verdicts go in
+			if !a.contact.outdated(v.asked) && (v.refresh.IsZero() || asked.Before(v.refresh)) {
+				return v, nil
+			}
+		}
 		v, ttl, err := a.judge(ctx, token, d, admit)
 		if err != nil {
 			return nil, err

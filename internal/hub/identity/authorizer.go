@@ -195,6 +195,13 @@ func (z *Authorizer) decide(ctx context.Context, c *Caller, user, q digest, a At
 	ctx = context.WithoutCancel(ctx)
 	return z.flights.DoChan(string(q[:]), func() (any, error) {
 		asked, budget := time.Now(), z.cfg.Budget
+		if cached, ok := z.cache.Get(q); ok {
+			// Found out since the caller looked, by the flight before.
+			r := cached.(ruling) //nolint:errcheck // only rulings go in
+			if !z.contact.outdated(r.asked) && (r.refresh.IsZero() || asked.Before(r.refresh)) {
+				return r, nil
+			}
+		}
 		if z.cfg.Weak() {
 			if best, err := z.lookup(user, q, a); err == nil && !best.found {
 				budget *= weakPatience // nothing can answer in its place
