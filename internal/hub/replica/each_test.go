@@ -21,6 +21,7 @@ func TestOwnBeforeBorrowed(t *testing.T) {
 		if err := b.Pin(mine); err != nil {
 			t.Fatal(err)
 		}
+		pass(time.Second) // it is listed
 		if _, err := b.Open(t.Context(), Scope{Resource: pods.Resource, Namespace: "ns"}, Credential{Token: "pod"}, "pod"); err != nil {
 			t.Fatal(err)
 		}

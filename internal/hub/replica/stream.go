@@ -558,6 +558,8 @@ func (st *stream) list(ctx context.Context, c Credential) error {
 		r = &relist{credential: c, limit: pageSize, seen: map[string]struct{}{}}
 		st.metrics.relists.Inc()
 	}
+	var saving sync.WaitGroup // of the page before, while the next one comes
+	defer saving.Wait()
 	for r.pages == 0 || r.next != "" {
 		st.begun = r
 		query := s.scope.query()
@@ -584,14 +586,16 @@ func (st *stream) list(ctx context.Context, c Credential) error {
 			return fmt.Errorf("list %s: it has no resource version: %w", s.id, errAbsent)
 		}
 		r.next = page.Continue
+		saving.Wait()
 		if err := s.take(r, page, enc); err != nil {
 			return fmt.Errorf("list %s: %w", s.id, err)
 		}
 		if r.direct && r.next != "" {
-			st.save(ctx) // bytes in the store need not stay on the heap
+			saving.Go(func() { st.save(ctx) }) // bytes in the store need not stay on the heap
 		}
 	}
 	st.begun = nil
+	saving.Wait()
 	objects, gone := s.finish(r)
 	// Whoever waits for the scope may count on it from then on, also when
 	// the power goes. Lists are rare enough to pay for that; changes are not.
