@@ -61,6 +61,10 @@ const (
 
 	gcPercent = 200 // of the live heap, before it is collected
 
+	// prefetchAfter is how long after the link came up the hub fetches what
+	// nobody has asked for.
+	prefetchAfter = time.Second
+
 	minTokenLife = 2 * time.Minute
 	// maxTokenRenewal bounds the life that a token is said to have that was
 	// given while the cloud was away.
@@ -183,7 +187,7 @@ func Run(ctx context.Context, cfg Config) error {
 		h.clock.Run, h.certs.Run, h.link.Run, h.answers.run, h.announce, h.keepAddress, h.runEndpoints, h.keepNeeds,
 		h.reask, h.awaitDisk, h.beat,
 		h.certified(h.replica.Run), h.certified(h.journal.Run), h.certified(h.authn.Run), h.certified(h.follow),
-		h.certified(h.conditions.Run), h.certified(h.pool.Run), h.keepPool,
+		h.certified(h.prefetch), h.certified(h.conditions.Run), h.certified(h.pool.Run), h.keepPool,
 		daemon.Watchdog(h.log, h.alive),
 	}
 	for _, s := range servers {
@@ -272,13 +276,14 @@ func (h *Hub) build() error {
 	if err != nil {
 		return err
 	}
+	h.certs.Over(h.link)
 	h.tokens = memory{store: h.store, clock: h.clock, bucket: "tokens", limit: maxKept}
 	h.reviews = memory{store: h.store, clock: h.clock, bucket: "reviews", limit: maxKept, maxAge: cfg.DecisionAge}
 	remembered := memory{store: h.store, clock: h.clock, bucket: "identity"}
 	if h.signer, err = identity.NewLocalSigner(cfg.NodeName, remembered, h.clock); err != nil {
 		return err
 	}
-	api := identity.NewAPI(&http.Client{Transport: h.link.Node()}, "https://upstream")
+	api := identity.NewAPI(&http.Client{Transport: h.link.Questions()}, "https://upstream")
 	contact := func() time.Time { return h.link.State().Since }
 	h.authn = identity.NewAuthenticator(identity.AuthenticatorConfig{
 		API: api, Memory: remembered, ClusterCAs: h.certs.ClusterCAs, Local: h.signer, Lives: h.podLives, Own: h.certs.Own,
@@ -477,14 +482,6 @@ func (h *Hub) announce(ctx context.Context) error {
 func (h *Hub) follow(ctx context.Context) error {
 	for {
 		changed, renewed := h.link.Changed(), h.certs.ClientChanged()
-		if h.link.Online() {
-			if err := h.answers.prefetch(ctx, h.link.Node()); err != nil && ctx.Err() == nil {
-				h.log.Debug("discovery not fetched", "err", err)
-			}
-			if err := h.prefetchCSINode(ctx); err != nil && ctx.Err() == nil {
-				h.log.Debug("storage drivers not fetched", "err", err)
-			}
-		}
 		state := h.link.State()
 		h.about.see(state)
 		line := "online"
@@ -500,7 +497,33 @@ func (h *Hub) follow(ctx context.Context) error {
 		case <-changed:
 		case <-renewed:
 			h.link.ClientChanged()
-		case <-time.After(prefetchEvery):
+		}
+	}
+}
+
+// prefetch fetches what nobody asks for before the link goes down: some time
+// after it came up, for the first moments belong to those who wait.
+func (h *Hub) prefetch(ctx context.Context) error {
+	wait := prefetchAfter
+	for {
+		changed := h.link.Changed()
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-changed:
+			wait = prefetchAfter
+			continue
+		case <-time.After(wait):
+		}
+		wait = prefetchEvery
+		if !h.link.Online() {
+			continue
+		}
+		if err := h.answers.prefetch(ctx, h.link.Questions()); err != nil && ctx.Err() == nil {
+			h.log.Debug("discovery not fetched", "err", err)
+		}
+		if err := h.prefetchCSINode(ctx); err != nil && ctx.Err() == nil {
+			h.log.Debug("storage drivers not fetched", "err", err)
 		}
 	}
 }

@@ -208,7 +208,7 @@ func (h *Hub) prefetchCSINode(ctx context.Context) error {
 		return fmt.Errorf("prefetch the node's storage drivers: %w", err)
 	}
 	req.Header = http.Header{"Accept": {"application/json"}, "User-Agent": {"yurthub"}}
-	resp, err := h.link.Node().RoundTrip(req)
+	resp, err := h.link.Questions().RoundTrip(req)
 	if err != nil {
 		return fmt.Errorf("prefetch the node's storage drivers: %w", err)
 	}

@@ -42,6 +42,9 @@ func (c *Certificates) keepAuthority(ctx context.Context) {
 		return
 	}
 	retry := backoff{min: retryMin, max: retryMax}
+	if c.vouched(ctx) && !sleep(ctx, jitter(authorityInterval)) {
+		return
+	}
 	for {
 		wait := authorityInterval/2 + jitter(authorityInterval)
 		err := errNoAuthority
@@ -61,6 +64,21 @@ func (c *Certificates) keepAuthority(ctx context.Context) {
 			return
 		}
 	}
+}
+
+// vouchWait is how long a start waits to see whether what is trusted will do.
+const vouchWait = 10 * time.Second
+
+// vouched reports whether the link comes up, so that what was trusted before
+// the start still vouches for the cloud: there is no hurry to ask for news.
+func (c *Certificates) vouched(ctx context.Context) bool {
+	over := c.over.Load()
+	if over == nil {
+		return false
+	}
+	ctx, cancel := context.WithTimeout(ctx, vouchWait)
+	defer cancel()
+	return (*over).WaitUp(ctx) == nil
 }
 
 // learnAuthority asks the cluster which authorities it trusts, and follows.

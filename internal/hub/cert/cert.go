@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
@@ -104,6 +105,7 @@ type Certificates struct {
 	client        atomic.Pointer[tls.Certificate]
 	clusterServer atomic.Pointer[tls.Certificate]
 	cluster       atomic.Pointer[authority]
+	over          atomic.Pointer[Link]
 	ready         chan struct{} // closed when there is a client certificate
 
 	files sync.Mutex // guards writing of the authority and the bundle
@@ -169,6 +171,18 @@ func New(cfg Config) (*Certificates, error) {
 	}
 	return c, c.writeBundle()
 }
+
+// Link is the hub's connection to the cloud, which shows the client certificate
+// and trusts the cluster's authority.
+type Link interface {
+	Online() bool
+	WaitUp(ctx context.Context) error
+	Questions() http.RoundTripper
+}
+
+// Over makes requests go over a link while it is up, so that they need no
+// connections of their own. Call it before Run.
+func (c *Certificates) Over(l Link) { c.over.Store(&l) }
 
 // Run keeps the certificates current until ctx ends, and returns nil.
 func (c *Certificates) Run(ctx context.Context) error {

@@ -2,6 +2,7 @@ package cert
 
 import (
 	"bytes"
+	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -10,11 +11,14 @@ import (
 	"crypto/x509/pkix"
 	"log/slog"
 	"net"
+	"net/http"
+	"net/url"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -465,4 +469,64 @@ func newKeyPair(t testing.TB, by *signer, from, to time.Time) (*ecdsa.PrivateKey
 		Subject: pkix.Name{CommonName: testUser, Organization: []string{"system:nodes"}}, NotBefore: from, NotAfter: to,
 		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
 	}, key.Public())
+}
+
+// shared is the hub's link of a test: one connection, as the client.
+type shared struct {
+	*http.Client
+	base  string
+	asked atomic.Int64
+}
+
+func (s *shared) Online() bool                 { return true }
+func (s *shared) WaitUp(context.Context) error { return nil }
+func (s *shared) Questions() http.RoundTripper { return s }
+
+func (s *shared) RoundTrip(r *http.Request) (*http.Response, error) {
+	s.asked.Add(1)
+	out := r.Clone(r.Context())
+	base, err := url.Parse(s.base)
+	if err != nil {
+		return nil, err
+	}
+	out.URL.Scheme, out.URL.Host = base.Scheme, base.Host
+	return s.Transport.RoundTrip(out)
+}
+
+// TestRequestsGoOverTheLink has a server certificate wait for approval.
+func TestRequestsGoOverTheLink(t *testing.T) {
+	cluster := newCluster(t)
+	cluster.set(func() { cluster.hold = true })
+	cfg := cluster.config(t)
+	must(t, os.MkdirAll(cfg.Dir, 0o700))
+	cluster.pair(t, filepath.Join(cfg.Dir, clientFile), testUser, 1000*time.Hour)
+	c := open(t, cfg)
+	client, err := c.httpClient(c.Servers()[0], c.ClusterCAs(), credential{certificate: c.client.Load()})
+	must(t, err)
+	link := &shared{Client: client, base: c.Servers()[0]}
+	c.Over(link)
+	run(t, c)
+	until(t, "request", func() bool { return len(cluster.created()) == 1 })
+	until(t, "looks", func() bool { return link.asked.Load() >= 3 })
+	cluster.set(func() { cluster.hold = false })
+	until(t, "server certificate", func() bool { return c.clusterServer.Load() != nil })
+	// Whether an authority vouches for the server is tried without it.
+	before, roots := link.asked.Load(), x509.NewCertPool()
+	roots.AddCert(cluster.cert)
+	_, _, err = c.askAuthority(t.Context(), roots)
+	must(t, err)
+	if link.asked.Load() != before {
+		t.Error("the link was asked on behalf of an authority that it does not know")
+	}
+}
+
+// TestPolls looks ever more seldom at a request that waits.
+func TestPolls(t *testing.T) {
+	for waited, most := range map[time.Duration]time.Duration{
+		0: 200 * time.Millisecond, time.Minute: time.Minute, 10 * time.Minute: 8 * time.Minute, 1000 * time.Hour: 15 * time.Minute,
+	} {
+		if got := pollAfter(waited); got < pollMin/2 || got > most || got < min(waited/4, pollMax/2) {
+			t.Errorf("after %s: in %s", waited, got)
+		}
+	}
 }

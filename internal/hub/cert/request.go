@@ -37,8 +37,9 @@ const (
 
 	// Requests of the kubelet-client signer are approved and signed within a
 	// fraction of a second, so the first looks come quickly. Those that wait
-	// for a person are looked at ever more seldom.
-	pollMin, pollMax = 100 * time.Millisecond, 2 * time.Minute
+	// for a person are looked at ever more seldom: when they have waited half
+	// as long again, whether the hub was restarted meanwhile or not.
+	pollMin, pollMax = 100 * time.Millisecond, 10 * time.Minute
 	// Failures mean that the cloud is away, or refuses.
 	retryMin, retryMax = time.Second, time.Minute
 	// deniedWait is how long a denial is respected before asking anew.
@@ -352,7 +353,6 @@ func (c *Certificates) request(ctx context.Context, o order) (*pending, error) {
 // await returns the certificate that the cluster issues for a request. It
 // returns an error when it is not to come, or when the cloud cannot be asked.
 func (c *Certificates) await(ctx context.Context, file, name string) ([]byte, error) {
-	poll := backoff{min: pollMin, max: pollMax}
 	begun := time.Now()
 	for {
 		csr := &certificatesv1.CertificateSigningRequest{}
@@ -368,13 +368,23 @@ func (c *Certificates) await(ctx context.Context, file, name string) ([]byte, er
 		if len(csr.Status.Certificate) > 0 {
 			return csr.Status.Certificate, nil
 		}
-		if time.Since(begun) > approvalWait {
+		waited := time.Since(begun)
+		if made := csr.CreationTimestamp.Time; !made.IsZero() && c.cfg.Clock.Sound() {
+			waited = max(waited, c.cfg.Clock.Since(made)-time.Second) // its grain
+		}
+		if waited > approvalWait {
 			c.waits(file, name)
 		}
-		if !sleep(ctx, poll.next()) {
+		if !sleep(ctx, pollAfter(waited)) {
 			return nil, context.Cause(ctx)
 		}
 	}
+}
+
+// pollAfter returns when to look again at a request that has waited so long.
+func pollAfter(waited time.Duration) time.Duration {
+	wait := min(max(waited/2, pollMin), pollMax)
+	return wait*3/4 + jitter(wait/2)
 }
 
 // credential is a way to prove oneself to the API server.
@@ -448,26 +458,39 @@ func (c *Certificates) do(ctx context.Context, method, path string, in, out any)
 	return errors.Join(errs...)
 }
 
+func newRequest(ctx context.Context, method, url string, as credential, body []byte) (*http.Request, error) {
+	req, err := http.NewRequestWithContext(ctx, method, url, bytes.NewReader(body))
+	if err != nil {
+		return nil, err
+	}
+	req.Header.Set("Accept", "application/json")
+	req.Header.Set("User-Agent", "yurthub")
+	if body != nil {
+		req.Header.Set("Content-Type", "application/json")
+	}
+	if as.token != "" {
+		req.Header.Set("Authorization", "Bearer "+as.token)
+	}
+	return req, nil
+}
+
 // doAs sends a request to the first server that can be reached and that roots
-// vouch for.
+// vouch for: over the hub's link where that shows the same credential to the
+// same authorities, else on a connection of its own.
 func (c *Certificates) doAs(ctx context.Context, roots *x509.CertPool, as credential, method, path string, body []byte, out any) error {
+	over := c.over.Load()
+	if over != nil && as.certificate != nil && as.certificate == c.client.Load() && roots == c.ClusterCAs() && (*over).Online() {
+		return c.doOver(ctx, *over, method, path, body, out)
+	}
 	var errs []error
 	for _, server := range c.Servers() {
 		client, err := c.httpClient(server, roots, as)
 		if err != nil {
 			return err
 		}
-		req, err := http.NewRequestWithContext(ctx, method, strings.TrimSuffix(server, "/")+path, bytes.NewReader(body))
+		req, err := newRequest(ctx, method, strings.TrimSuffix(server, "/")+path, as, body)
 		if err != nil {
 			return err
-		}
-		req.Header.Set("Accept", "application/json")
-		req.Header.Set("User-Agent", "yurthub")
-		if body != nil {
-			req.Header.Set("Content-Type", "application/json")
-		}
-		if as.token != "" {
-			req.Header.Set("Authorization", "Bearer "+as.token)
 		}
 		asked := time.Now()
 		resp, err := client.Do(req)
@@ -481,6 +504,20 @@ func (c *Certificates) doAs(ctx context.Context, roots *x509.CertPool, as creden
 		return decode(resp, out)
 	}
 	return errors.Join(errs...)
+}
+
+func (c *Certificates) doOver(ctx context.Context, over Link, method, path string, body []byte, out any) error {
+	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
+	defer cancel()
+	req, err := newRequest(ctx, method, "https://upstream"+path, credential{}, body)
+	if err != nil {
+		return err
+	}
+	resp, err := over.Questions().RoundTrip(req)
+	if err != nil {
+		return fmt.Errorf("%s %s: %w", method, path, err)
+	}
+	return decode(resp, out)
 }
 
 // httpClient returns a client for one request to a server, which may fail by

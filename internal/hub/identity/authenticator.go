@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"slices"
@@ -532,6 +533,15 @@ func (a *Authenticator) wakeUp() {
 
 // Run keeps the cluster's signing keys current until ctx ends, and returns nil.
 func (a *Authenticator) Run(ctx context.Context) error {
+	if len(a.trust.Load().JWKS) > 0 {
+		// A restart is no reason to ask sooner than without one.
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-a.wake:
+		case <-time.After(rand.N(keysInterval)):
+		}
+	}
 	for {
 		wait := keysPoll
 		if a.contact.online() {

@@ -463,6 +463,40 @@ func TestRunFollowsKeyRotation(t *testing.T) {
 	})
 }
 
+// TestRestartsDoNotFetchKeys restarts more often than keys are due.
+func TestRestartsDoNotFetchKeys(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBed(t)
+		must(t, b.refreshKeys(t.Context()))
+		live := func(d time.Duration) (fetches int) {
+			b.restart()
+			ctx, cancel := context.WithTimeout(t.Context(), d)
+			defer cancel()
+			must(t, b.Run(ctx))
+			_, _, fetches = b.cloud.counts()
+			return fetches
+		}
+		if n := live(time.Second); n > 2 { // it may happen to be due
+			t.Errorf("%d fetches after a restart, want none", n-1)
+		}
+		before := live(time.Millisecond)
+		if n := live(keysInterval + time.Second); n == before {
+			t.Error("keys are never fetched again")
+		}
+		// A token of a key that is not known does not wait for that.
+		b.cloud.set(func() { b.cloud.key, b.cloud.id = newKey(t), "key-2" })
+		b.restart()
+		b.want(t, withToken(b.cloud.admit(b.cloud.token(t, nil), webUser)), webUser)
+		_, _, before = b.cloud.counts()
+		ctx, cancel := context.WithTimeout(t.Context(), time.Millisecond)
+		defer cancel()
+		must(t, b.Run(ctx))
+		if _, _, n := b.cloud.counts(); n != before+1 {
+			t.Errorf("%d fetches for an unknown key", n-before)
+		}
+	})
+}
+
 func TestDamagedMemoryDenies(t *testing.T) {
 	b := newBed(t)
 	b.want(t, withToken(b.cloud.admit("opaque", "jane")), "jane")

@@ -77,7 +77,7 @@ func (l *Link) Forward(w http.ResponseWriter, r *http.Request, as Credential, ke
 		l.upgrade(w, r, out, as.cred, protocol)
 		return
 	}
-	resp, server, err := l.send(out, as.cred, isStream(r))
+	resp, server, err := l.send(out, as.cred, wayOf(r))
 	if err != nil {
 		refuse(w, r, err)
 		return

@@ -243,11 +243,15 @@ func (l *Link) ClientChanged() {
 //
 // Of the request's URL only path and query count; the link chooses the
 // server. Requests fail with ErrDown while the link is down.
-func (l *Link) Node() http.RoundTripper { return roundTripper{l, node} }
+func (l *Link) Node() http.RoundTripper { return roundTripper{link: l, cred: node} }
+
+// Questions is Node for small requests that may come many at a time: they
+// share a connection, and must not wait behind each other's bytes for long.
+func (l *Link) Questions() http.RoundTripper { return roundTripper{link: l, cred: node, asks: true} }
 
 // Bearer returns a transport without client certificate: a request carries
 // its own Authorization header. Otherwise it is like Node.
-func (l *Link) Bearer() http.RoundTripper { return roundTripper{l, bearer} }
+func (l *Link) Bearer() http.RoundTripper { return roundTripper{link: l, cred: bearer} }
 
 // Traffic returns what has gone over the wire, TLS and all: with the hub's
 // certificate, which includes probes, and without.

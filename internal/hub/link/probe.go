@@ -25,6 +25,7 @@ func (l *Link) watchOver(ctx context.Context, i int) {
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	slots := make(chan struct{}, maxProbes)
+	first := true
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	for {
@@ -46,9 +47,11 @@ func (l *Link) watchOver(ctx context.Context, i int) {
 			continue
 		}
 		p := l.begin(i)
+		greet := first
+		first = false
 		wg.Go(func() {
 			defer func() { <-slots }()
-			if p.gentle && l.ping(ctx, i) {
+			if p.gentle && l.ping(ctx, i) || greet && l.greet(ctx, i, p) {
 				return
 			}
 			l.probe(ctx, i, p)
@@ -113,7 +116,7 @@ func (l *Link) ping(ctx context.Context, i int) bool {
 		}
 		req.Host = l.servers[i].url.Host
 		asked := time.Now()
-		resp, err := s.by[cred].stream.RoundTrip(req)
+		resp, err := s.by[cred].by[stream].RoundTrip(req)
 		if _, ok := errors.AsType[*credentialError](err); ok {
 			continue
 		}

@@ -46,8 +46,28 @@ type lanes struct {
 // do not share connections: a request is cheaper over HTTP/1.1, and neither
 // has to wait behind a stream's bytes; a stream is cheaper over HTTP/2,
 // where a hundred of them need one connection and a ping shows that it is
-// alive.
-type lane struct{ short, stream *http.Transport }
+// alive. The hub's own questions are small, and come many at a time when the
+// link comes up: a connection for each would cost ten times their bytes.
+type lane struct {
+	by    [3]*http.Transport // by way
+	gates [3]gate            // by way; unused for short
+}
+
+// way is how a request travels in its lane.
+type way int
+
+const (
+	short    way = iota // HTTP/1.1, a connection each at a time
+	stream              // HTTP/2, shared
+	question            // the same, with other connections
+)
+
+func wayOf(r *http.Request) way {
+	if isStream(r) {
+		return stream
+	}
+	return short
+}
 
 // cut ends every connection and every dial at once, and all later ones.
 func (s *lanes) cut() {
@@ -59,8 +79,9 @@ func (s *lanes) cut() {
 // they have been idle for long enough.
 func (s *lanes) retire() {
 	for _, l := range s.by {
-		l.short.CloseIdleConnections()
-		l.stream.CloseIdleConnections()
+		for _, t := range l.by {
+			t.CloseIdleConnections()
+		}
 	}
 }
 
@@ -174,7 +195,10 @@ func (l *Link) newLanesLocked() *lanes {
 	s := &lanes{}
 	for cred := range s.by {
 		d := &dialer{link: l, lanes: s, cred: credential(cred), tickets: l.tickets[cred]}
-		s.by[cred] = lane{short: l.shortTransport(d), stream: l.streamTransport(d)}
+		s.by[cred] = lane{
+			by:    [3]*http.Transport{short: l.shortTransport(d), stream: l.streamTransport(d), question: l.questionTransport(d)},
+			gates: [3]gate{stream: newGate(len(l.servers)), question: newGate(len(l.servers))},
+		}
 	}
 	return s
 }
@@ -224,6 +248,14 @@ func (l *Link) streamTransport(d *dialer) *http.Transport {
 	}
 }
 
+// questionTransport is for questions. Their connection is not pinged: it may
+// be idle for long, and a question that waits shows soon that it is dead.
+func (l *Link) questionTransport(d *dialer) *http.Transport {
+	t := l.streamTransport(d)
+	t.HTTP2.SendPingTimeout = 0
+	return t
+}
+
 // dialer makes the connections of one credential.
 type dialer struct {
 	link    *Link
@@ -254,7 +286,7 @@ func (d *dialer) dial(ctx context.Context, addr string, protos ...string) (net.C
 		// A request whose connection was cut because the server is lost is
 		// repeated by net/http, and shall go to another one instead.
 		dialing, ok := d.lanes.addTo(i, nil, cancel)
-		if !ok || !d.link.servers[i].healthy.Load() {
+		if !ok || !d.link.servers[i].healthy.Load() && ctx.Value(greeting{}) == nil {
 			return nil, &dialError{ErrDown}
 		}
 		defer d.lanes.remove(dialing)
@@ -454,16 +486,13 @@ func (l *Link) pick(tried uint64) int {
 // if no connection could be made to the first, or if that was lost and req
 // only reads. It returns the server too. The response and any error are
 // evidence.
-func (l *Link) send(req *http.Request, cred credential, stream bool) (*http.Response, int, error) {
+func (l *Link) send(req *http.Request, cred credential, by way) (*http.Response, int, error) {
 	s := l.lanes.Load() // before the check: new ones are made when down
 	if !l.up.Load() {
 		closeBody(req)
 		return nil, -1, ErrDown
 	}
-	t := s.by[cred].short
-	if stream {
-		t = s.by[cred].stream
-	}
+	t, gate := s.by[cred].by[by], s.by[cred].gates[by]
 	path, rawPath := req.URL.Path, req.URL.RawPath
 	var body *retained
 	if req.Body != nil && len(l.servers) > 1 {
@@ -493,7 +522,7 @@ func (l *Link) send(req *http.Request, cred credential, stream bool) (*http.Resp
 		var resp *http.Response
 		asked := time.Now()
 		stalled := time.AfterFunc(l.cfg.Budgets.Stall, func() { l.suspect(i) })
-		resp, err = t.RoundTrip(req)
+		resp, err = gate.roundTrip(t, req, i, &s.registry)
 		stalled.Stop()
 		if err == nil {
 			l.tell(resp.Header, asked)
@@ -562,6 +591,7 @@ func (b *retained) release() {
 type roundTripper struct {
 	link *Link
 	cred credential
+	asks bool // small questions only
 }
 
 // RoundTrip implements [http.RoundTripper].
@@ -569,7 +599,11 @@ func (t roundTripper) RoundTrip(req *http.Request) (*http.Response, error) {
 	out := req.WithContext(req.Context())
 	u := *req.URL
 	out.URL = &u
-	resp, i, err := t.link.send(out, t.cred, isStream(req))
+	by := wayOf(req)
+	if t.asks {
+		by = question
+	}
+	resp, i, err := t.link.send(out, t.cred, by)
 	if err != nil {
 		return nil, err
 	}

@@ -45,7 +45,7 @@ func (l *Link) Try(w http.ResponseWriter, r *http.Request, as Credential, keep K
 	defer timer.Stop()
 	l.metrics.inFlight.Inc()
 	defer l.metrics.inFlight.Dec()
-	resp, server, err := l.send(outgoing(r, as).WithContext(ctx), as.cred, false)
+	resp, server, err := l.send(outgoing(r, as).WithContext(ctx), as.cred, short)
 	if err == nil {
 		defer func() { _ = resp.Body.Close() }()
 		head := heads.Get().(*bytes.Buffer) //nolint:errcheck // The pool holds nothing else.
@@ -187,7 +187,7 @@ func (l *Link) sampling() (done func(inTime bool), ok bool) {
 }
 
 func (l *Link) sample(out *http.Request, as Credential, keep Keep) error {
-	resp, server, err := l.send(out, as.cred, false)
+	resp, server, err := l.send(out, as.cred, short)
 	if err != nil {
 		return err
 	}
