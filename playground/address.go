@@ -4,28 +4,41 @@ import (
 	"context"
 	"crypto/tls"
 	"fmt"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/netip"
+	"strconv"
+	"sync/atomic"
 )
 
-// freePorts returns n TCP ports that nobody listens on at ip. They are all
-// held open until the last is found, so that they differ.
-func freePorts(ctx context.Context, ip string, n int) ([]int, error) {
-	var ports []int
-	for range n {
-		l, err := (&net.ListenConfig{}).Listen(ctx, "tcp", net.JoinHostPort(ip, "0"))
-		if err != nil {
-			return nil, fmt.Errorf("find a free port at %s: %w", ip, err)
+// Ports of FreePorts: below those that the kernel gives away by itself, and
+// those of NodePort services.
+const firstPort, portCount = 15000, 15000
+
+// nextPort counts the ports that were tried, from anywhere.
+var nextPort atomic.Uint32
+
+// FreePorts returns n TCP ports that nobody listens on at ip, and that nobody
+// gets by chance until they are used.
+func FreePorts(ctx context.Context, ip string, n int) ([]int, error) {
+	nextPort.CompareAndSwap(0, 1+rand.Uint32N(portCount))
+	var (
+		ports []int
+		err   error
+	)
+	for range portCount {
+		if len(ports) == n {
+			return ports, nil
 		}
-		defer l.Close() //nolint:errcheck // only its port was wanted
-		addr, err := netip.ParseAddrPort(l.Addr().String())
-		if err != nil {
-			return nil, err
+		port := firstPort + int(nextPort.Add(1)%portCount)
+		var l net.Listener
+		if l, err = (&net.ListenConfig{}).Listen(ctx, "tcp", net.JoinHostPort(ip, strconv.Itoa(port))); err == nil {
+			ports = append(ports, port)
+			_ = l.Close() // only its port was wanted
 		}
-		ports = append(ports, int(addr.Port()))
 	}
-	return ports, nil
+	return nil, fmt.Errorf("find %d free ports at %s: %w", n, ip, err)
 }
 
 // firstServiceIP returns the address that the API server gives to the Service

@@ -123,7 +123,7 @@ func newControlPlane(ctx context.Context, cfg ControlPlaneConfig) (*ControlPlane
 	cfg.ServiceCIDR = orDefault(cfg.ServiceCIDR, defaultServiceCIDR)
 	cfg.ClusterCIDR = orDefault(cfg.ClusterCIDR, defaultClusterCIDR)
 	if cfg.Port == 0 {
-		ports, err := freePorts(ctx, cfg.Address, 1)
+		ports, err := FreePorts(ctx, cfg.Address, 1)
 		if err != nil {
 			return nil, err
 		}
@@ -158,7 +158,7 @@ func newControlPlane(ctx context.Context, cfg ControlPlaneConfig) (*ControlPlane
 }
 
 func (cp *ControlPlane) start(ctx context.Context) error {
-	ports, err := freePorts(ctx, "127.0.0.1", 4)
+	ports, err := FreePorts(ctx, "127.0.0.1", 4)
 	if err != nil {
 		return err
 	}

@@ -165,38 +165,24 @@ func NewHub(ctx context.Context, cloud *playground.ControlPlane, binary, node, d
 	if err != nil {
 		return nil, fmt.Errorf("prepare hub: %w", err)
 	}
-	proxy, health, err := freePorts(ctx)
+	ports, err := playground.FreePorts(ctx, "127.0.0.1", 2)
 	if err != nil {
 		return nil, fmt.Errorf("prepare hub: %w", err)
 	}
+	proxy, health := strconv.Itoa(ports[0]), strconv.Itoa(ports[1])
 	return &Hub{
 		Dir: dir, Node: node, binary: binary, node: rest.TLSClientConfig{CertData: cert, KeyData: key},
-		URL:    "https://127.0.0.1:" + strconv.Itoa(proxy),
-		Health: "http://127.0.0.1:" + strconv.Itoa(health),
+		URL:    "https://127.0.0.1:" + proxy,
+		Health: "http://127.0.0.1:" + health,
 		args: []string{
 			"--node-name", node, "--nodepool-name", "bench", "--server-addr", server,
 			"--root-dir", dir, "--bootstrap-file", bootstrap, "--enable-dummy-if=false",
-			"--proxy-secure-port", strconv.Itoa(proxy), "--serve-port", strconv.Itoa(health),
+			"--proxy-secure-port", proxy, "--serve-port", health,
 			"--log-level", "debug", "--profiling", "--run-dir", dir,
 			// Tests compare Nodes with the cloud's and count writes.
 			"--node-conditions=false",
 		},
 	}, nil
-}
-
-func freePorts(ctx context.Context) (int, int, error) {
-	var ports [2]int
-	var cfg net.ListenConfig
-	for i := range ports {
-		l, err := cfg.Listen(ctx, "tcp", "127.0.0.1:0")
-		if err != nil {
-			return 0, 0, err
-		}
-		defer l.Close() //nolint:errcheck // it only reserved a port
-		//nolint:errcheck // it listens on TCP
-		ports[i] = l.Addr().(*net.TCPAddr).Port
-	}
-	return ports[0], ports[1], nil
 }
 
 // Start starts the process and waits until it says that it is ready.

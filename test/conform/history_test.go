@@ -14,6 +14,7 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -318,7 +319,8 @@ type watched struct {
 		Name            string `json:"name"`
 		ResourceVersion string `json:"resourceVersion"`
 	} `json:"metadata"`
-	Code int `json:"code"` // of a Status
+	Code    int    `json:"code"` // of a Status
+	Message string `json:"message"`
 }
 
 func (w watched) key() string { return w.Metadata.Namespace + "/" + w.Metadata.Name }
@@ -391,6 +393,9 @@ func (f *follower) watch(ctx context.Context) error {
 	if resp.StatusCode != http.StatusOK {
 		return fmt.Errorf("watch: %s", resp.Status)
 	}
+	if epoch != f.life.epoch.Load() {
+		return nil // of which process it is nobody knows
+	}
 	lines := bufio.NewReader(resp.Body)
 	for first := true; ; first = false {
 		line, err := lines.ReadBytes('\n')
@@ -431,7 +436,7 @@ func (f *follower) take(typ string, object watched, w word) error {
 	if typ == "ERROR" {
 		if object.Code != http.StatusGone {
 			f.wrong("error event: %s", w.line)
-		} else if !w.fresh && !f.ahead {
+		} else if !w.fresh && !f.ahead && !f.insideGap(object.Message) {
 			f.wrong("told to list again by the hub that had served it: %s", w.line)
 		}
 		return errRelist
@@ -460,6 +465,17 @@ func (f *follower) take(typ string, object watched, w word) error {
 		f.state[key] = v
 	}
 	return nil
+}
+
+// insideGap tells the refusal of a version within a gap that this hub process
+// had to list over: who heard only some of the differences, because the hub
+// stopped, holds such a one.
+func (f *follower) insideGap(message string) bool {
+	var asked, begin uint64
+	_, err := fmt.Sscanf(message[strings.LastIndex(message, ": ")+1:], " %d (%d)", &asked, &begin)
+	log, readErr := os.ReadFile(filepath.Join(f.w.Hub.Dir, "hub.log"))
+	lives := bytes.Split(log, []byte("hub is ready"))
+	return err == nil && readErr == nil && asked > begin && bytes.Contains(lives[len(lives)-1], []byte("stream relisted"))
 }
 
 // current returns nil once the follower knows what the cloud has.

@@ -21,6 +21,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
+	"github.com/yurt-edge/yurt/playground"
 	"github.com/yurt-edge/yurt/test/bed"
 )
 
@@ -38,18 +39,17 @@ type fullHub struct {
 
 func newFullHub(t *testing.T, node string) *fullHub {
 	t.Helper()
-	l, err := new(net.ListenConfig).Listen(t.Context(), "tcp", "127.0.0.1:0")
+	ports, err := playground.FreePorts(t.Context(), "127.0.0.1", 1)
 	if err != nil {
 		t.Fatal(err)
 	}
-	port := l.Addr().(*net.TCPAddr).Port
-	l.Close()
+	port := strconv.Itoa(ports[0])
 	hub, link := busy.hub(t, node,
 		"--enable-dummy-if", "--dummy-if-ip="+podAddress,
-		"--insecure-loopback", "--proxy-port="+strconv.Itoa(port))
+		"--insecure-loopback", "--proxy-port="+port)
 	return &fullHub{
 		Hub: hub, link: link,
-		plain: "http://127.0.0.1:" + strconv.Itoa(port),
+		plain: "http://127.0.0.1:" + port,
 		pods:  strings.Replace(hub.URL, "127.0.0.1", podAddress, 1),
 	}
 }

@@ -948,7 +948,7 @@ func TestRevokedDuringCut(t *testing.T) {
 	expect("revoked", question{password, "", inJSON}, http.StatusForbidden)
 	// The third goes on: it sees what happens next.
 	_, err := busy.admin.CoreV1().ConfigMaps("guarded").Patch(t.Context(), "settings", types.MergePatchType,
-		[]byte(`{"data":{"a":"`+strconv.FormatInt(time.Now().UnixNano(), 36)+`"}}`), metav1.PatchOptions{})
+		[]byte(`{"data":{"b":"`+strconv.FormatInt(time.Now().UnixNano(), 36)+`"}}`), metav1.PatchOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}
