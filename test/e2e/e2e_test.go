@@ -48,6 +48,8 @@ func run(m *testing.M) int {
 	}
 	lab, err = playground.Up(ctx, playground.Config{
 		Dir: dir, Topology: topology, Wait: true, Progress: playground.NewProgress(os.Stdout),
+		ControllerManagerFlags: []string{"--node-monitor-grace-period=" + gracePeriod},
+		ManagerValues:          map[string]any{"nodeMonitorGracePeriod": gracePeriod},
 	})
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err, playground.Hint(err))
@@ -127,6 +129,8 @@ func params(dir string, vars map[string]string) testscript.Params {
 			}
 			targets := map[string]bool{}
 			env.Values[targetsKey{}] = targets
+			ways := map[string]bool{}
+			env.Values[wayKey{}] = ways
 			env.Defer(func() {
 				// Whatever a script did to its links, the next one finds
 				// them whole.
@@ -135,6 +139,11 @@ func params(dir string, vars map[string]string) testscript.Params {
 				for target := range targets {
 					if err := lab.Heal(ctx, target); err != nil {
 						fmt.Fprintln(os.Stderr, "heal", target, err)
+					}
+				}
+				for machine := range ways {
+					if err := setWay(ctx, machine, "open"); err != nil {
+						fmt.Fprintln(os.Stderr, "open the way of", machine, err)
 					}
 				}
 			})
@@ -178,6 +187,17 @@ func params(dir string, vars map[string]string) testscript.Params {
 			"waitlocal":   simple(2, waitLocal),
 			"eventually":  simple(1, eventually),
 			"printed":     simple(3, printed),
+			"roaming":     simple(2, roaming),
+			"moved":       simple(2, moved),
+			"managed":     simple(1, managed),
+			"following":   simple(1, following),
+			"changed":     simple(1, changed),
+			"sees":        simple(2, sees),
+			"unfollowed":  simple(1, unfollowed),
+			"led":         led,
+			"whereis":     whereIs,
+			"stay":        stay,
+			"way":         way,
 			"remember":    remember,
 			"untouched":   untouched,
 		},
