@@ -7,13 +7,20 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"strings"
 	"sync"
 	"time"
 
 	coordinationv1 "k8s.io/api/coordination/v1"
+	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/types"
+
+	"github.com/yurt-edge/yurt/api/apps"
+	beats "github.com/yurt-edge/yurt/internal/heartbeat"
+	"github.com/yurt-edge/yurt/internal/hub/pool"
+	"github.com/yurt-edge/yurt/internal/hub/vouch"
 )
 
 const (
@@ -41,8 +48,11 @@ func (h *Hub) silence() string {
 type heartbeat struct {
 	owed chan struct{} // holds a token when the cloud is owed a renewal
 
-	mu    sync.Mutex // guards lease
+	mu    sync.Mutex // guards the following
 	lease *coordinationv1.Lease
+	spoke time.Time         // when the kubelet last renewed it here
+	wrote *metav1.MicroTime // and what it wrote
+	taken time.Time         // when the cloud last took a renewal
 }
 
 func newHeartbeat() *heartbeat { return &heartbeat{owed: make(chan struct{}, 1)} }
@@ -53,11 +63,21 @@ func (b *heartbeat) get() *coordinationv1.Lease {
 	return b.lease
 }
 
-// set takes the lease as the cloud has it.
-func (b *heartbeat) set(l *coordinationv1.Lease) {
+// set takes the lease as the cloud has it, and that it took a renewal.
+func (b *heartbeat) set(l *coordinationv1.Lease, renewed bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.lease = l
+	if renewed {
+		b.taken = time.Now()
+	}
+}
+
+// heard takes note that the kubelet lives.
+func (b *heartbeat) heard(l *coordinationv1.Lease) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.spoke, b.wrote = time.Now(), l.Spec.RenewTime
 }
 
 // renew takes a renewal that was answered here. It gets the version that the
@@ -79,6 +99,7 @@ func (b *heartbeat) renew(l *coordinationv1.Lease) {
 func (b *heartbeat) took(version string) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
+	b.taken = time.Now()
 	if b.lease != nil {
 		l := b.lease.DeepCopy()
 		l.ResourceVersion = version
@@ -119,9 +140,12 @@ func (h *Hub) beat(ctx context.Context) error {
 func (h *Hub) passOn(ctx context.Context, l *coordinationv1.Lease) error {
 	ctx, cancel := context.WithTimeout(ctx, beatBudget)
 	defer cancel()
-	patch, err := json.Marshal(map[string]any{"spec": map[string]any{
-		"holderIdentity": l.Spec.HolderIdentity, "leaseDurationSeconds": l.Spec.LeaseDurationSeconds, "renewTime": l.Spec.RenewTime,
-	}})
+	patch, err := json.Marshal(map[string]any{
+		"metadata": map[string]any{"annotations": h.leaseAnnotations()},
+		"spec": map[string]any{
+			"holderIdentity": l.Spec.HolderIdentity, "leaseDurationSeconds": l.Spec.LeaseDurationSeconds, "renewTime": l.Spec.RenewTime,
+		},
+	})
 	if err != nil {
 		return fmt.Errorf("renew lease: %w", err)
 	}
@@ -154,5 +178,109 @@ func (h *Hub) passOn(ctx context.Context, l *coordinationv1.Lease) error {
 		return fmt.Errorf("renew lease: read answer: %w", err)
 	}
 	h.heartbeat.took(renewed.ResourceVersion)
+	return nil
+}
+
+func (h *Hub) newVouch() *vouch.Vouch {
+	return vouch.New(vouch.Config{
+		Node: h.cfg.NodeName, Certificate: h.certs.ClientCertificate, ClusterCAs: h.certs.ClusterCAs, Clock: h.clock,
+		Online: h.link.Online, Changed: h.link.Changed, Own: h.ownHeartbeat,
+		Member: func(node string) bool { return h.pool.Membership().Has(node) },
+		Peers: func() []string {
+			var nodes []string
+			for _, p := range h.pool.Peers() {
+				nodes = append(nodes, p.Node)
+			}
+			return nodes
+		},
+		Transport: func(node string) http.RoundTripper { return h.pool.Transport(node) }, Path: pool.HeartbeatsPath,
+		Log: h.log.With("part", "vouch"), Registerer: h.cfg.Registerer,
+	})
+}
+
+// ownHeartbeat is what others may carry to the cloud for this node.
+func (h *Hub) ownHeartbeat() (vouch.Own, error) {
+	h.heartbeat.mu.Lock()
+	spoke, wrote, taken, lease := h.heartbeat.spoke, h.heartbeat.wrote, h.heartbeat.taken, h.heartbeat.lease
+	h.heartbeat.mu.Unlock()
+	own := vouch.Own{Spoke: spoke, Taken: taken, Life: beatBudget}
+	if wrote == nil {
+		return vouch.Own{}, nil // not since this hub started
+	}
+	if lease != nil && lease.Spec.LeaseDurationSeconds != nil {
+		own.Life = time.Duration(*lease.Spec.LeaseDurationSeconds) * time.Second
+	}
+	own.Renewed = *wrote
+	node, err := h.ownNode()
+	if err != nil {
+		return own, err
+	}
+	own.UID = node.UID
+	for _, c := range node.Status.Conditions {
+		if c.Type == corev1.NodeReady {
+			own.Ready = c.Status
+		}
+	}
+	return own, nil
+}
+
+// leaseAnnotations is what this hub has to say on the node's lease; nil takes
+// an annotation away.
+func (h *Hub) leaseAnnotations() map[string]*string {
+	all := map[string]*string{apps.Heartbeats: nil, apps.DelegateHeartbeat: nil}
+	text, err := beats.Join(h.vouch.Carried())
+	if err != nil {
+		h.log.Warn("the heartbeats of peers are not carried", "err", err)
+	} else if text != "" {
+		all[apps.Heartbeats] = &text
+	}
+	return all
+}
+
+// renewal reads what the kubelet writes, and adds to it what the hub has to
+// say.
+func (h *Hub) renewal(r *http.Request, body []byte, into *coordinationv1.Lease) error {
+	if err := decode(body, into); err != nil {
+		return err
+	}
+	if into.Name != h.cfg.NodeName {
+		return nil
+	}
+	h.heartbeat.heard(into)
+	return h.carry(r, into)
+}
+
+// carry puts the heartbeats of peers into the kubelet's own renewal, so that
+// they cost no write of their own and cannot be in its way, and takes away what
+// it repeats from the answer before.
+func (h *Hub) carry(r *http.Request, l *coordinationv1.Lease) error {
+	changed := false
+	for key, text := range h.leaseAnnotations() {
+		had, has := l.Annotations[key]
+		switch {
+		case text == nil && has:
+			delete(l.Annotations, key)
+			changed = true
+		case text != nil && had != *text:
+			if l.Annotations == nil {
+				l.Annotations = map[string]string{}
+			}
+			l.Annotations[key] = *text
+			changed = true
+		}
+	}
+	if !changed {
+		return nil
+	}
+	media := runtime.ContentTypeJSON
+	if strings.HasPrefix(r.Header.Get("Content-Type"), runtime.ContentTypeProtobuf) {
+		media = runtime.ContentTypeProtobuf
+	}
+	info, _ := runtime.SerializerInfoForMediaType(typed.SupportedMediaTypes(), media)
+	text, err := runtime.Encode(typed.EncoderForVersion(info.Serializer, coordinationv1.SchemeGroupVersion), l)
+	if err != nil {
+		return fmt.Errorf("carry heartbeats: %w", err)
+	}
+	r.Body, r.ContentLength = io.NopCloser(bytes.NewReader(text)), int64(len(text))
 	return nil
 }

@@ -36,6 +36,7 @@ import (
 	"github.com/yurt-edge/yurt/internal/hub/pool"
 	"github.com/yurt-edge/yurt/internal/hub/replica"
 	"github.com/yurt-edge/yurt/internal/hub/store"
+	"github.com/yurt-edge/yurt/internal/hub/vouch"
 )
 
 const (
@@ -153,6 +154,7 @@ type Hub struct {
 	rootDir string // what it is a copy of
 
 	heartbeat *heartbeat
+	vouch     *vouch.Vouch
 	watches   watches
 	self      *identity.Caller // the node's user, which the hub's streams are
 }
@@ -187,7 +189,7 @@ func Run(ctx context.Context, cfg Config) error {
 		h.clock.Run, h.certs.Run, h.link.Run, h.answers.run, h.announce, h.keepAddress, h.runEndpoints, h.keepNeeds,
 		h.reask, h.awaitDisk, h.beat,
 		h.certified(h.replica.Run), h.certified(h.journal.Run), h.certified(h.authn.Run), h.certified(h.follow),
-		h.certified(h.prefetch), h.certified(h.conditions.Run), h.certified(h.pool.Run), h.keepPool,
+		h.certified(h.prefetch), h.certified(h.conditions.Run), h.certified(h.pool.Run), h.keepPool, h.certified(h.vouch.Run),
 		daemon.Watchdog(h.log, h.alive),
 	}
 	for _, s := range servers {
@@ -330,6 +332,7 @@ func (h *Hub) build() error {
 			return err
 		}
 	}
+	h.vouch = h.newVouch()
 	h.pool = h.newPool()
 	h.about.link = h.link.State()
 	h.about.born = h.about.link.Since

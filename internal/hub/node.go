@@ -91,7 +91,15 @@ func (h *Hub) lease(w http.ResponseWriter, r *http.Request, as link.Credential) 
 		httpx.WriteStatus(w, r, err)
 		return
 	}
-	if r.Method == http.MethodPut && h.prompt() && unversioned(body) {
+	written := r.Method == http.MethodPut || r.Method == http.MethodPost
+	renewed := &coordinationv1.Lease{}
+	if written {
+		if err := h.renewal(r, body, renewed); err != nil {
+			httpx.WriteStatus(w, r, statusOf(err))
+			return
+		}
+	}
+	if r.Method == http.MethodPut && h.prompt() && renewed.ResourceVersion == "" {
 		// The kubelet made this lease while the cloud was away. Told of a
 		// conflict it reads the cloud's and goes on with that.
 		httpx.WriteStatus(w, r, apierrors.NewConflict(coordinationv1.Resource("leases"), h.cfg.NodeName,
@@ -105,7 +113,7 @@ func (h *Hub) lease(w http.ResponseWriter, r *http.Request, as link.Credential) 
 		return func(answer []byte) {
 			l := &coordinationv1.Lease{}
 			if decode(answer, l) == nil {
-				h.heartbeat.set(l)
+				h.heartbeat.set(l, written)
 			}
 		}
 	}
@@ -120,12 +128,7 @@ func (h *Hub) lease(w http.ResponseWriter, r *http.Request, as link.Credential) 
 		respond(w, r, http.StatusOK, coordinationv1.SchemeGroupVersion, known)
 	case r.Method == http.MethodPost && known != nil:
 		httpx.WriteStatus(w, r, apierrors.NewAlreadyExists(coordinationv1.Resource("leases"), known.Name))
-	case r.Method == http.MethodPut || r.Method == http.MethodPost:
-		renewed := &coordinationv1.Lease{}
-		if err := decode(body, renewed); err != nil {
-			httpx.WriteStatus(w, r, err)
-			return
-		}
+	case written:
 		h.heartbeat.renew(renewed)
 		code := http.StatusOK
 		if r.Method == http.MethodPost {
@@ -138,11 +141,6 @@ func (h *Hub) lease(w http.ResponseWriter, r *http.Request, as link.Credential) 
 	default:
 		link.Refuse(w, r, err)
 	}
-}
-
-func unversioned(body []byte) bool {
-	l := &coordinationv1.Lease{}
-	return decode(body, l) == nil && l.ResourceVersion == ""
 }
 
 // csiNode relays what the kubelet writes about its storage drivers and keeps

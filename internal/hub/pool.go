@@ -41,6 +41,7 @@ func (h *Hub) newPool() *pool.Pool {
 		Node: h.cfg.NodeName, Port: h.cfg.PoolPort,
 		Certificate: h.certs.ClientCertificate, ClusterCAs: h.certs.ClusterCAs, Clock: h.clock,
 		Serve:      h.servePeer,
+		Heartbeats: h.vouch,
 		Protect:    func(next http.Handler) http.Handler { return h.survive(h.observe(next)) },
 		Refused:    h.unconnected,
 		Log:        h.log.With("part", "pool"),

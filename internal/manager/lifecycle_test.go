@@ -439,6 +439,7 @@ func TestLinkLossEvictsNobody(t *testing.T) {
 	if !passed {
 		return
 	}
+	t.Run("hubs of a pool", c.hubsOfAPool)
 	t.Run("an API server that cannot mutate", func(t *testing.T) {
 		for _, kind := range []string{"mutatingadmissionpolicybinding", "mutatingadmissionpolicy"} {
 			if _, err := c.cp.Kubectl(t.Context(), "delete", kind, "yurt-silence-evicts-nobody"); err != nil {

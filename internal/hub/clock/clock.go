@@ -170,6 +170,18 @@ func (c *Clock) Sound() bool {
 	return !c.heard.at.IsZero()
 }
 
+// Cloud returns the cloud's time as it was heard, whatever the machine's clock
+// says, and whether it was heard since the start.
+func (c *Clock) Cloud() (now time.Time, heard bool) {
+	if c == nil {
+		return time.Now().Round(0), true
+	}
+	_, up := c.cfg.Source()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.heard.now(up), !c.heard.at.IsZero()
+}
+
 // Floor returns the moment before which it cannot be. It moves on with time.
 func (c *Clock) Floor() time.Time {
 	if c == nil {

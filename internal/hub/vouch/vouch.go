@@ -1,0 +1,428 @@
+// Package vouch lets the hubs of a pool speak for each other: a hub whose
+// renewals do not get through hands a signed heartbeat to its peers, and one
+// with a link carries the heartbeats of others to the cloud, in its own lease.
+package vouch
+
+import (
+	"bytes"
+	"context"
+	"crypto"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"math/rand/v2"
+	"net/http"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+
+	"github.com/yurt-edge/yurt/internal/heartbeat"
+	"github.com/yurt-edge/yurt/internal/httpx"
+	"github.com/yurt-edge/yurt/internal/hub/clock"
+)
+
+const (
+	// beats is how often in the life of its lease a hub that needs it says
+	// that its node lives, as often as kubelets do. It is jittered by a fifth.
+	beats = 4
+	// idle is how often it looks whether it needs it.
+	idle = 10 * time.Second
+	// soon bounds the pause before the first time after the link went down,
+	// so that a pool that is cut does not speak in one voice.
+	soon = time.Second
+	// patience is how long one peer may take, tries how many are asked.
+	patience = 3 * time.Second
+	tries    = 4
+	// held is how long a heartbeat is carried, at most, and no longer than
+	// three quarters of the life of a lease. By then there is a newer one.
+	held = 30 * time.Second
+	// drift is how much a clock that heard the cloud may be wrong after a
+	// long cut. Further it is not set by a peer.
+	drift = 5 * time.Minute
+	// maxAnswer bounds what a peer answers.
+	maxAnswer = 32 << 10
+)
+
+// Own is what a hub can say of its node.
+type Own struct {
+	UID   types.UID
+	Ready corev1.ConditionStatus
+	// Renewed is what the kubelet last wrote into its lease.
+	Renewed metav1.MicroTime
+	// Spoke is when it did, Taken when the cloud last took it, and Life how
+	// long a renewal is good.
+	Spoke, Taken time.Time
+	Life         time.Duration
+}
+
+// alive reports whether the kubelet is.
+func (o Own) alive() bool { return o.Life > 0 && time.Since(o.Spoke) < o.Life }
+
+// overdue reports whether the cloud should have taken a renewal by now: then
+// the peers are asked, though the link is up.
+func (o Own) overdue() bool { return time.Since(o.Taken) > o.Life*3/8 }
+
+// Config is what a Vouch needs. All fields must be set.
+type Config struct {
+	Node        string
+	Certificate func() *tls.Certificate
+	ClusterCAs  func() *x509.CertPool
+	Clock       *clock.Clock
+
+	// Online and Changed are the link's.
+	Online  func() bool
+	Changed func() <-chan struct{}
+	// Own is asked for each heartbeat.
+	Own func() (Own, error)
+
+	// Member reports whether a node is of this one's pool, and Peers are
+	// those of them that can be reached by Transport, at URL Path.
+	Member    func(node string) bool
+	Peers     func() []string
+	Transport func(node string) http.RoundTripper
+	Path      string
+
+	Log        *slog.Logger
+	Registerer prometheus.Registerer
+}
+
+// Vouch speaks for its node, and for others. Use New. It is safe for
+// concurrent use.
+type Vouch struct {
+	cfg  Config
+	sent *prometheus.CounterVec
+
+	mu      sync.Mutex    // guards the following
+	life    time.Duration // of leases; 0: not known yet
+	kept    map[string]kept
+	last    time.Time     // of the heartbeats that were signed
+	ahead   time.Duration // of the clock, as a peer says
+	carrier string        // the peer that took the last one
+}
+
+type kept struct {
+	signed heartbeat.Signed
+	time   time.Time // of the heartbeat
+	at     time.Time // when it came
+}
+
+// New returns a Vouch that carries nothing.
+func New(cfg Config) *Vouch {
+	v := &Vouch{
+		cfg: cfg, kept: map[string]kept{},
+		sent: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "node_yurthub_heartbeats_total", Help: "Heartbeats handed to peers while the link was down, by result.",
+		}, []string{"result"}),
+	}
+	cfg.Registerer.MustRegister(v.sent, prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "node_yurthub_vouched_nodes", Help: "Nodes of the pool whose heartbeats this hub carries.",
+	}, func() float64 { return float64(len(v.Carried())) }))
+	return v
+}
+
+// Carried returns the heartbeats that are still worth something, in the order
+// of nodes' names.
+func (v *Vouch) Carried() []heartbeat.Signed {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.dropLocked()
+	var nodes []string
+	for node := range v.kept {
+		nodes = append(nodes, node)
+	}
+	slices.Sort(nodes)
+	all := make([]heartbeat.Signed, len(nodes))
+	for i, node := range nodes {
+		all[i] = v.kept[node].signed
+	}
+	return all
+}
+
+func (v *Vouch) dropLocked() {
+	most := held
+	if v.life > 0 {
+		most = min(held, v.life*3/4)
+	}
+	for node, k := range v.kept {
+		if time.Since(k.at) > most {
+			delete(v.kept, node)
+		}
+	}
+}
+
+// answer is what a hub says to who brought heartbeats.
+type answer struct {
+	// Link is that it will carry them. It keeps them in any case, for when
+	// its link is back.
+	Link bool `json:"link"`
+	// Time is the cloud's, if the hub knows it.
+	Time *time.Time `json:"time,omitempty"`
+	// Refused says by node what is wrong with a heartbeat.
+	Refused map[string]string `json:"refused,omitempty"`
+}
+
+// ServeHTTP takes heartbeats of nodes of the pool: the sender's own, and those
+// that it keeps while it has no link.
+func (v *Vouch) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	body, err := io.ReadAll(r.Body) // its size is limited
+	if err != nil {
+		httpx.WriteStatus(w, r, apierrors.NewBadRequest(fmt.Sprintf("read heartbeats: %v", err)))
+		return
+	}
+	all, err := heartbeat.Split(string(body))
+	if err != nil {
+		httpx.WriteStatus(w, r, apierrors.NewBadRequest(err.Error()))
+		return
+	}
+	a := answer{Link: v.cfg.Online(), Refused: map[string]string{}}
+	now, heard := v.cfg.Clock.Cloud()
+	if heard {
+		a.Time = &now
+	} else {
+		now = v.cfg.Clock.Now()
+	}
+	for _, s := range all {
+		b, err := s.Open(v.cfg.ClusterCAs(), now)
+		if err == nil && heard {
+			err = b.Fresh(now)
+		}
+		if err == nil {
+			err = v.keep(b, s)
+		}
+		if err != nil {
+			a.Refused[claimed(s)] = err.Error()
+		}
+	}
+	text, err := json.Marshal(a)
+	if err != nil {
+		httpx.WriteStatus(w, r, apierrors.NewInternalError(err))
+		return
+	}
+	w.Header().Set("Content-Type", "application/json")
+	_, _ = w.Write(text) // who went away asks again
+}
+
+// claimed is the node that a heartbeat says it is of, proved or not.
+func claimed(s heartbeat.Signed) string {
+	var b heartbeat.Beat
+	_ = json.Unmarshal(s.Beat, &b) // who sends nonsense hears of nobody
+	return b.Node
+}
+
+func (v *Vouch) keep(b heartbeat.Beat, s heartbeat.Signed) error {
+	if b.Node == v.cfg.Node {
+		return nil // it came around
+	}
+	if !v.cfg.Member(b.Node) {
+		return errors.New("not a node of this pool")
+	}
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.dropLocked()
+	k, known := v.kept[b.Node]
+	if known && !b.Time.After(k.time) {
+		return nil
+	}
+	if !known && len(v.kept) >= heartbeat.MaxCarried {
+		return fmt.Errorf("this hub carries %d heartbeats already", heartbeat.MaxCarried)
+	}
+	v.kept[b.Node] = kept{s, b.Time.Time, time.Now()}
+	return nil
+}
+
+// Run speaks for the node while its renewals do not get through, until ctx
+// ends. It returns nil.
+func (v *Vouch) Run(ctx context.Context) error {
+	for {
+		changed, pause := v.cfg.Changed(), idle
+		if own, err := v.cfg.Own(); err != nil {
+			v.cfg.Log.Debug("nothing to say of the node", "err", err)
+		} else if own.alive() {
+			pause = min(idle, own.Life/beats)
+			v.expect(own.Life)
+			if !v.cfg.Online() || own.overdue() {
+				v.speak(ctx, own)
+			}
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(pause*9/10 + rand.N(pause/5)):
+		case <-changed:
+			select {
+			case <-ctx.Done():
+				return nil
+			case <-time.After(rand.N(soon)):
+			}
+		}
+	}
+}
+
+// expect takes the life of leases: the nodes of a pool are alike.
+func (v *Vouch) expect(life time.Duration) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.life = life
+}
+
+// speak hands the node's heartbeat to peers until one has a link.
+func (v *Vouch) speak(ctx context.Context, own Own) {
+	peers := v.order()
+	for i, peer := range peers {
+		a, err := v.tell(ctx, peer, own)
+		if err == nil && a.Refused[v.cfg.Node] != "" && v.correct(a.Time) {
+			a, err = v.tell(ctx, peer, own)
+		}
+		result := "link"
+		switch {
+		case err != nil:
+			result = "failed"
+			v.cfg.Log.Debug("heartbeat not handed to a peer", "peer", peer, "err", err)
+		case a.Refused[v.cfg.Node] != "":
+			result = "refused"
+			v.cfg.Log.Warn("a peer does not vouch for this node", "peer", peer, "why", a.Refused[v.cfg.Node])
+		case !a.Link:
+			result = "kept"
+		}
+		v.sent.WithLabelValues(result).Inc()
+		if result == "link" {
+			v.carriedBy(peer)
+			return
+		}
+		if ctx.Err() != nil || i == tries-1 {
+			break
+		}
+	}
+	v.carriedBy("")
+}
+
+func (v *Vouch) carriedBy(peer string) {
+	v.mu.Lock()
+	before := v.carrier
+	v.carrier = peer
+	v.mu.Unlock()
+	switch {
+	case before == peer:
+	case peer == "":
+		v.cfg.Log.Info("no peer with a link vouches for this node")
+	default:
+		v.cfg.Log.Info("a peer vouches for this node", "peer", peer)
+	}
+}
+
+// order is the peers as they are asked: who took the last heartbeat first, the
+// others as it happens.
+func (v *Vouch) order() []string {
+	peers := slices.Clone(v.cfg.Peers())
+	rand.Shuffle(len(peers), func(i, j int) { peers[i], peers[j] = peers[j], peers[i] })
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	slices.SortStableFunc(peers, func(a, b string) int {
+		if a != b && (a == v.carrier || b == v.carrier) {
+			return map[bool]int{true: -1, false: 1}[a == v.carrier]
+		}
+		return 0
+	})
+	return peers
+}
+
+// tell sends the node's heartbeat and those of others that are kept here while
+// nothing can be carried.
+func (v *Vouch) tell(ctx context.Context, peer string, own Own) (answer, error) {
+	var a answer
+	signed, err := v.sign(own)
+	if err != nil {
+		return a, err
+	}
+	all := []heartbeat.Signed{signed}
+	if !v.cfg.Online() {
+		all = append(all, v.Carried()...)
+	}
+	text, err := heartbeat.Join(all)
+	if err != nil {
+		return a, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, "https://"+peer+v.cfg.Path, strings.NewReader(text))
+	if err != nil {
+		return a, fmt.Errorf("hand over heartbeat: %w", err)
+	}
+	req.Header.Set("Content-Type", "application/json")
+	resp, err := v.cfg.Transport(peer).RoundTrip(req)
+	if err != nil {
+		return a, fmt.Errorf("hand over heartbeat: %w", err)
+	}
+	defer resp.Body.Close()
+	body, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
+	if err != nil {
+		return a, fmt.Errorf("hand over heartbeat: read answer: %w", err)
+	}
+	if resp.StatusCode != http.StatusOK {
+		return a, fmt.Errorf("hand over heartbeat: %s: %s", resp.Status, bytes.TrimSpace(body))
+	}
+	if err := json.Unmarshal(body, &a); err != nil {
+		return a, fmt.Errorf("hand over heartbeat: read answer: %w", err)
+	}
+	return a, nil
+}
+
+func (v *Vouch) sign(own Own) (heartbeat.Signed, error) {
+	pair := v.cfg.Certificate()
+	if pair == nil {
+		return heartbeat.Signed{}, errors.New("sign heartbeat: the hub has no certificate yet")
+	}
+	key, ok := pair.PrivateKey.(crypto.Signer)
+	if !ok {
+		return heartbeat.Signed{}, fmt.Errorf("sign heartbeat: a key of type %T signs nothing", pair.PrivateKey)
+	}
+	b := heartbeat.Beat{Node: v.cfg.Node, UID: own.UID, Time: metav1.NewMicroTime(v.next()), Renewed: own.Renewed, Ready: own.Ready}
+	return heartbeat.Sign(b, pair.Certificate[0], key)
+}
+
+// next returns the time of a heartbeat, later than that of the one before.
+func (v *Vouch) next() time.Time {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	now := v.timeLocked().Truncate(time.Microsecond)
+	if !now.After(v.last) && v.last.Sub(now) < heartbeat.Good {
+		now = v.last.Add(time.Microsecond)
+	}
+	v.last = now
+	return now
+}
+
+func (v *Vouch) timeLocked() time.Time {
+	now, heard := v.cfg.Clock.Cloud()
+	if !heard {
+		now = v.cfg.Clock.Now()
+	}
+	return now.Add(-v.ahead)
+}
+
+// correct takes the time of a peer, as far as this hub cannot know better, and
+// reports whether that changes anything.
+func (v *Vouch) correct(t *time.Time) bool {
+	if t == nil {
+		return false
+	}
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	ahead := v.ahead + v.timeLocked().Sub(*t)
+	if _, heard := v.cfg.Clock.Cloud(); heard && (ahead > drift || ahead < -drift) {
+		return false
+	}
+	v.ahead = ahead
+	return true
+}

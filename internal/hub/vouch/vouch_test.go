@@ -1,0 +1,416 @@
+package vouch
+
+import (
+	"bytes"
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"math/big"
+	"net/http"
+	"net/http/httptest"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/yurt-edge/yurt/internal/heartbeat"
+	"github.com/yurt-edge/yurt/internal/hub/clock"
+)
+
+// world is a pool of hubs that reach each other.
+type world struct {
+	t     *testing.T
+	ca    *x509.Certificate
+	key   *ecdsa.PrivateKey
+	roots *x509.CertPool
+	hubs  map[string]*hub
+	names []string
+}
+
+// hub is one of them. Its clock is the cloud's, once it has heard it, or off by
+// skew.
+type hub struct {
+	*Vouch
+	clock  *clock.Clock
+	online atomic.Bool
+	asked  atomic.Int32 // by peers
+	dead   atomic.Bool  // does not answer
+
+	mu      sync.Mutex // guards the following
+	own     Own
+	changed chan struct{}
+}
+
+func newWorld(t *testing.T) *world {
+	t.Helper()
+	w := &world{t: t, roots: x509.NewCertPool(), hubs: map[string]*hub{}}
+	var err error
+	if w.key, err = ecdsa.GenerateKey(elliptic.P256(), rand.Reader); err != nil {
+		t.Fatal(err)
+	}
+	template := &x509.Certificate{
+		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "ca"}, IsCA: true, BasicConstraintsValid: true,
+		NotBefore: time.Now().Add(-10000 * time.Hour), NotAfter: time.Now().Add(10000 * time.Hour), KeyUsage: x509.KeyUsageCertSign,
+	}
+	w.ca = w.sign(template, template, &w.key.PublicKey)
+	w.roots.AddCert(w.ca)
+	return w
+}
+
+func (w *world) sign(template, parent *x509.Certificate, key *ecdsa.PublicKey) *x509.Certificate {
+	w.t.Helper()
+	der, err := x509.CreateCertificate(rand.Reader, template, parent, key, w.key)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	cert, err := x509.ParseCertificate(der)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return cert
+}
+
+func (w *world) add(name string, skew time.Duration, heard bool) *hub {
+	w.t.Helper()
+	began := time.Now()
+	h := &hub{changed: make(chan struct{})}
+	h.clock = clock.Open(clock.Config{
+		Path: w.t.TempDir() + "/clock", Built: time.Now().Add(-9000 * time.Hour), Log: slog.New(slog.DiscardHandler),
+		Source: func() (time.Time, time.Duration) { return time.Now().Add(skew), time.Since(began) },
+	})
+	if heard {
+		h.clock.Hear(time.Now(), 0)
+	}
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	cert := w.sign(&x509.Certificate{
+		SerialNumber: big.NewInt(2), Subject: pkix.Name{CommonName: "system:node:" + name, Organization: []string{"system:nodes"}},
+		NotBefore: w.ca.NotBefore, NotAfter: w.ca.NotAfter, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
+	}, w.ca, &key.PublicKey)
+	h.own = Own{UID: "u-1", Ready: "True", Renewed: metav1.NowMicro(), Spoke: time.Now(), Taken: time.Now(), Life: 40 * time.Second}
+	h.Vouch = New(Config{
+		Node: name, Certificate: func() *tls.Certificate {
+			return &tls.Certificate{Certificate: [][]byte{cert.Raw}, PrivateKey: key}
+		},
+		ClusterCAs: func() *x509.CertPool { return w.roots }, Clock: h.clock, Online: h.online.Load,
+		Changed: func() <-chan struct{} {
+			h.mu.Lock()
+			defer h.mu.Unlock()
+			return h.changed
+		},
+		Own: func() (Own, error) {
+			h.mu.Lock()
+			defer h.mu.Unlock()
+			return h.own, nil
+		},
+		Member: func(node string) bool { return w.hubs[node] != nil },
+		Peers: func() []string {
+			return slices.DeleteFunc(slices.Clone(w.names), func(n string) bool { return n == name })
+		},
+		Transport: func(node string) http.RoundTripper { return way{w.hubs[node]} },
+		Path:      "/beats", Log: slog.New(slog.DiscardHandler), Registerer: prometheus.NewRegistry(),
+	})
+	w.hubs[name] = h
+	w.names = append(w.names, name)
+	return h
+}
+
+// way leads to a hub.
+type way struct{ to *hub }
+
+func (t way) RoundTrip(req *http.Request) (*http.Response, error) {
+	t.to.asked.Add(1)
+	if t.to.dead.Load() {
+		<-req.Context().Done()
+		return nil, context.Cause(req.Context())
+	}
+	rec := httptest.NewRecorder()
+	t.to.ServeHTTP(rec, req)
+	return rec.Result(), nil
+}
+
+// switchLink cuts or heals the link.
+func (h *hub) switchLink(up bool) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.online.Store(up)
+	close(h.changed)
+	h.changed = make(chan struct{})
+}
+
+// renew is what the kubelet does, and the cloud if it takes it.
+func (h *hub) renew(taken bool) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.own.Spoke, h.own.Renewed = time.Now(), metav1.NowMicro()
+	if taken {
+		h.own.Taken = h.own.Spoke
+	}
+}
+
+// carries returns for whom a hub speaks.
+func (w *world) carries(h *hub) string {
+	w.t.Helper()
+	var out []string
+	for _, s := range h.Carried() {
+		b, err := s.Open(w.roots, time.Now())
+		if err != nil {
+			w.t.Error(err)
+		}
+		if err := b.Fresh(time.Now()); err != nil {
+			w.t.Error(err)
+		}
+		out = append(out, b.Node)
+	}
+	return strings.Join(out, " ")
+}
+
+// live passes time, in a bubble, in which all kubelets but those named renew.
+func (w *world) live(d time.Duration, but ...string) {
+	for range d / (5 * time.Second) {
+		<-time.After(5 * time.Second)
+		for name, h := range w.hubs {
+			if !slices.Contains(but, name) {
+				h.renew(h.online.Load())
+			}
+		}
+	}
+	synctest.Wait()
+}
+
+func (w *world) run() (stop func()) {
+	ctx, cancel := context.WithCancel(w.t.Context())
+	var wg sync.WaitGroup
+	for _, h := range w.hubs {
+		wg.Go(func() { _ = h.Run(ctx) })
+	}
+	return func() { cancel(); wg.Wait() }
+}
+
+func TestVouched(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		a, b, c := w.add("a", 0, true), w.add("b", 0, true), w.add("c", 0, true)
+		for _, h := range w.hubs {
+			h.online.Store(true)
+		}
+		defer w.run()()
+		w.live(2 * time.Minute)
+		if got := w.carries(b) + w.carries(c); got != "" {
+			t.Errorf("with all links up %q is carried", got)
+		}
+		a.switchLink(false)
+		c.switchLink(false)
+		w.live(time.Minute)
+		if got := w.carries(b); got != "a c" {
+			t.Errorf("b carries %q", got)
+		}
+		before := b.asked.Load()
+		w.live(2 * time.Minute)
+		if n := b.asked.Load() - before; n < 20 || n > 32 {
+			t.Errorf("two hubs handed over %d heartbeats in two minutes", n)
+		}
+		// The kubelet of one dies, the other's link is back.
+		w.live(80*time.Second, "a")
+		c.switchLink(true)
+		w.live(40*time.Second, "a")
+		if got := w.carries(b); got != "" {
+			t.Errorf("b carries %q after their ends", got)
+		}
+	})
+}
+
+func TestCloudThatTakesNothing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		a, b := w.add("a", 0, true), w.add("b", 0, true)
+		a.online.Store(true)
+		b.online.Store(true)
+		defer w.run()()
+		w.live(time.Minute)
+		for range 8 { // the link is up, and renewals do not get through
+			time.Sleep(5 * time.Second)
+			a.renew(false)
+			b.renew(true)
+		}
+		synctest.Wait()
+		if got := w.carries(b); got != "a" {
+			t.Errorf("b carries %q", got)
+		}
+	})
+}
+
+// TestThroughOneWithoutLink has a hub that knows only one peer, whose link is
+// down too.
+func TestThroughOneWithoutLink(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		a, b, c := w.add("a", 0, true), w.add("b", 0, true), w.add("c", 0, true)
+		a.cfg.Peers = func() []string { return []string{"b"} }
+		c.online.Store(true)
+		defer w.run()()
+		w.live(time.Minute)
+		if got := w.carries(c); got != "a b" {
+			t.Errorf("c carries %q", got)
+		}
+		if got := w.carries(b); got != "a" {
+			t.Errorf("b keeps %q for when its link is back", got)
+		}
+	})
+}
+
+func TestDeadPeersAreBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		a := w.add("a", 0, true)
+		for i := range 9 {
+			w.add(fmt.Sprint("p", i), 0, true).dead.Store(true)
+		}
+		start := time.Now()
+		a.speak(t.Context(), a.own)
+		asked := int32(0)
+		for _, h := range w.hubs {
+			asked += h.asked.Load()
+		}
+		if took := time.Since(start); asked != tries || took > tries*patience {
+			t.Errorf("%d peers asked in %s", asked, took)
+		}
+	})
+}
+
+func TestWrongClocks(t *testing.T) {
+	for _, tc := range []struct {
+		name  string
+		skew  time.Duration
+		heard bool
+	}{
+		{"years behind, the cloud was heard", -9000 * time.Hour, true},
+		{"a day ahead, the cloud was heard", 24 * time.Hour, true},
+		{"hours behind, booted alone", -5 * time.Hour, false},
+		{"a day ahead, booted alone", 24 * time.Hour, false},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w := newWorld(t)
+				a, b := w.add("a", tc.skew, tc.heard), w.add("b", 0, true)
+				b.online.Store(true)
+				a.speak(t.Context(), a.own)
+				if got := w.carries(b); got != "a" {
+					t.Errorf("b carries %q", got)
+				}
+				asked := b.asked.Load()
+				a.speak(t.Context(), a.own)
+				if n := b.asked.Load() - asked; n != 1 {
+					t.Errorf("the next one took %d tries", n)
+				}
+			})
+		})
+	}
+}
+
+func TestPeerThatLiesAboutTime(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		a := w.add("a", 0, true)
+		lie := time.Now().Add(time.Hour)
+		if a.correct(&lie) || a.ahead != 0 {
+			t.Errorf("a clock that heard the cloud was set by %s", a.ahead)
+		}
+		lie = time.Now().Add(drift / 2)
+		if !a.correct(&lie) || (a.ahead+drift/2).Abs() > time.Second { // an answer tells the time to the second
+			t.Errorf("a clock that may have drifted: set by %s", a.ahead)
+		}
+		lie = time.Now().Add(drift * 3 / 2)
+		if a.correct(&lie) {
+			t.Errorf("corrected beyond the bound, bit by bit: %s", a.ahead)
+		}
+	})
+}
+
+func TestHandler(t *testing.T) {
+	w := newWorld(t)
+	a, b := w.add("a", 0, true), w.add("b", 0, true)
+	other := newWorld(t).add("a", 0, true)
+	sign := func(h *hub, edit func(*Own)) heartbeat.Signed {
+		own := h.own
+		if edit != nil {
+			edit(&own)
+		}
+		s, err := h.sign(own)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return s
+	}
+	post := func(all ...heartbeat.Signed) (int, string) {
+		text, err := heartbeat.Join(all)
+		if err != nil {
+			t.Fatal(err)
+		}
+		rec := httptest.NewRecorder()
+		b.ServeHTTP(rec, httptest.NewRequest(http.MethodPost, "/", strings.NewReader(text)))
+		return rec.Code, rec.Body.String()
+	}
+	stranger := w.add("x", 0, true)
+	delete(w.hubs, "x")
+	for name, tc := range map[string]struct {
+		beat heartbeat.Signed
+		want string
+	}{
+		"of another cluster": {sign(other, nil), `"a":"not signed by the node`},
+		"of another pool":    {sign(stranger, nil), `"x":"not a node of this pool"`},
+		"of this one":        {sign(b, nil), `{"link":false,"time":`},
+	} {
+		if code, body := post(tc.beat); code != http.StatusOK || !strings.Contains(body, tc.want) || len(b.Carried()) != 0 {
+			t.Errorf("%s: got %d %s, carrying %d", name, code, body, len(b.Carried()))
+		}
+	}
+	first, second := sign(a, nil), sign(a, nil)
+	for _, s := range []heartbeat.Signed{second, first} {
+		if code, body := post(s); code != http.StatusOK || strings.Contains(body, "refused") {
+			t.Errorf("got %d %s", code, body)
+		}
+		if all := b.Carried(); len(all) != 1 || !bytes.Equal(all[0].Beat, second.Beat) {
+			t.Errorf("carrying %v, want the later one", all)
+		}
+	}
+	for _, body := range []string{"{", "null?", strings.Repeat("[", 100)} {
+		rec := httptest.NewRecorder()
+		b.ServeHTTP(rec, httptest.NewRequest(http.MethodPost, "/", strings.NewReader(body)))
+		if rec.Code != http.StatusBadRequest {
+			t.Errorf("%q: got %d", body, rec.Code)
+		}
+	}
+	rec := httptest.NewRecorder()
+	b.ServeHTTP(rec, httptest.NewRequest(http.MethodPost, "/", io.MultiReader(strings.NewReader("["), broken{})))
+	if rec.Code != http.StatusBadRequest {
+		t.Errorf("a body that breaks off: got %d", rec.Code)
+	}
+	// There is room for so many nodes.
+	for i := range heartbeat.MaxCarried + 2 {
+		post(sign(w.add(fmt.Sprint("n", i), 0, true), nil))
+	}
+	if n := len(b.Carried()); n != heartbeat.MaxCarried {
+		t.Errorf("carrying %d heartbeats", n)
+	}
+}
+
+type broken struct{}
+
+func (broken) Read([]byte) (int, error) { return 0, errors.New("broken") }
