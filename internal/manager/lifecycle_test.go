@@ -301,7 +301,7 @@ func (c *cluster) metric(t *testing.T, line string) bool {
 // and with an API server that cannot mutate. That those controllers do evict,
 // nodes outside of Edge pools show each time.
 func TestLinkLossEvictsNobody(t *testing.T) {
-	c, err := startCluster(t.Context(), t, "--node-monitor-grace-period=6s", "--node-monitor-period=500ms", "--node-eviction-rate=10")
+	c, err := startCluster(t.Context(), t, "--node-monitor-grace-period=7s", "--node-monitor-period=500ms", "--node-eviction-rate=10")
 	if err != nil {
 		t.Fatal(err)
 	}
