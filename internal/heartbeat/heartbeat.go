@@ -120,6 +120,14 @@ func (s Signed) Open(roots *x509.CertPool, now time.Time) (Beat, error) {
 	return b, nil
 }
 
+// Claimed is what the heartbeat says, proved or not.
+func (s Signed) Claimed() (b Beat) {
+	if json.Unmarshal(s.Beat, &b) != nil {
+		return Beat{}
+	}
+	return b
+}
+
 func algorithmOf(leaf *x509.Certificate) (x509.SignatureAlgorithm, error) {
 	switch leaf.PublicKey.(type) {
 	case *ecdsa.PublicKey:

@@ -22,6 +22,7 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+	"golang.org/x/time/rate"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -50,6 +51,9 @@ const (
 	// drift is how much a clock that heard the cloud may be wrong after a
 	// long cut. Further it is not set by a peer.
 	drift = 5 * time.Minute
+	// perSecond is how many deliveries are looked at, and burst at once: each
+	// holds signatures that cost time.
+	perSecond, burst = 50, 100
 	// maxAnswer bounds what a peer answers.
 	maxAnswer = 32 << 10
 )
@@ -100,8 +104,9 @@ type Config struct {
 // Vouch speaks for its node, and for others. Use New. It is safe for
 // concurrent use.
 type Vouch struct {
-	cfg  Config
-	sent *prometheus.CounterVec
+	cfg   Config
+	sent  *prometheus.CounterVec
+	limit *rate.Limiter
 
 	mu      sync.Mutex    // guards the following
 	life    time.Duration // of leases; 0: not known yet
@@ -120,7 +125,7 @@ type kept struct {
 // New returns a Vouch that carries nothing.
 func New(cfg Config) *Vouch {
 	v := &Vouch{
-		cfg: cfg, kept: map[string]kept{},
+		cfg: cfg, kept: map[string]kept{}, limit: rate.NewLimiter(perSecond, burst),
 		sent: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "node_yurthub_heartbeats_total", Help: "Heartbeats handed to peers while the link was down, by result.",
 		}, []string{"result"}),
@@ -175,6 +180,10 @@ type answer struct {
 // ServeHTTP takes heartbeats of nodes of the pool: the sender's own, and those
 // that it keeps while it has no link.
 func (v *Vouch) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	if !v.limit.Allow() {
+		httpx.WriteStatus(w, r, apierrors.NewTooManyRequests("this hub takes no more heartbeats in this second", 1))
+		return
+	}
 	body, err := io.ReadAll(r.Body) // its size is limited
 	if err != nil {
 		httpx.WriteStatus(w, r, apierrors.NewBadRequest(fmt.Sprintf("read heartbeats: %v", err)))
@@ -201,7 +210,7 @@ func (v *Vouch) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			err = v.keep(b, s)
 		}
 		if err != nil {
-			a.Refused[claimed(s)] = err.Error()
+			a.Refused[s.Claimed().Node] = err.Error()
 		}
 	}
 	text, err := json.Marshal(a)
@@ -211,13 +220,6 @@ func (v *Vouch) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	w.Header().Set("Content-Type", "application/json")
 	_, _ = w.Write(text) // who went away asks again
-}
-
-// claimed is the node that a heartbeat says it is of, proved or not.
-func claimed(s heartbeat.Signed) string {
-	var b heartbeat.Beat
-	_ = json.Unmarshal(s.Beat, &b) // who sends nonsense hears of nobody
-	return b.Node
 }
 
 func (v *Vouch) keep(b heartbeat.Beat, s heartbeat.Signed) error {

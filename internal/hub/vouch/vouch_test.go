@@ -411,6 +411,20 @@ func TestHandler(t *testing.T) {
 	}
 }
 
+func TestFloodIsBounded(t *testing.T) {
+	w := newWorld(t)
+	b := w.add("b", 0, true)
+	codes := map[int]int{}
+	for range 2 * burst {
+		rec := httptest.NewRecorder()
+		b.ServeHTTP(rec, httptest.NewRequest(http.MethodPost, "/", strings.NewReader("[]")))
+		codes[rec.Code]++
+	}
+	if codes[http.StatusOK] < burst || codes[http.StatusTooManyRequests] == 0 {
+		t.Errorf("got %v", codes)
+	}
+}
+
 type broken struct{}
 
 func (broken) Read([]byte) (int, error) { return 0, errors.New("broken") }

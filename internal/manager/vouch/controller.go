@@ -143,6 +143,18 @@ func (c *listener) listen(ctx context.Context, voucher *corev1.Node, text string
 // that. Why says what is wrong with it.
 func (c *listener) take(ctx context.Context, voucher *corev1.Node, s heartbeat.Signed, roots *x509.CertPool) (v verdict, why, err error) {
 	now := c.clock.Now()
+	claimed := s.Claimed()
+	var lease coordinationv1.Lease
+	key := types.NamespacedName{Namespace: corev1.NamespaceNodeLease, Name: claimed.Node}
+	switch err := c.read.Get(ctx, key, &lease); {
+	case client.IgnoreNotFound(err) != nil:
+		return unknown, nil, fmt.Errorf("read lease of %s: %w", claimed.Node, err)
+	case err != nil:
+		return unknown, nil, nil
+	}
+	if v = worth(&lease, claimed, c.ear.Last(claimed.Node), now); v != renewed {
+		return v, nil, nil
+	}
 	b, why := s.Open(roots, now)
 	if why != nil {
 		return forged, why, nil
@@ -160,10 +172,6 @@ func (c *listener) take(ctx context.Context, voucher *corev1.Node, s heartbeat.S
 		return unknown, nil, nil
 	case pool == "" || node.Labels[apps.NodePoolLabel] != pool || node.Name == voucher.Name:
 		return foreign, fmt.Errorf("%s is not another node of pool %q", node.Name, pool), nil
-	}
-	var lease coordinationv1.Lease
-	if err := c.read.Get(ctx, types.NamespacedName{Namespace: corev1.NamespaceNodeLease, Name: b.Node}, &lease); err != nil {
-		return unknown, nil, client.IgnoreNotFound(err)
 	}
 	was := lease.DeepCopy()
 	if v = renew(&lease, b, voucher.Name, c.ear.Last(b.Node), now); v != renewed {

@@ -68,20 +68,29 @@ const (
 // refused tells the verdicts on which somebody should look.
 var refused = []verdict{forged, stale, foreign, unreadable}
 
-// renew renews the lease of a node on a heartbeat that is proved, and reports
-// whether the lease changed.
+// worth reports what would become of a heartbeat if it were proved. Most are
+// not needed, and to prove one costs more than all else.
+func worth(lease *coordinationv1.Lease, b heartbeat.Beat, heard Heard, now time.Time) verdict {
+	switch {
+	case !b.Time.After(Remembered(lease).Time.Time) || !b.Time.After(heard.Own):
+		return superseded
+	case now.Sub(heard.Any) < durationOf(lease)/2:
+		return notYet
+	}
+	return renewed
+}
+
+// renew renews the lease of a node on a heartbeat that is proved, and returns
+// what became of that.
 //
 // The lease gets what the kubelet would have written: its own clock may be
 // wrong, and when it speaks for itself again Kubernetes takes only what is
 // later than the last.
 func renew(lease *coordinationv1.Lease, b heartbeat.Beat, by string, heard Heard, now time.Time) verdict {
+	if v := worth(lease, b, heard, now); v != renewed {
+		return v
+	}
 	m := Remembered(lease)
-	if !b.Time.After(m.Time.Time) || !b.Time.After(heard.Own) {
-		return superseded
-	}
-	if now.Sub(heard.Any) < durationOf(lease)/2 {
-		return notYet
-	}
 	if !ByAnother(lease) || m.By != by {
 		m.By, m.Since = by, metav1.NewTime(now)
 	}
