@@ -527,8 +527,10 @@ func TestStatus(t *testing.T) {
 	r := report.Report{
 		Node: "edge-1", Version: "v1", Started: time.Now().Add(-time.Hour), Since: time.Now().Add(-3 * time.Minute), Reason: "i/o timeout",
 		StoreHealth: "ok", StatusPending: 2,
-		Conditions: []report.Condition{{Type: "YurtHubLinkReady", Status: report.False, Reason: "Silent", Message: "m"}},
-		Scopes:     []report.Scope{{Scope: "/v1/pods", Objects: 3, Synced: true, Stored: true, Contact: time.Now().Add(-3 * time.Minute)}},
+		Journal:      report.Journal{Bytes: 2048, Oldest: time.Now().Add(-2*time.Minute - time.Second), Delivered: 7, Dropped: 1},
+		Certificates: []report.Certificate{{Name: "server-pods"}},
+		Conditions:   []report.Condition{{Type: "YurtHubLinkReady", Status: report.False, Reason: "Silent", Message: "m"}},
+		Scopes:       []report.Scope{{Scope: "/v1/pods", Objects: 3, Synced: true, Stored: true, Contact: time.Now().Add(-3 * time.Minute)}},
 	}
 	run := func(args ...string) (string, error) {
 		var out strings.Builder
@@ -558,7 +560,7 @@ func TestStatus(t *testing.T) {
 	done := make(chan error, 1)
 	go func() { done <- server.Run(ctx) }()
 	out, err = run()
-	for _, text := range []string{"DOWN for 3 min: i/o timeout", "2 status, 0 events", "YurtHubLinkReady  False", "/v1/pods", "yes"} {
+	for _, text := range []string{"DOWN for 3 min: i/o timeout", "2 status, 0 events wait for the cloud, 2 KiB, the oldest for 2 min", "7 delivered, 1 dropped", "server-pods, none yet", "YurtHubLinkReady  False", "/v1/pods", "yes"} {
 		if !strings.Contains(out, text) {
 			t.Errorf("no %q in\n%s", text, out)
 		}
@@ -569,7 +571,7 @@ func TestStatus(t *testing.T) {
 	r.Conditions[0].Status = report.True
 	out, err = run("-o", "json")
 	var back report.Report
-	if err != nil || json.Unmarshal([]byte(out), &back) != nil || back.Node != "edge-1" {
+	if err != nil || json.Unmarshal([]byte(out), &back) != nil || back.Node != "edge-1" || back.Journal.Dropped != 1 || back.Journal.Oldest.IsZero() {
 		t.Errorf("json: %v\n%s", err, out)
 	}
 	if _, err = run("-o", "yaml"); err == nil {

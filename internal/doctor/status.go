@@ -146,7 +146,12 @@ func printReport(out io.Writer, r *report.Report, now time.Time) error {
 	for _, c := range r.Certificates {
 		row("certificate", "%s, %s", c.Name, life(c, now))
 	}
-	row("journal", "%d status, %d events wait for the cloud", r.StatusPending, r.EventsPending)
+	oldest := ""
+	if !r.Journal.Oldest.IsZero() {
+		oldest = fmt.Sprintf(", %s, the oldest for %s", size(int64(r.Journal.Bytes)), age(r.Journal.Oldest, now))
+	}
+	row("journal", "%d status, %d events wait for the cloud%s", r.StatusPending, r.EventsPending, oldest)
+	row("", "%d delivered, %d dropped since the start", r.Journal.Delivered, r.Journal.Dropped)
 	if !r.Discovery {
 		row("kubectl", "cannot work without the cloud yet")
 	}
@@ -173,6 +178,8 @@ func printReport(out io.Writer, r *report.Report, now time.Time) error {
 
 func life(c report.Certificate, now time.Time) string {
 	switch left := c.NotAfter.Sub(now); {
+	case c.NotAfter.IsZero():
+		return "none yet"
 	case left <= 0:
 		return fmt.Sprintf("EXPIRED %s ago, on %s", age(c.NotAfter, now), stamp(c.NotAfter))
 	case now.Before(c.NotBefore):

@@ -23,6 +23,7 @@ import (
 	"golang.org/x/sync/semaphore"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
+	"github.com/yurt-edge/yurt/internal/hub/clock"
 	"github.com/yurt-edge/yurt/internal/hub/identity"
 	"github.com/yurt-edge/yurt/internal/hub/link"
 	"github.com/yurt-edge/yurt/internal/hub/request"
@@ -65,6 +66,7 @@ type answer struct {
 // for everybody, single objects for the identity that got them.
 type answers struct {
 	store *store.Store
+	clock *clock.Clock
 	log   *slog.Logger
 	queue chan remembered     // to run, which writes behind the requests
 	room  *semaphore.Weighted // bytes of maxQueued that are free
@@ -87,8 +89,8 @@ type remembered struct {
 	size        int64 // taken from room
 }
 
-func newAnswers(s *store.Store, log *slog.Logger) *answers {
-	return &answers{store: s, log: log, queue: make(chan remembered, 256), room: semaphore.NewWeighted(maxQueued), seen: map[string]noted{}}
+func newAnswers(s *store.Store, by *clock.Clock, log *slog.Logger) *answers {
+	return &answers{store: s, clock: by, log: log, queue: make(chan remembered, 256), room: semaphore.NewWeighted(maxQueued), seen: map[string]noted{}}
 }
 
 // run writes what was remembered until ctx ends.
@@ -275,7 +277,7 @@ func (a *answers) remember(bucket, key, packed string, known answer, body []byte
 		return
 	}
 	if old, err := a.load(bucket, key); err != nil || old.Hash != hash {
-		known.At, known.Hash, known.Body = time.Now(), hash, body
+		known.At, known.Hash, known.Body = a.clock.Now(), hash, body
 		select {
 		case a.queue <- remembered{bucket: bucket, key: key, answer: known, size: size}:
 			size = 0 // write gives it back
@@ -424,7 +426,7 @@ func (a *answers) prefetch(ctx context.Context, cloud http.RoundTripper) error {
 	for _, d := range discovery {
 		u := &url.URL{Scheme: "https", Host: "upstream", Path: d.path}
 		header := http.Header{"Accept": {d.accept}, "Accept-Encoding": {"gzip"}, "User-Agent": {"yurthub"}}
-		if have, err := a.document(u, header); err == nil && time.Since(have.At) < prefetchEvery {
+		if have, err := a.document(u, header); err == nil && !a.clock.Aged(have.At, prefetchEvery) {
 			continue
 		}
 		req, err := http.NewRequestWithContext(ctx, http.MethodGet, u.String(), nil)

@@ -34,7 +34,7 @@ func remembering(t *testing.T, test func(t *testing.T, a *answers)) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		a := newAnswers(s, slog.New(slog.DiscardHandler))
+		a := newAnswers(s, nil, slog.New(slog.DiscardHandler))
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan struct{})
 		go func() {
@@ -315,7 +315,7 @@ func TestAnswersWaitForTheDiskWithinABound(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	a := newAnswers(s, slog.New(slog.DiscardHandler)) // and no run
+	a := newAnswers(s, nil, slog.New(slog.DiscardHandler)) // and no run
 	var bomb bytes.Buffer
 	packer := gzip.NewWriter(&bomb)
 	_, _ = packer.Write(make([]byte, 2*maxAnswer))

@@ -295,9 +295,9 @@ func (h *Hub) build() error {
 		API: api, Memory: remembered, Online: h.link.Online, Weak: h.link.Weak, Contact: contact, MaxAge: cfg.DecisionAge,
 		Self: h.self, Clock: h.clock, Log: h.log,
 	})
-	h.answers = newAnswers(h.store, h.log)
+	h.answers = newAnswers(h.store, h.clock, h.log)
 	h.journal, err = journal.Open(journal.Config{
-		Store: h.store, Cloud: h.link.Node(), WaitUp: h.link.WaitUp, Log: h.log, Registerer: cfg.Registerer,
+		Store: h.store, Cloud: h.link.Node(), WaitUp: h.link.WaitUp, Clock: h.clock, Log: h.log, Registerer: cfg.Registerer,
 		Refresh: func(r schema.GroupVersionResource, namespace, name string) error {
 			return h.replica.Refresh(r, namespace, name)
 		},
@@ -308,7 +308,7 @@ func (h *Hub) build() error {
 	h.trackEndpoints()
 	h.replica, err = replica.New(replica.Config{
 		Store: h.store, Upstream: h.link, Online: h.link.Online, Overlay: h.overlay,
-		Log: h.log, Registerer: cfg.Registerer,
+		Clock: h.clock, Log: h.log, Registerer: cfg.Registerer,
 	})
 	if err != nil {
 		return err

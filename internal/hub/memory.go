@@ -49,7 +49,7 @@ func (m memory) LoadAt(key string) ([]byte, time.Time, error) {
 		return nil, time.Time{}, err
 	}
 	at := time.Unix(int64(record.Version), 0) //nolint:gosec // as Save made it
-	if m.maxAge > 0 && m.clock.Since(at) > m.maxAge {
+	if m.maxAge > 0 && m.clock.Aged(at, m.maxAge) {
 		return nil, time.Time{}, nil
 	}
 	return record.Data, at, nil

@@ -309,7 +309,7 @@ func (q *query) awaitCloud(object bool) error {
 func (q *query) warn(contact time.Time) {
 	httpx.AddWarning(q.w.Header(), fmt.Sprintf(
 		"yurthub: the cloud %s; this is the state of %s, %s ago", q.hub.silence(),
-		contact.UTC().Format(time.RFC3339), time.Since(contact).Round(time.Second)))
+		contact.UTC().Format(time.RFC3339), q.hub.clock.Since(contact).Round(time.Second)))
 }
 
 func (q *query) get() error { //nolint:gocyclo // the rules for a get, one after the other
@@ -567,6 +567,6 @@ func (h *Hub) document(w http.ResponseWriter, r *http.Request, c *identity.Calle
 		return
 	}
 	httpx.AddWarning(w.Header(), fmt.Sprintf("yurthub: the cloud %s; this is what it said %s ago", h.silence(),
-		time.Since(a.At).Round(time.Second)))
+		h.clock.Since(a.At).Round(time.Second)))
 	a.write(w)
 }

@@ -213,7 +213,7 @@ func (h *Hub) report() report.Report {
 	waiting := h.journal.Stats()
 	out.StatusPending, out.EventsPending = waiting.Status, waiting.Events
 	out.Journal = report.Journal{
-		Bytes: waiting.StatusBytes + waiting.EventBytes, Oldest: waiting.Oldest, Delivered: waiting.Delivered, Dropped: waiting.Dropped,
+		Bytes: waiting.StatusBytes + waiting.EventBytes, Oldest: h.asMachine(waiting.Oldest), Delivered: waiting.Delivered, Dropped: waiting.Dropped,
 	}
 	_, err := h.answers.document(&url.URL{Path: "/apis"}, http.Header{})
 	out.Discovery = err == nil
@@ -230,9 +230,19 @@ func (h *Hub) report() report.Report {
 	ahead, known := h.clock.Skew()
 	out.Clock = report.Clock{Now: h.clock.Now(), Machine: h.clock.Machine(), Known: known, AheadSeconds: ahead.Seconds()}
 	for _, s := range h.replica.Status() {
+		s.Contact = h.asMachine(s.Contact)
 		out.Scopes = append(out.Scopes, report.Scope(s))
 	}
 	return out
+}
+
+// asMachine is a time of the hub's clock for those who will take its age by the
+// machine's.
+func (h *Hub) asMachine(t time.Time) time.Time {
+	if t.IsZero() {
+		return t
+	}
+	return h.clock.Machine().Add(-h.clock.Since(t))
 }
 
 // socket returns the server for an operator on the node, who is root and may

@@ -159,6 +159,19 @@ func (c *Clock) Since(t time.Time) time.Duration { return c.Now().Sub(t) }
 // Until returns the time that is left until t.
 func (c *Clock) Until(t time.Time) time.Duration { return t.Sub(c.Now()) }
 
+// Aged reports whether what was noted at t counts no more: it is older than
+// most, or dated so far ahead that the clock was wrong by which it was noted,
+// and nobody knows its age.
+func (c *Clock) Aged(t time.Time, most time.Duration) bool {
+	// What was written before the power went may be later than the floor.
+	ahead := tolerance
+	if !c.Sound() {
+		ahead += saveEvery
+	}
+	age := c.Since(t)
+	return age > most || age < -ahead
+}
+
 // Sound reports whether the cloud has been heard since the start, so that Now
 // is no guess.
 func (c *Clock) Sound() bool {

@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
-	"math"
 	"slices"
 	"strings"
 	"time"
@@ -119,7 +118,7 @@ func NewAuthorizer(cfg AuthorizerConfig) *Authorizer {
 		cfg:      cfg,
 		cache:    utilcache.NewLRUExpireCache(8192),
 		remember: table[bool]{memory: cfg.Memory, prefix: "access", ways: 16, maxAge: cfg.MaxAge, clock: cfg.Clock},
-		own:      table[bool]{memory: cfg.Memory, prefix: "own", ways: 16, maxAge: math.MaxInt64, clock: cfg.Clock},
+		own:      table[bool]{memory: cfg.Memory, prefix: "own", ways: 16, clock: cfg.Clock},
 		contact:  newContact(cfg.Online, cfg.Contact),
 	}
 	if cfg.Self != nil {

@@ -149,3 +149,53 @@ func TestTheNodesOwnDecisionsDoNotAge(t *testing.T) {
 		c.want(t, web(), list("shop"), false)    // too old
 	})
 }
+
+// TestDecisionsOfTheFutureDoNotCount has the cloud's own clock run two years
+// ahead while it answers, and be set right then. What was said meanwhile must
+// not outlive --max-decision-age by two years.
+func TestDecisionsOfTheFutureDoNotCount(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := newCourt(t)
+		by, _ := wrongClock(t, 0)
+		self := &Caller{Name: "system:node:edge-1", Groups: []string{"system:nodes", groupAuthenticated}, Certificate: true}
+		c.cfg.Clock, c.cfg.Self = by, self
+		c.Authorizer = NewAuthorizer(c.cfg)
+		c.allow(always(true))
+		by.Hear(time.Now().Add(2*365*day), 0)
+		c.want(t, web(), list("shop"), true)
+		c.want(t, self, list("shop"), true)
+		by.Hear(time.Now(), 0)
+		c.want(t, web(), list("other"), true)
+		synctest.Wait()
+		c.offline.Store(true)
+		c.Authorizer = NewAuthorizer(c.cfg) // restarted
+		c.want(t, web(), list("shop"), false)
+		c.want(t, web(), list("other"), true)
+		c.want(t, self, list("shop"), true) // the node's own do not age
+	})
+}
+
+// TestDecisionsAfterTheFloorCount boots alone with a clock that stands at the
+// floor, which is some hours older than the last decisions.
+func TestDecisionsAfterTheFloorCount(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := newCourt(t)
+		c.cfg.Clock, _ = wrongClock(t, 0)
+		c.Authorizer = NewAuthorizer(c.cfg)
+		c.allow(always(true))
+		elapse(5 * time.Hour)
+		c.want(t, web(), list("shop"), true)
+		elapse(20 * time.Hour)
+		c.want(t, web(), list("other"), true) // a day after the floor: no clock of ours is that late
+		synctest.Wait()
+		c.offline.Store(true)
+		behind := time.Now().Add(-25 * time.Hour)
+		c.cfg.Clock = clock.Open(clock.Config{
+			Path: filepath.Join(t.TempDir(), "clock"), Built: behind, Log: quiet(),
+			Source: func() (time.Time, time.Duration) { return behind, 0 },
+		})
+		c.Authorizer = NewAuthorizer(c.cfg)
+		c.want(t, web(), list("shop"), true)
+		c.want(t, web(), list("other"), false)
+	})
+}

@@ -86,7 +86,7 @@ type table[V any] struct {
 	memory Memory
 	prefix string
 	ways   int           // entries per set
-	maxAge time.Duration // older entries do not count
+	maxAge time.Duration // older entries do not count; 0: age does not matter
 	clock  *clock.Clock
 
 	mu sync.Mutex // guards read-modify-write of a record
@@ -114,8 +114,10 @@ func (t *table[V]) load(set string) ([]tableEntry[V], error) {
 	if err := json.Unmarshal(data, &entries); err != nil {
 		return nil, nil //nolint:nilerr // see above
 	}
-	oldest := t.clock.Now().Add(-t.maxAge).Unix()
-	return slices.DeleteFunc(entries, func(e tableEntry[V]) bool { return e.At < oldest }), nil
+	if t.maxAge == 0 {
+		return entries, nil
+	}
+	return slices.DeleteFunc(entries, func(e tableEntry[V]) bool { return t.clock.Aged(time.Unix(e.At, 0), t.maxAge) }), nil
 }
 
 func (t *table[V]) get(set string, d digest) (value V, at time.Time, ok bool, err error) {

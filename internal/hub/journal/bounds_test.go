@@ -2,7 +2,9 @@ package journal
 
 import (
 	"fmt"
+	"log/slog"
 	"net/http"
+	"path/filepath"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -11,6 +13,8 @@ import (
 	"github.com/prometheus/client_golang/prometheus/testutil"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
+
+	"github.com/yurt-edge/yurt/internal/hub/clock"
 )
 
 // TestStatusIsBounded fills the journal: what it holds stays and may still
@@ -99,6 +103,31 @@ func TestOldWritesAreDropped(t *testing.T) {
 			})
 		})
 	}
+}
+
+// TestWritesAreDatedByTheCloudsTime makes writes on a machine whose clock is
+// behind, and sets that right: they are as old as they are.
+func TestWritesAreDatedByTheCloudsTime(t *testing.T) {
+	var off time.Duration
+	synctest.Test(t, func(t *testing.T) {
+		begun := time.Now()
+		by := clock.Open(clock.Config{
+			Path: filepath.Join(t.TempDir(), "clock"), Log: slog.New(slog.DiscardHandler), Built: begun.Add(-time.Hour),
+			Source: func() (time.Time, time.Duration) { return time.Now().Add(off), time.Since(begun) },
+		})
+		off = -2 * 365 * 24 * time.Hour
+		by.Hear(begun, 0)
+		j := &Journal{cfg: Config{Clock: by}}
+		made := by.Now()
+		off = 2 * 365 * 24 * time.Hour
+		pass(time.Hour)
+		if age := j.age(made); age < 59*time.Minute || age > 61*time.Minute {
+			t.Errorf("a write made an hour ago is %s old", age)
+		}
+		if j.older(made, 2*time.Hour) || !j.older(made, 30*time.Minute) {
+			t.Error("its age is not the one that counts")
+		}
+	})
 }
 
 // TestOnlyTheAPIServersRefusalCounts puts something that is no API server onto

@@ -57,7 +57,7 @@ func (j *Journal) AddEvent(ctx context.Context, path, namespace string, object [
 	object, err := merge(object, map[string]any{"metadata": map[string]any{
 		"name": name, "namespace": namespace,
 		"uid":               string(uuid.NewUUID()),
-		"creationTimestamp": time.Now().UTC().Format(time.RFC3339),
+		"creationTimestamp": j.cfg.Clock.Now().UTC().Format(time.RFC3339),
 	}})
 	if err != nil {
 		return nil, err
@@ -67,7 +67,7 @@ func (j *Journal) AddEvent(ctx context.Context, path, namespace string, object [
 	j.mu.Lock()
 	_, taken := j.events[eventKey(path, name)]
 	j.sequence++
-	e := &eventEntry{Sequence: j.sequence, Path: path, Namespace: namespace, Name: name, At: time.Now(), Object: object}
+	e := &eventEntry{Sequence: j.sequence, Path: path, Namespace: namespace, Name: name, At: j.cfg.Clock.Now(), Object: object}
 	j.mu.Unlock()
 	if taken {
 		return nil, apierrors.NewAlreadyExists(corev1.Resource("events"), name)
@@ -160,7 +160,7 @@ next:
 }
 
 func (j *Journal) deliverEvent(ctx context.Context, e *eventEntry) error {
-	if older(e.At, j.cfg.EventAge) {
+	if j.older(e.At, j.cfg.EventAge) {
 		j.drop("event", "age")
 		return j.settleEvent(ctx, e)
 	}

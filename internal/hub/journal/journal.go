@@ -27,6 +27,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime/schema"
 
+	"github.com/yurt-edge/yurt/internal/hub/clock"
 	"github.com/yurt-edge/yurt/internal/hub/store"
 	"github.com/yurt-edge/yurt/internal/hub/wire"
 )
@@ -61,7 +62,9 @@ type Config struct {
 	// WaitUp returns once the link is up, or ctx ends.
 	WaitUp func(ctx context.Context) error
 	// Refresh is called after the overlay of an object changed.
-	Refresh    func(resource schema.GroupVersionResource, namespace, name string) error
+	Refresh func(resource schema.GroupVersionResource, namespace, name string) error
+	// Clock dates writes; the machine's if nil.
+	Clock      *clock.Clock
 	Log        *slog.Logger
 	Registerer prometheus.Registerer
 	// MaxEvents and MaxEventBytes bound the events kept; the oldest go
@@ -166,11 +169,11 @@ func Open(cfg Config) (*Journal, error) {
 		}),
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 			Name: "node_yurthub_journal_oldest_seconds", Help: "Age of the oldest write that waits for the cloud.",
-		}, func() float64 { return j.Stats().age().Seconds() }),
+		}, func() float64 { return j.age(j.Stats().Oldest).Seconds() }),
 	)
 	err := load(cfg, statusBucket, func(e *statusEntry) {
 		if e.At.IsZero() {
-			e.At = time.Now() // an older hub did not say
+			e.At = cfg.Clock.Now() // an older hub did not say
 		}
 		j.status[e.target()] = e
 		j.sequence = max(j.sequence, e.Sequence)
@@ -180,7 +183,7 @@ func Open(cfg Config) (*Journal, error) {
 	}
 	err = load(cfg, eventBucket, func(e *eventEntry) {
 		if e.At.IsZero() {
-			e.At = time.Now()
+			e.At = cfg.Clock.Now()
 		}
 		j.events[e.key()] = e
 		j.eventBytes += len(e.Object)
@@ -251,11 +254,12 @@ type Stats struct {
 	Delivered, Dropped int // since Open
 }
 
-func (s Stats) age() time.Duration {
-	if s.Oldest.IsZero() {
+// age returns how long ago a write was made.
+func (j *Journal) age(made time.Time) time.Duration {
+	if made.IsZero() {
 		return 0
 	}
-	return max(0, time.Since(s.Oldest))
+	return max(0, j.cfg.Clock.Since(made))
 }
 
 func (s *Stats) made(at time.Time) {
@@ -487,10 +491,10 @@ func (j *Journal) final(what string, code int, body []byte) bool {
 	return true
 }
 
-// older reports whether a write was made longer than limit ago, as far as the
-// node's clock can be believed: one without a battery begins at 1970.
-func older(at time.Time, limit time.Duration) bool {
-	return at.Year() >= 2000 && time.Since(at) > limit
+// older reports whether a write was made longer than limit ago, as far as that
+// is known: an older hub went by a clock that may have begun at 1970.
+func (j *Journal) older(at time.Time, limit time.Duration) bool {
+	return at.Year() >= 2000 && j.cfg.Clock.Since(at) > limit
 }
 
 // isKind tells an API server's answer from that of something on the way.

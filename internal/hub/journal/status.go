@@ -105,7 +105,7 @@ func (j *Journal) PatchStatus(ctx context.Context, r schema.GroupVersionResource
 	if old != nil && !old.delivered() && old.UID == e.UID {
 		e.Sequence, e.At, e.Base = old.Sequence, old.At, old.Base
 	} else {
-		e.Sequence, e.At = j.nextSequence(), time.Now()
+		e.Sequence, e.At = j.nextSequence(), j.cfg.Clock.Now()
 	}
 	if err := j.fits(t, e); err != nil {
 		return nil, err
@@ -288,7 +288,7 @@ func (j *Journal) Overlay(r schema.GroupVersionResource, key string, k replica.K
 // good, or again later (an error).
 func (j *Journal) deliverStatus(ctx context.Context, e *statusEntry) error {
 	t := e.target()
-	if older(e.At, j.cfg.StatusAge) {
+	if j.older(e.At, j.cfg.StatusAge) {
 		j.cfg.Log.Warn("status dropped", "object", t.String(), "made", e.At)
 		j.drop("status", "age")
 		return j.settle(ctx, e, 0)

@@ -10,6 +10,7 @@
 package replica
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -25,6 +26,7 @@ import (
 	"golang.org/x/time/rate"
 	"k8s.io/apimachinery/pkg/runtime/schema"
 
+	"github.com/yurt-edge/yurt/internal/hub/clock"
 	"github.com/yurt-edge/yurt/internal/hub/store"
 )
 
@@ -46,6 +48,10 @@ const (
 	dropAfter  = 24 * time.Hour
 	idleEvery  = time.Minute
 
+	// keptUnused is how many scopes that others than the node opened stay for
+	// dropAfter; those unused for longest go first.
+	keptUnused = 64
+
 	defaultMaxScopes = 1024
 	// ownScopes bounds the scopes that one caller has opened, and half of
 	// all that others than the node have.
@@ -63,6 +69,8 @@ type Config struct {
 	// MaxScopes bounds the scopes held at a time; 0 means 1024. Requests
 	// beyond it are the cloud's to answer.
 	MaxScopes int
+	// Clock tells when the cloud was last in contact; the machine's if nil.
+	Clock *clock.Clock
 	// Online reports the link's state.
 	Online func() bool
 	// Overlay tells what local readers see in place of the cloud's objects.
@@ -249,16 +257,26 @@ func (r *Replica) retire(ctx context.Context) {
 		dropAfter = pauseAfter
 	}
 	var drop []*stream
+	var unused []*stream // opened by others than the node
 	for scope, st := range r.streams {
 		idle := st.set.idle()
 		if st.pinned || idle < pauseAfter {
 			continue
 		}
 		st.pause()
-		if idle >= dropAfter || !st.set.isSynced() {
+		switch {
+		case idle >= dropAfter || !st.set.isSynced():
 			delete(r.streams, scope)
 			drop = append(drop, st)
+		case st.owner != "":
+			unused = append(unused, st)
 		}
+	}
+	// Callers come with ever new selectors, and pods with new names.
+	slices.SortFunc(unused, func(a, b *stream) int { return cmp.Compare(a.set.idle(), b.set.idle()) })
+	for _, st := range unused[min(keptUnused, len(unused)):] {
+		delete(r.streams, st.set.scope)
+		drop = append(drop, st)
 	}
 	r.metrics.scopes.Set(float64(len(r.streams)))
 	r.mu.Unlock()
@@ -314,7 +332,7 @@ func (r *Replica) Pin(scope Scope) error {
 var ErrFull = errors.New("the replica holds as many scopes as it may")
 
 func (r *Replica) newSet(scope Scope) *set {
-	s := newSet(r.cfg.Store, scope, r.cfg.Overlay)
+	s := newSet(r.cfg.Store, scope, r.cfg.Overlay, r.cfg.Clock)
 	s.window.total = &r.windows
 	return s
 }

@@ -675,6 +675,51 @@ func TestScopesOfOneCaller(t *testing.T) {
 	})
 }
 
+// TestUnusedScopesGo has pods come with ever new names and selectors, each with
+// a place of its own. What they leave behind must not fill the replica.
+func TestUnusedScopesGo(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBed(t, nil)
+		defer func() { b.stop() }()
+		if _, err := b.Open(t.Context(), configMaps, Credential{}, ""); err != nil {
+			t.Fatal(err)
+		}
+		named := func(i int) Scope {
+			return Scope{Resource: pods.Resource, Namespace: "ns", Labels: fmt.Sprintf("x=%d", i)}
+		}
+		const opened = 3 * keptUnused
+		for i := range opened {
+			if _, err := b.Open(t.Context(), named(i), Credential{}, fmt.Sprintf("pod-%d", i/8)); err != nil {
+				t.Fatal(err)
+			}
+			pass(time.Second)
+		}
+		watched := b.watch(b.held(named(0)), 0)
+		pass(pauseAfter + 2*idleEvery)
+		held := 0
+		for i := range opened {
+			if _, ok := b.Held(named(i)); ok {
+				held++
+			}
+		}
+		if held != keptUnused+1 {
+			t.Errorf("%d scopes are left, want %d and the one in use", held, keptUnused)
+		}
+		for scope, want := range map[Scope]bool{configMaps: true, named(0): true, named(1): false, named(opened - 1): true} {
+			if _, ok := b.Held(scope); ok != want {
+				t.Errorf("%s is held: %t, want %t", scope.ID(), ok, want)
+			}
+		}
+		if watched.isClosed() {
+			t.Error("a watch ended")
+		}
+		pass(dropAfter)
+		if _, ok := b.Held(named(opened - 1)); ok {
+			t.Error("an unused scope stays for ever")
+		}
+	})
+}
+
 // TestAPanicCostsOneAttempt has the upstream's answer trip over a bug once.
 func TestAPanicCostsOneAttempt(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

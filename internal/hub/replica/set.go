@@ -15,6 +15,7 @@ import (
 	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/apimachinery/pkg/watch"
 
+	"github.com/yurt-edge/yurt/internal/hub/clock"
 	"github.com/yurt-edge/yurt/internal/hub/store"
 	"github.com/yurt-edge/yurt/internal/hub/wire"
 )
@@ -73,6 +74,7 @@ type set struct {
 	scope Scope
 	id    string
 	store *store.Store
+	clock *clock.Clock
 
 	flushing sync.Mutex // held over a flush; taken before mu
 
@@ -113,9 +115,9 @@ type set struct {
 	lost    error       // an object that could not be read back; cleared by a relist
 }
 
-func newSet(s *store.Store, scope Scope, overlay OverlayFunc) *set {
+func newSet(s *store.Store, scope Scope, overlay OverlayFunc, by *clock.Clock) *set {
 	return &set{
-		scope: scope, id: scope.ID(), store: s, overlay: overlay,
+		scope: scope, id: scope.ID(), store: s, overlay: overlay, clock: by,
 		changed: make(chan struct{}), dirty: map[string]struct{}{}, bases: map[string]*entry{},
 		used:   time.Now(),
 		window: window{taken: map[*watcher]uint64{}},
@@ -167,7 +169,7 @@ const currentGrace = 5 * time.Second
 func (s *set) current() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.followed || time.Since(s.contact) < currentGrace
+	return s.followed || s.clock.Since(s.contact) < currentGrace
 }
 
 func (s *set) unfollowed() {
@@ -282,7 +284,7 @@ func (s *set) apply(typ watch.EventType, object []byte) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.applyLocked(typ, &meta, object, meta.Version)
-	s.contact = time.Now()
+	s.contact = s.clock.Now()
 	return nil
 }
 
@@ -575,7 +577,7 @@ func (s *set) advance(version uint64) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.moveLocked(version)
-	s.contact = time.Now()
+	s.contact = s.clock.Now()
 	s.touched = true
 }
 

@@ -707,7 +707,7 @@ func (s *set) finish(r *relist) (objects, gone int) {
 		s.applyLocked(ch.typ, &ch.meta, ch.object, ch.meta.Version)
 	}
 	s.moveLocked(r.version)
-	s.contact, s.touched, s.lost = time.Now(), true, nil
+	s.contact, s.touched, s.lost = s.clock.Now(), true, nil
 	if s.synced {
 		s.window.skip(from, s.version)
 		s.broadcast()
@@ -824,7 +824,7 @@ func (st *stream) watch(ctx context.Context, c Credential) error {
 	s.mu.Lock()
 	s.followed = true
 	known := s.kind.Encoding
-	s.contact = time.Now()
+	s.contact = s.clock.Now()
 	s.mu.Unlock()
 	st.log.Debug("stream follows", "version", version)
 	if enc != known {
