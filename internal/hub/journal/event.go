@@ -128,6 +128,7 @@ func (j *Journal) keepEvent(ctx context.Context, e *eventEntry) error {
 	if err := j.commit(ctx, batch); err != nil {
 		return fmt.Errorf("write event %s: %w", e.key(), err)
 	}
+	delete(j.lingering, stored{eventBucket, e.key()})
 	for range gone {
 		j.drop("event", displaced)
 	}
@@ -197,9 +198,7 @@ func (j *Journal) settleEvent(ctx context.Context, e *eventEntry) error {
 	if !current {
 		return nil // patched meanwhile: the newer form follows
 	}
-	if err := j.remove(ctx, eventBucket, e.key()); err != nil {
-		return err
-	}
+	j.strike(ctx, stored{eventBucket, e.key()})
 	j.mu.Lock()
 	delete(j.events, e.key())
 	j.eventBytes -= len(e.Object)

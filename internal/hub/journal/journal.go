@@ -85,7 +85,8 @@ type Journal struct {
 	metrics metrics
 	wake    chan struct{} // something was added
 
-	write sync.Mutex // one writer at a time, held over the commit
+	write     sync.Mutex          // one writer at a time, held over the commit
+	lingering map[stored]struct{} // settled and still on the disk; guarded by write
 
 	mu         sync.Mutex // guards the following
 	status     map[target]*statusEntry
@@ -146,7 +147,7 @@ func Open(cfg Config) (*Journal, error) {
 	j := &Journal{
 		cfg: cfg, wake: make(chan struct{}, 1),
 		status: map[target]*statusEntry{}, events: map[string]*eventEntry{},
-		denied: map[string]time.Time{},
+		denied: map[string]time.Time{}, lingering: map[stored]struct{}{},
 	}
 	j.metrics = metrics{
 		depth: prometheus.NewGaugeVec(prometheus.GaugeOpts{
@@ -323,6 +324,7 @@ func (j *Journal) put(ctx context.Context, bucket, key string, e any) error {
 	if err := j.commit(ctx, batch); err != nil {
 		return fmt.Errorf("write journal entry %s: %w", key, err)
 	}
+	delete(j.lingering, stored{bucket, key})
 	return nil
 }
 
@@ -425,7 +427,7 @@ func (j *Journal) deliver(ctx context.Context) error {
 			break
 		}
 	}
-	return errors.Join(failed...)
+	return errors.Join(append(failed, j.strikeLingering(ctx))...)
 }
 
 // notYetError is the cloud's refusal of one write that it may take later.

@@ -423,9 +423,7 @@ func (j *Journal) settle(ctx context.Context, e *statusEntry, version uint64) er
 	if !current {
 		return nil
 	}
-	if err := j.remove(ctx, statusBucket, t.String()); err != nil {
-		return err
-	}
+	j.strike(ctx, stored{statusBucket, t.String()})
 	j.mu.Lock()
 	if version == 0 {
 		delete(j.status, t)
