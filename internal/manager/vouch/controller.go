@@ -146,11 +146,8 @@ func (c *listener) take(ctx context.Context, voucher *corev1.Node, s heartbeat.S
 	claimed := s.Claimed()
 	var lease coordinationv1.Lease
 	key := types.NamespacedName{Namespace: corev1.NamespaceNodeLease, Name: claimed.Node}
-	switch err := c.read.Get(ctx, key, &lease); {
-	case client.IgnoreNotFound(err) != nil:
-		return unknown, nil, fmt.Errorf("read lease of %s: %w", claimed.Node, err)
-	case err != nil:
-		return unknown, nil, nil
+	if err := c.read.Get(ctx, key, &lease); err != nil {
+		return unknown, nil, client.IgnoreNotFound(err)
 	}
 	if v = worth(&lease, claimed, c.ear.Last(claimed.Node), now); v != renewed {
 		return v, nil, nil
