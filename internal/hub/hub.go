@@ -145,7 +145,8 @@ type Hub struct {
 	metrics   *hubMetrics
 	pinned    []replica.Scope
 
-	pool *pool.Pool
+	pool   *pool.Pool
+	shares shares
 
 	about      self
 	conditions *condition.Writer
@@ -189,7 +190,7 @@ func Run(ctx context.Context, cfg Config) error {
 		h.clock.Run, h.certs.Run, h.link.Run, h.answers.run, h.announce, h.keepAddress, h.runEndpoints, h.keepNeeds,
 		h.reask, h.awaitDisk, h.beat,
 		h.certified(h.replica.Run), h.certified(h.journal.Run), h.certified(h.authn.Run), h.certified(h.follow),
-		h.certified(h.prefetch), h.certified(h.conditions.Run), h.certified(h.pool.Run), h.keepPool, h.certified(h.vouch.Run),
+		h.certified(h.prefetch), h.certified(h.conditions.Run), h.certified(h.pool.Run), h.certified(h.keepPool), h.certified(h.vouch.Run),
 		daemon.Watchdog(h.log, h.alive),
 	}
 	for _, s := range servers {
@@ -306,8 +307,10 @@ func (h *Hub) build() error {
 		return err
 	}
 	h.trackEndpoints()
+	h.vouch = h.newVouch()
+	h.pool = h.newPool()
 	h.replica, err = replica.New(replica.Config{
-		Store: h.store, Upstream: h.link, Online: h.link.Online, Overlay: h.overlay,
+		Store: h.store, Upstream: h.link, Router: h.choose, Online: h.link.Online, Overlay: h.overlay,
 		Clock: h.clock, Log: h.log, Registerer: cfg.Registerer,
 	})
 	if err != nil {
@@ -332,8 +335,6 @@ func (h *Hub) build() error {
 			return err
 		}
 	}
-	h.vouch = h.newVouch()
-	h.pool = h.newPool()
 	h.about.link = h.link.State()
 	h.about.born = h.about.link.Since
 	h.conditions = h.newConditions()

@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/http"
 	"slices"
+	"sync"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -21,6 +22,7 @@ import (
 	"github.com/yurt-edge/yurt/internal/hub/pool"
 	"github.com/yurt-edge/yurt/internal/hub/replica"
 	"github.com/yurt-edge/yurt/internal/hub/request"
+	"github.com/yurt-edge/yurt/internal/report"
 )
 
 const (
@@ -30,6 +32,8 @@ const (
 	// shareBudget is how long a peer waits for a scope that this hub does not
 	// hold yet.
 	shareBudget = 10 * time.Second
+	// poolPatience is how long the first word on a pool is waited for.
+	poolPatience = 3 * time.Second
 )
 
 var poolsResource = schema.GroupVersionResource{
@@ -40,6 +44,11 @@ func (h *Hub) newPool() *pool.Pool {
 	return pool.New(pool.Config{
 		Node: h.cfg.NodeName, Port: h.cfg.PoolPort,
 		Certificate: h.certs.ClientCertificate, ClusterCAs: h.certs.ClusterCAs, Clock: h.clock,
+		Link: func() (bool, <-chan struct{}) {
+			changed := h.link.Changed()
+			return h.link.Online(), changed
+		},
+		Ages:       h.ages,
 		Serve:      h.servePeer,
 		Heartbeats: h.vouch,
 		Protect:    func(next http.Handler) http.Handler { return h.survive(h.observe(next)) },
@@ -63,16 +72,20 @@ func (h *Hub) keepPool(ctx context.Context) error {
 		}
 		node, _ := h.ownNode() // nil: not known yet
 		name := h.poolName(node)
-		followed = h.followPool(followed, name) //nolint:contextcheck // a scope outlives whoever asked for it
+		followed = h.followPool(ctx, followed, name) //nolint:contextcheck // a scope outlives whoever asked for it
 		var member pool.Membership
-		if slice, ok := h.replica.Held(followed); ok {
+		slice, held := h.replica.Held(followed)
+		if held {
 			changes[1] = slice.Changed()
 			var err error
 			if member, err = h.membership(name); err != nil && !apierrors.IsNotFound(err) {
 				h.log.Warn("the node's pool cannot be read", "pool", name, "err", err)
 			}
 		}
-		h.pool.Set(member, h.address(node))
+		// A node that has just joined is in no list yet.
+		joining := name != "" && held && !member.Has(h.cfg.NodeName)
+		h.pool.Set(member, h.address(node), !joining)
+		h.sharePool()
 		var again <-chan time.Time
 		if changes[0] == nil || changes[1] == nil && name != "" {
 			again = time.After(poolEvery)
@@ -93,8 +106,9 @@ func (h *Hub) keepPool(ctx context.Context) error {
 	}
 }
 
-// followPool holds the named pool's object in place of the one held before.
-func (h *Hub) followPool(before replica.Scope, name string) replica.Scope {
+// followPool holds the named pool's object in place of the one held before, and
+// waits for it, but not for long.
+func (h *Hub) followPool(ctx context.Context, before replica.Scope, name string) replica.Scope {
 	scope := replica.Scope{Resource: poolsResource, Fields: "metadata.name=" + name}
 	if name == "" {
 		scope = replica.Scope{}
@@ -112,7 +126,116 @@ func (h *Hub) followPool(before replica.Scope, name string) replica.Scope {
 		h.log.Warn("the node's pool is not followed", "pool", name, "err", err)
 		return replica.Scope{}
 	}
+	ctx, cancel := context.WithTimeout(ctx, poolPatience)
+	defer cancel()
+	if _, err := h.replica.Open(ctx, scope, replica.Credential{}, ""); err != nil {
+		h.log.Debug("the node's pool is not known", "pool", name, "err", err)
+	}
 	return scope
+}
+
+// sharePool holds all that the pool shares while this hub leads it, and what
+// peers have asked for as long as the pool shares it.
+func (h *Hub) sharePool() {
+	m, leads := h.pool.Membership(), h.pool.Leads()
+	h.shares.Lock()
+	defer h.shares.Unlock()
+	for r := range h.shares.held {
+		if !m.Shares(r) {
+			h.replica.Unpin(replica.Scope{Resource: r})
+			delete(h.shares.held, r)
+		}
+	}
+	for _, r := range m.Shared {
+		if leads {
+			if err := h.holdLocked(r); err != nil {
+				h.log.Warn("what the pool shares is not all held", "resource", r.String(), "err", err)
+			}
+		}
+	}
+}
+
+// shares are the resources that are held for the pool.
+type shares struct {
+	sync.Mutex
+
+	held map[schema.GroupVersionResource]bool
+}
+
+func (h *Hub) holdLocked(r schema.GroupVersionResource) error {
+	if h.shares.held[r] || slices.Contains(h.cfg.Pinned, r) {
+		return nil
+	}
+	if err := h.replica.Pin(replica.Scope{Resource: r}); err != nil {
+		return err
+	}
+	if h.shares.held == nil {
+		h.shares.held = map[schema.GroupVersionResource]bool{}
+	}
+	h.shares.held[r] = true
+	return nil
+}
+
+// isShared tells what the pool shares; until it is known, what it would by
+// default.
+func (h *Hub) isShared(r schema.GroupVersionResource) bool {
+	if m := h.pool.Membership(); m.Pool != "" {
+		return m.Shares(r)
+	}
+	return slices.Contains(h.cfg.Pinned, r)
+}
+
+// choose is the replica's router: what the pool shares comes from where the
+// pool says, all else from the cloud.
+func (h *Hub) choose(scope replica.Scope, avoid func(string) bool) (replica.Route, bool, <-chan struct{}) {
+	cloud := replica.Route{Upstream: h.link, Kind: "cloud"}
+	if !h.isShared(scope.Resource) {
+		return cloud, true, nil
+	}
+	up, other, ok, changed := h.pool.Choose(avoid)
+	switch {
+	case !ok:
+		return replica.Route{}, false, changed
+	case up.Peer == "":
+		return cloud, other, changed
+	}
+	id := scope.ID()
+	return replica.Route{
+		Upstream: peerUpstream{h.pool.Transport(up.Peer)}, Peer: up.Peer, Kind: up.Kind,
+		Contact: func() time.Time {
+			if at := h.pool.Proved(up.Peer, id); !at.IsZero() {
+				return h.clock.Now().Add(-time.Since(at))
+			}
+			return time.Time{}
+		},
+		Live: func() bool { return h.pool.Live(up.Peer) },
+	}, other, changed
+}
+
+// peerUpstream is another hub as a stream sees it. It is asked in the node's
+// own name only.
+type peerUpstream struct{ http.RoundTripper }
+
+func (u peerUpstream) Node() http.RoundTripper    { return u }
+func (peerUpstream) Bearer() http.RoundTripper    { return noTokens{} }
+func (peerUpstream) WaitUp(context.Context) error { return nil } // whether it is there is for the pool to find out
+
+type noTokens struct{}
+
+func (noTokens) RoundTrip(*http.Request) (*http.Response, error) {
+	return nil, errors.New("a caller's token is shown to no other hub")
+}
+
+// ages are the times since the cloud last proved what is held of the shared
+// resources by the node's own right.
+func (h *Hub) ages() map[string]time.Duration {
+	out := map[string]time.Duration{}
+	for _, r := range h.pool.Membership().Shared {
+		for scope, contact := range h.replica.Contacts(r) {
+			out[scope] = h.clock.Since(contact)
+		}
+	}
+	return out
 }
 
 // poolName is the pool that the node says it is in. Until the node is known it
@@ -243,7 +366,10 @@ func (h *Hub) shared(ctx context.Context, scope replica.Scope) (*replica.Slice, 
 		return held, nil
 	}
 	whole := replica.Scope{Resource: scope.Resource}
-	if err := h.replica.Pin(whole); err != nil { //nolint:contextcheck // it outlives whoever asked for it
+	h.shares.Lock()
+	err := h.holdLocked(scope.Resource) //nolint:contextcheck // it outlives whoever asked for it
+	h.shares.Unlock()
+	if err != nil {
 		return nil, err
 	}
 	ctx, cancel := context.WithTimeout(ctx, shareBudget)
@@ -255,4 +381,20 @@ func (h *Hub) shared(ctx context.Context, scope replica.Scope) (*replica.Slice, 
 		return held, nil
 	}
 	return nil, fmt.Errorf("%s: %w", scope.ID(), replica.ErrNotHeld)
+}
+
+// sharing is the hub's part in its pool, for people.
+func (h *Hub) sharing() *report.Sharing {
+	peer, live := h.pool.Following()
+	out := &report.Sharing{Role: report.RoleMember, Upstream: peer, Live: live, Address: h.pool.Address()}
+	if h.pool.Leads() {
+		out.Role = report.RoleLeader
+	}
+	if peer == "" {
+		out.Upstream = report.Cloud
+	}
+	for _, p := range h.pool.Peers() {
+		out.Peers = append(out.Peers, report.Peer(p))
+	}
+	return out
 }

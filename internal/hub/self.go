@@ -210,6 +210,9 @@ func (h *Hub) report() report.Report {
 	if !state.Up && state.Since.After(h.about.born) {
 		out.Cut = &report.Cut{From: state.Since, How: condition.HowCut(state.Reason)}
 	}
+	if m := h.pool.Membership(); m.Pool != "" {
+		out.Pool, out.Sharing = m.Pool, h.sharing()
+	}
 	waiting := h.journal.Stats()
 	out.StatusPending, out.EventsPending = waiting.Status, waiting.Events
 	out.Journal = report.Journal{

@@ -29,6 +29,9 @@ type Report struct {
 	// Cut is the last time that the link was cut, if this hub saw one.
 	Cut *Cut `json:"cut,omitempty"`
 
+	// Sharing is the hub's part in its pool; nil: it has none.
+	Sharing *Sharing `json:"sharing,omitempty"`
+
 	// StatusPending and EventsPending are the writes that wait for the cloud.
 	StatusPending int `json:"statusPending"`
 	EventsPending int `json:"eventsPending"`
@@ -52,6 +55,36 @@ type Report struct {
 	Certificates []Certificate `json:"certificates"`
 	Conditions   []Condition   `json:"conditions"`
 	Scopes       []Scope       `json:"scopes"`
+}
+
+// Sharing is how a hub comes by what its pool shares.
+type Sharing struct {
+	// Role is leader or member.
+	Role string `json:"role"`
+	// Upstream is cloud, or the node whose hub is followed. Live says that
+	// what comes from there follows the cloud.
+	Upstream string `json:"upstream"`
+	Live     bool   `json:"live"`
+	Address  string `json:"address,omitempty"` // where peers reach this hub
+	// Peers are the hubs of the pool whose address is known.
+	Peers []Peer `json:"peers,omitempty"`
+}
+
+// Values of Sharing.
+const (
+	RoleLeader = "leader"
+	RoleMember = "member"
+	Cloud      = "cloud"
+)
+
+// Peer is another hub of the pool.
+type Peer struct {
+	Node    string    `json:"node"`
+	Address string    `json:"address"`
+	Leader  bool      `json:"leader,omitempty"`
+	Link    bool      `json:"link"`          // its link is up, by its own last word
+	Live    bool      `json:"live"`          // it hears the cloud, by itself or through others
+	Seen    time.Time `json:"seen,omitzero"` // when it last called or answered
 }
 
 // Cut is one time without the cloud.

@@ -25,9 +25,10 @@ const (
 // for transport, which is made once for an address.
 type entry struct {
 	node      string
-	address   string    // IP; empty: not known
-	seen      time.Time // when it last called or answered
-	busy      [2]int    // its requests and watches in flight here
+	address   string               // IP; empty: not known
+	seen      time.Time            // when it last called or answered
+	busy      [2]int               // its requests and watches in flight here
+	proved    map[string]time.Time // when the cloud last proved what it holds, by scope
 	transport *http.Transport
 }
 

@@ -17,9 +17,11 @@ import (
 	"crypto/x509"
 	"errors"
 	"log/slog"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"slices"
+	"strconv"
 	"sync"
 	"time"
 
@@ -67,6 +69,13 @@ type Config struct {
 	ClusterCAs  func() *x509.CertPool
 	Clock       *clock.Clock
 
+	// Link tells whether the link to the cloud is up; the channel is closed
+	// when that changes.
+	Link func() (up bool, changed <-chan struct{})
+	// Ages are the times since the cloud last proved what this hub holds of
+	// the shared resources, by scope.
+	Ages func() map[string]time.Duration
+
 	// Serve answers a list or watch of a peer, of a resource that the pool
 	// shares. What it returns before it has written is the answer.
 	Serve func(w http.ResponseWriter, r *http.Request, info request.Info, peer string) error
@@ -92,8 +101,12 @@ type Pool struct {
 
 	mu       sync.Mutex // guards the following
 	member   Membership
+	known    bool          // member is what the cluster says, not the lack of it
 	address  net.IP        // where this hub listens; nil: nowhere
-	changed  chan struct{} // closed when member or address changes
+	changed  chan struct{} // closed when one of these changes
+	machine  *member
+	moved    chan struct{} // closed when another upstream is decided on
+	decided  bool          // one was
 	book     map[string]*entry
 	inFlight map[*inFlight]*entry // what is served, by whom it is for
 	busy     [2]int               // requests and watches in flight
@@ -109,26 +122,27 @@ func New(cfg Config) *Pool {
 	}
 	return &Pool{
 		cfg: cfg, log: cfg.Log, metrics: newMetrics(cfg.Registerer),
-		changed: make(chan struct{}), book: map[string]*entry{}, inFlight: map[*inFlight]*entry{},
+		changed: make(chan struct{}), moved: make(chan struct{}), machine: newMember(cfg.Node, rand.Uint64()), book: map[string]*entry{}, inFlight: map[*inFlight]*entry{},
 	}
 }
 
 // Set tells what the cluster now says of the pool, and at which address of
 // this node its peers reach it. What is under way for a hub that is no longer
-// of the pool ends.
-func (p *Pool) Set(m Membership, address net.IP) {
+// of the pool ends. Unless known, the cluster has yet to say it, and may.
+func (p *Pool) Set(m Membership, address net.IP, known bool) {
 	if !m.Has(p.cfg.Node) {
 		m = Membership{} // who is not in it has no say in it
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if same(p.member, m) && p.address.Equal(address) {
+	if same(p.member, m) && p.address.Equal(address) && p.known == known {
 		return
 	}
 	if p.member.Pool != m.Pool {
 		p.log.Info("pool changed", "from", p.member.Pool, "to", m.Pool)
 	}
-	p.member, p.address = m, address
+	reshared := !slices.Equal(p.member.Shared, m.Shared)
+	p.member, p.address, p.known = m, address, known
 	for node, e := range p.book {
 		if !m.Has(node) {
 			e.close()
@@ -141,9 +155,13 @@ func (p *Pool) Set(m Membership, address net.IP) {
 		}
 	}
 	for f := range p.inFlight {
-		if !m.Has(f.peer) {
+		if !m.Has(f.peer) || reshared {
 			f.end()
 		}
+	}
+	if reshared {
+		close(p.moved) // what is shared goes another way than what is not
+		p.moved = make(chan struct{})
 	}
 	close(p.changed)
 	p.changed = make(chan struct{})
@@ -165,7 +183,19 @@ type Peer struct {
 	Node    string
 	Address string
 	Leader  bool
-	Seen    time.Time // when it last called or answered; zero: never
+	// Link and Live are what it last said of itself, false if nothing.
+	Link, Live bool
+	Seen       time.Time // when it last called or answered; zero: never
+}
+
+// Address is where peers reach this hub, empty if nowhere.
+func (p *Pool) Address() string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.address == nil || p.member.Pool == "" {
+		return ""
+	}
+	return net.JoinHostPort(p.address.String(), strconv.Itoa(p.cfg.Port))
 }
 
 // Peers lists them: leaders in their order, then the others by name.
@@ -175,7 +205,8 @@ func (p *Pool) Peers() []Peer {
 	var out []Peer
 	add := func(node string, leader bool) {
 		if e, ok := p.book[node]; ok && e.address != "" {
-			out = append(out, Peer{Node: node, Address: e.address, Leader: leader, Seen: e.seen})
+			said := p.machine.saidBy(node)
+			out = append(out, Peer{Node: node, Address: e.address, Leader: leader, Seen: e.seen, Link: said.Link, Live: said.Live})
 		}
 	}
 	for _, l := range p.member.Leaders {
@@ -216,8 +247,11 @@ func (p *Pool) verify(chain []*x509.Certificate) (node string, err error) {
 	return node, nil
 }
 
-// Run serves peers until ctx ends and returns nil.
+// Run serves peers and follows the pool until ctx ends, and returns nil.
 func (p *Pool) Run(ctx context.Context) error {
-	p.listen(ctx)
+	var running sync.WaitGroup
+	running.Go(func() { p.listen(ctx) })
+	running.Go(func() { p.follow(ctx) })
+	running.Wait()
 	return nil
 }

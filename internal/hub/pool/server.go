@@ -3,6 +3,7 @@ package pool
 import (
 	"context"
 	"crypto/tls"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net"
@@ -255,6 +256,11 @@ func (p *Pool) route(w http.ResponseWriter, r *http.Request, peer string) {
 	}
 	if r.Method != http.MethodGet {
 		p.refuse(w, r, "method", methodNotAllowed(r.Method))
+		return
+	}
+	if r.URL.Path == StatePath {
+		w.Header().Set("Content-Type", "application/json")
+		_ = json.NewEncoder(w).Encode(p.State()) // the peer may be gone
 		return
 	}
 	info, err := request.Resolve(r)

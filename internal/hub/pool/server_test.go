@@ -122,6 +122,8 @@ func (h *hubs) start(t *testing.T, node string, cert *tls.Certificate, change fu
 			})
 		},
 		Refused: func(string) {},
+		Link:    func() (bool, <-chan struct{}) { return true, nil },
+		Ages:    func() map[string]time.Duration { return nil },
 	}
 	if change != nil {
 		change(&cfg)
@@ -223,7 +225,7 @@ func TestOnlyPeersAreServed(t *testing.T) {
 		c.Close()
 		t.Fatal("a hub without a pool listens for peers")
 	}
-	leader.Set(shared("a", "b"), net.ParseIP(address))
+	leader.Set(shared("a", "b"), net.ParseIP(address), true)
 	h.listens(t, address)
 
 	now, b := time.Now().Add(-time.Minute), h.ca.node(t, "b")
@@ -297,13 +299,13 @@ func TestPeersCheckWhoAnswers(t *testing.T) {
 	h := newHubs(t)
 	m := shared("a", "b", "c")
 	m.Leaders = []Leader{{"a", "127.0.0.21"}, {"c", "127.0.0.22"}}
-	h.start(t, "a", h.ca.node(t, "a"), nil).Set(m, net.ParseIP("127.0.0.21"))
+	h.start(t, "a", h.ca.node(t, "a"), nil).Set(m, net.ParseIP("127.0.0.21"), true)
 	// At the address of c is one with a certificate of another node.
-	h.start(t, "c", h.ca.node(t, "d"), nil).Set(m, net.ParseIP("127.0.0.22"))
+	h.start(t, "c", h.ca.node(t, "d"), nil).Set(m, net.ParseIP("127.0.0.22"), true)
 	h.listens(t, "127.0.0.21")
 	h.listens(t, "127.0.0.22")
 	b := h.start(t, "b", h.ca.node(t, "b"), nil)
-	b.Set(m, net.ParseIP("127.0.0.23"))
+	b.Set(m, net.ParseIP("127.0.0.23"), true)
 	ask := func(node string) (string, error) {
 		req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "https://upstream/api/v1/services", http.NoBody)
 		if err != nil {
@@ -335,10 +337,10 @@ func TestWhoLeavesThePoolIsCutOff(t *testing.T) {
 	a := h.start(t, "a", h.ca.node(t, "a"), nil)
 	m := shared("a", "b")
 	m.Leaders = []Leader{{"a", "127.0.0.31"}}
-	a.Set(m, net.ParseIP("127.0.0.31"))
+	a.Set(m, net.ParseIP("127.0.0.31"), true)
 	h.listens(t, "127.0.0.31")
 	b := h.start(t, "b", h.ca.node(t, "b"), nil)
-	b.Set(m, net.ParseIP("127.0.0.32"))
+	b.Set(m, net.ParseIP("127.0.0.32"), true)
 	req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "https://upstream/api/v1/services?watch=true", http.NoBody)
 	if err != nil {
 		t.Fatal(err)
@@ -351,14 +353,14 @@ func TestWhoLeavesThePoolIsCutOff(t *testing.T) {
 	if peers := a.Peers(); len(peers) != 1 || peers[0].Address != "127.0.0.32" {
 		t.Errorf("the follower came from %+v", peers)
 	}
-	a.Set(shared("a", "c"), net.ParseIP("127.0.0.31"))
+	a.Set(shared("a", "c"), net.ParseIP("127.0.0.31"), true)
 	if _, err := io.ReadAll(resp.Body); err != nil {
 		t.Errorf("the watch of a hub that left: %v", err)
 	}
 	if peers := a.Peers(); len(peers) != 0 {
 		t.Errorf("still known: %+v", peers)
 	}
-	a.Set(Membership{}, nil)
+	a.Set(Membership{}, nil, true)
 	await(t, "end of the listener", func() bool {
 		c, err := net.Dial("tcp", strings.TrimPrefix(h.url("127.0.0.31"), "https://"))
 		if err == nil {
@@ -371,7 +373,7 @@ func TestWhoLeavesThePoolIsCutOff(t *testing.T) {
 func TestOnePeerHasLimits(t *testing.T) {
 	t.Parallel()
 	p := New(Config{Node: "a"})
-	p.Set(shared("a", "b", "c"), nil)
+	p.Set(shared("a", "b", "c"), nil, true)
 	admit := func(peer string, watch bool) (*inFlight, error) {
 		f := &inFlight{peer: peer, watch: watch, end: func() {}}
 		return f, p.admit(f, nil)

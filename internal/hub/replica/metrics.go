@@ -8,6 +8,7 @@ type metrics struct {
 	storeErrors prometheus.Counter
 	scopes      prometheus.Gauge
 	watchers    prometheus.Gauge
+	streams     *prometheus.GaugeVec
 }
 
 func newMetrics(reg prometheus.Registerer) *metrics {
@@ -33,6 +34,11 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 			Help: "Local watches that the replica serves.",
 		}),
 	}
+	m.streams = prometheus.NewGaugeVec(prometheus.GaugeOpts{
+		Name: "node_yurthub_replica_streams",
+		Help: "Open streams, by upstream: cloud, leader or peer.",
+	}, []string{"upstream"})
+	reg.MustRegister(m.streams)
 	reg.MustRegister(m.events, m.relists, m.storeErrors, m.scopes, m.watchers)
 	return m
 }

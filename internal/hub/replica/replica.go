@@ -71,6 +71,8 @@ type Config struct {
 	MaxScopes int
 	// Clock tells when the cloud was last in contact; the machine's if nil.
 	Clock *clock.Clock
+	// Router chooses where scopes come from; nil: all from Upstream.
+	Router Router
 	// Online reports the link's state.
 	Online func() bool
 	// Overlay tells what local readers see in place of the cloud's objects.
@@ -111,7 +113,7 @@ func New(cfg Config) (*Replica, error) {
 		if err := s.load(p); err != nil {
 			return nil, err
 		}
-		st := newStream(s, cfg.Upstream, r.lists, cfg.Log, r.metrics)
+		st := newStream(s, &r.cfg, r.lists, r.metrics)
 		if !p.Borrowed {
 			st.offer(Credential{})
 		}
@@ -357,7 +359,7 @@ func (r *Replica) stream(scope Scope, owner string) (*stream, error) {
 	if victim != nil {
 		delete(r.streams, victim.set.scope)
 	}
-	st := newStream(r.newSet(scope), r.cfg.Upstream, r.lists, r.cfg.Log, r.metrics)
+	st := newStream(r.newSet(scope), &r.cfg, r.lists, r.metrics)
 	st.owner = owner
 	r.streams[scope] = st
 	r.start <- st
@@ -469,8 +471,8 @@ type Slice struct {
 	base   bool // see Base
 }
 
-// Base returns the slice without overlays: nothing but what the cloud said,
-// for hubs of other nodes.
+// Base returns the slice for hubs of other nodes: nothing but what the cloud
+// said, without overlays, and each state on the way one that the cloud had.
 func (sl *Slice) Base() *Slice {
 	out := *sl
 	out.base = true
@@ -570,6 +572,21 @@ func (sl *Slice) Touch() { sl.stream.touch() }
 
 // Offer gives the slice's stream a credential that may read its scope.
 func (sl *Slice) Offer(c Credential) { sl.stream.offer(c) }
+
+// Contacts returns when the cloud last proved the synced scopes of a resource
+// that the node reads by its own right, by id.
+func (r *Replica) Contacts(resource schema.GroupVersionResource) map[string]time.Time {
+	out := map[string]time.Time{}
+	for _, st := range r.all() {
+		s := st.set
+		s.mu.Lock()
+		if s.scope.Resource == resource && s.synced && !s.borrowed {
+			out[s.id] = s.contact
+		}
+		s.mu.Unlock()
+	}
+	return out
+}
 
 // Status is one scope's state, for people.
 type Status struct {

@@ -568,6 +568,7 @@ func (sl *Slice) listTable(v *view, out *writer) error {
 // watchStart is where a watch begins.
 type watchStart struct {
 	calls uint64 // set.recalls at the start
+	skips uint64 // window.skips at the start
 	view  *view  // what is sent as ADDED first; nil when nothing is
 	mark  bool   // a bookmark ends the initial events
 	seq   uint64
@@ -655,7 +656,7 @@ func (sl *Slice) startOf(ctx context.Context, info request.Info) (watchStart, er
 			return watchStart{}, err
 		}
 		v.cloud = sl.base
-		return watchStart{view: v, mark: list && opts.AllowWatchBookmarks, seq: v.seq, calls: v.recalls}, nil
+		return watchStart{view: v, mark: list && opts.AllowWatchBookmarks, seq: v.seq, calls: v.recalls, skips: v.skips}, nil
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -663,13 +664,13 @@ func (sl *Slice) startOf(ctx context.Context, info request.Info) (watchStart, er
 		return watchStart{}, errNotSynced
 	}
 	if version == 0 {
-		return watchStart{seq: s.window.next, calls: s.recalls}, nil
+		return watchStart{seq: s.window.next, calls: s.recalls, skips: s.window.skips}, nil
 	}
 	seq, ok := s.window.since(version, s.version)
-	if !ok {
+	if !ok || sl.base && !s.window.unbroken(version) {
 		return watchStart{}, fmt.Errorf("%s: %w: %d (%d)", s.id, ErrExpired, version, s.window.start)
 	}
-	start := watchStart{seq: seq, after: version, calls: s.recalls, ahead: version > s.version}
+	start := watchStart{seq: seq, after: version, calls: s.recalls, skips: s.window.skips, ahead: version > s.version}
 	if !start.ahead && !sl.base {
 		start.shown = s.overlaidLocked()
 	}
@@ -890,6 +891,11 @@ func (w *watcher) next(seq uint64, start watchStart) (events, shown []*event, ve
 	events, ok = s.window.from(seq)
 	s.window.taken[w] = s.window.next
 	ok = ok && s.synced && s.recalls == start.calls && s.window.tells(start.after, start.seq)
+	if w.slice.base && s.window.skips != start.skips {
+		// The peer's own readers must not see what the set was in the midst
+		// of a relist. It lists, or finds the history elsewhere.
+		ok = false
+	}
 	events = slices.Clone(events)
 	s.window.trim()
 	if w.ahead && s.version >= start.after && !w.slice.base {

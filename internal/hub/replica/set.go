@@ -88,10 +88,12 @@ type set struct {
 	window  window
 	changed chan struct{} // closed and replaced whenever an event is added
 
-	contact  time.Time // when the cloud last proved the set current
-	followed bool      // a watch of the upstream is open
-	used     time.Time // when a caller last asked
-	flushed  time.Time // when the position was last written
+	contact  time.Time        // when the cloud last proved the set current
+	followed bool             // a watch of the upstream is open
+	proof    func() time.Time // see Route.Contact
+	live     func() bool      // see Route.Live
+	used     time.Time        // when a caller last asked
+	flushed  time.Time        // when the position was last written
 	watchers int
 	recalls  uint64 // grows when watchers shall come back with new credentials
 
@@ -169,7 +171,7 @@ const currentGrace = 5 * time.Second
 func (s *set) current() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.followed || s.clock.Since(s.contact) < currentGrace
+	return s.followed && (s.live == nil || s.live()) || s.clock.Since(s.contact) < currentGrace
 }
 
 func (s *set) unfollowed() {
@@ -284,7 +286,7 @@ func (s *set) apply(typ watch.EventType, object []byte) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.applyLocked(typ, &meta, object, meta.Version)
-	s.contact = s.clock.Now()
+	s.provedLocked()
 	return nil
 }
 
@@ -577,7 +579,7 @@ func (s *set) advance(version uint64) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.moveLocked(version)
-	s.contact = s.clock.Now()
+	s.provedLocked()
 	s.touched = true
 }
 
@@ -695,6 +697,7 @@ type view struct {
 	version uint64
 	seq     uint64 // the first event that is not in the view
 	recalls uint64 // of the set
+	skips   uint64 // of the window
 	contact time.Time
 	bases   map[string]*entry // of the set: the cloud's entries beneath overlays
 	cloud   bool              // shows those
@@ -725,7 +728,7 @@ func (s *set) view() (*view, error) {
 	s.views++
 	return &view{
 		set: s, index: s.index.Copy(), kind: s.kind,
-		version: s.version, seq: s.window.next, recalls: s.recalls, contact: s.contact,
+		version: s.version, seq: s.window.next, recalls: s.recalls, skips: s.window.skips, contact: s.contact,
 		bases: maps.Clone(s.bases),
 	}, nil
 }

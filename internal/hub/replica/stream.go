@@ -77,11 +77,12 @@ const (
 
 // stream keeps one set current from the upstream.
 type stream struct {
-	set      *set
-	upstream Upstream
-	lists    *rate.Limiter // of all streams of the replica
-	log      *slog.Logger
-	metrics  *metrics
+	set     *set
+	cloud   Route
+	router  Router        // nil: everything comes from the cloud
+	lists   *rate.Limiter // of all streams of the replica
+	log     *slog.Logger
+	metrics *metrics
 
 	mu         sync.Mutex // guards the following
 	credential Credential
@@ -97,7 +98,13 @@ type stream struct {
 	ended      bool          // the stream was dropped
 	end        func()        // ends supervise; nil before it runs
 
-	begun *relist // a list that broke off between two pages; supervise's own
+	// Supervise's own: a list that broke off between two pages, the way of the
+	// attempt under way, the peers to pass by, until when, and whether one of
+	// them had too short a history.
+	begun   *relist
+	route   Route
+	avoided map[string]time.Time
+	tooOld  bool
 
 	pinned bool   // guarded by the replica's mu: never paused
 	owner  string // who opened it; "": the node, or a former life of the hub
@@ -110,9 +117,10 @@ type attempt struct {
 	err   error         // nil when the set is synced; read after done
 }
 
-func newStream(s *set, up Upstream, lists *rate.Limiter, log *slog.Logger, m *metrics) *stream {
+func newStream(s *set, cfg *Config, lists *rate.Limiter, m *metrics) *stream {
+	cloud := Route{Upstream: cfg.Upstream, Kind: "cloud"}
 	st := &stream{
-		set: s, upstream: up, lists: lists, metrics: m, log: log.With("scope", s.id),
+		set: s, cloud: cloud, route: cloud, router: cfg.Router, lists: lists, metrics: m, log: cfg.Log.With("scope", s.id),
 		renewed: make(chan struct{}), hurried: make(chan struct{}, 1), attempt: &attempt{done: make(chan struct{})},
 	}
 	s.onLost = st.refetch
@@ -288,17 +296,27 @@ func (st *stream) supervise(ctx context.Context) {
 	)
 	for ctx.Err() == nil {
 		st.waitUse(ctx)
-		if st.upstream.WaitUp(ctx) != nil {
+		changed, ok := st.waitRoute(ctx)
+		if ctx.Err() != nil {
 			return
+		}
+		if !ok {
+			continue
 		}
 		credential, err := st.waitCredential(ctx)
 		if err != nil {
 			return
 		}
+		if st.route.Peer != "" && credential != (Credential{}) {
+			continue
+		}
 		started := time.Now()
-		err = st.attempted(ctx, credential)
+		err = st.attempted(ctx, credential, changed)
 		if ctx.Err() != nil {
 			return
+		}
+		if errors.Is(err, errMoved) {
+			continue
 		}
 		lasted := time.Since(started)
 		if err == nil && lasted < shortFollow {
@@ -312,6 +330,10 @@ func (st *stream) supervise(ctx context.Context) {
 		}
 		if err == nil {
 			continue // the server ended the watch in good order
+		}
+		if st.route.Peer != "" {
+			st.failed(ctx, err, &wait)
+			continue // who waits for the set waits for another upstream
 		}
 		st.settle(err)
 		switch {
@@ -338,6 +360,8 @@ func (st *stream) supervise(ctx context.Context) {
 		case errors.Is(err, errGone):
 			st.log.Debug("stream cannot resume", "err", err)
 			st.forget()
+			clear(st.avoided) // a peer's list will do as well
+			st.tooOld = false
 			if wait.first() {
 				continue
 			}
@@ -355,7 +379,7 @@ func (st *stream) supervise(ctx context.Context) {
 // attempted is follow, but that a panic is an error of this attempt only: an
 // object that this hub has a bug with must not cost the node all the others.
 // The set is listed anew then.
-func (st *stream) attempted(ctx context.Context, c Credential) (err error) {
+func (st *stream) attempted(ctx context.Context, c Credential, changed <-chan struct{}) (err error) {
 	defer func() {
 		if cause := recover(); cause != nil {
 			st.log.Error("stream panicked", "cause", daemon.PanicCause(cause), "stack", string(debug.Stack()))
@@ -363,7 +387,7 @@ func (st *stream) attempted(ctx context.Context, c Credential) (err error) {
 			err = fmt.Errorf("follow %s: panic: %s", st.set.id, daemon.PanicCause(cause))
 		}
 	}()
-	return st.follow(ctx, c)
+	return st.follow(ctx, c, changed)
 }
 
 // backoff is a bounded, jittered, growing wait.
@@ -419,7 +443,9 @@ func (st *stream) mustList() bool {
 }
 
 // follow lists if it must and then watches until the upstream ends it.
-func (st *stream) follow(ctx context.Context, c Credential) error {
+// It ends with errMoved when its route does; a list from the cloud is finished
+// first.
+func (st *stream) follow(ctx context.Context, c Credential, changed <-chan struct{}) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	select {
@@ -437,12 +463,17 @@ func (st *stream) follow(ctx context.Context, c Credential) error {
 		if err := st.lists.Wait(ctx); err != nil {
 			return fmt.Errorf("wait for the turn to list: %w", err)
 		}
-		if err := st.list(ctx, c); err != nil {
+		listing := changed
+		if st.route.Peer == "" {
+			listing = nil
+		}
+		err := st.onRoute(ctx, listing, func(ctx context.Context) error { return st.list(ctx, c) })
+		if err != nil {
 			return err
 		}
 	}
 	st.settle(nil)
-	return st.watch(ctx, c)
+	return st.onRoute(ctx, changed, func(ctx context.Context) error { return st.watch(ctx, c) })
 }
 
 var errPaused = errors.New("paused")
@@ -455,14 +486,14 @@ func (st *stream) do(ctx context.Context, c Credential, query url.Values) (*http
 	}
 	req.Header.Set("Accept", accept)
 	req.Header.Set("User-Agent", "yurthub")
-	if query.Get("watch") == "" {
+	if query.Get("watch") == "" && st.route.Peer == "" {
 		// Lists are packed by the API server, watches never are.
 		req.Header.Set("Accept-Encoding", "gzip")
 	}
-	rt := st.upstream.Node()
+	rt := st.route.Node()
 	if c.Token != "" {
 		req.Header.Set("Authorization", "Bearer "+c.Token)
-		rt = st.upstream.Bearer()
+		rt = st.route.Bearer()
 	}
 	resp, err := rt.RoundTrip(req)
 	if err != nil {
@@ -474,6 +505,16 @@ func (st *stream) do(ctx context.Context, c Credential, query url.Values) (*http
 	defer resp.Body.Close()
 	text, _ := io.ReadAll(io.LimitReader(resp.Body, 64<<10)) // what came of it serves
 	cause := errors.New("unexpected answer")
+	if st.route.Peer != "" {
+		cause = errAnswered // a peer's word on rights is not the cloud's
+		switch resp.StatusCode {
+		case http.StatusGone:
+			cause = errGone
+		case http.StatusGatewayTimeout:
+			cause = errBehind
+		}
+		return nil, fmt.Errorf("ask for %s: %w: %s: %.200q", st.set.id, cause, resp.Status, text)
+	}
 	switch resp.StatusCode {
 	case http.StatusGone:
 		cause = errGone
@@ -534,6 +575,7 @@ type relist struct {
 	direct bool
 	// credential is that of the first page; another may not go on with it.
 	credential Credential
+	peer       string // whose list it is; empty: the cloud's
 	next       string // the continue token of the next page
 	limit      int    // objects of the next page
 	// replace is set when what the set holds cannot be compared with the
@@ -555,7 +597,7 @@ func (st *stream) list(ctx context.Context, c Credential) error {
 	st.anew = false
 	st.mu.Unlock()
 	if r == nil || anew || r.credential != c {
-		r = &relist{credential: c, limit: pageSize, seen: map[string]struct{}{}}
+		r = &relist{credential: c, peer: st.route.Peer, limit: pageSize, seen: map[string]struct{}{}}
 		st.metrics.relists.Inc()
 	}
 	var saving sync.WaitGroup // of the page before, while the next one comes
@@ -563,7 +605,12 @@ func (st *stream) list(ctx context.Context, c Credential) error {
 	for r.pages == 0 || r.next != "" {
 		st.begun = r
 		query := s.scope.query()
-		query.Set("limit", strconv.Itoa(r.limit))
+		if at := s.at(); r.peer == "" {
+			query.Set("limit", strconv.Itoa(r.limit))
+		} else if at > 0 {
+			query.Set("resourceVersion", strconv.FormatUint(at, 10))
+			query.Set("resourceVersionMatch", "NotOlderThan")
+		}
 		if r.next != "" {
 			query.Set("continue", r.next)
 		}
@@ -628,6 +675,9 @@ func (s *set) take(r *relist, page wire.List, enc wire.Encoding) error {
 	if r.pages == 1 {
 		r.direct = !s.synced
 		rewound := page.Version < s.version
+		if rewound && r.peer != "" {
+			return behind(s.version, page.Version)
+		}
 		reencoded := s.index.Len() > 0 && s.kind.Encoding != enc
 		r.replace = rewound || reencoded
 		r.kind = Kind{APIVersion: page.APIVersion, Kind: itemKind(page), Encoding: enc}
@@ -707,7 +757,8 @@ func (s *set) finish(r *relist) (objects, gone int) {
 		s.applyLocked(ch.typ, &ch.meta, ch.object, ch.meta.Version)
 	}
 	s.moveLocked(r.version)
-	s.contact, s.touched, s.lost = s.clock.Now(), true, nil
+	s.provedLocked()
+	s.touched, s.lost = true, nil
 	if s.synced {
 		s.window.skip(from, s.version)
 		s.broadcast()
@@ -824,9 +875,12 @@ func (st *stream) watch(ctx context.Context, c Credential) error {
 	s.mu.Lock()
 	s.followed = true
 	known := s.kind.Encoding
-	s.contact = s.clock.Now()
+	s.provedLocked()
 	s.mu.Unlock()
 	st.log.Debug("stream follows", "version", version)
+	streams := st.metrics.streams.WithLabelValues(st.route.Kind)
+	streams.Inc()
+	defer streams.Dec()
 	if enc != known {
 		return fmt.Errorf("watch %s: encoding changed: %w", s.id, errGone)
 	}
@@ -840,6 +894,8 @@ func (st *stream) watch(ctx context.Context, c Credential) error {
 	for {
 		ev, err := events.Read()
 		switch {
+		case silent.Load() && st.route.Peer != "":
+			return fmt.Errorf("watch %s: the peer says nothing", s.id)
 		case silent.Load():
 			return st.compare(ctx, c)
 		case errors.Is(err, io.EOF):

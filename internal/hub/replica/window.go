@@ -1,6 +1,7 @@
 package replica
 
 import (
+	"slices"
 	"sort"
 	"sync"
 	"sync/atomic"
@@ -119,6 +120,7 @@ type window struct {
 	// start is the resource version after which the window is complete.
 	start uint64
 	gaps  []gap
+	skips uint64 // gaps there have been
 	// lost is the newest version of a history that the cloud took back (it
 	// was restored from a backup). What is above the set's own version and
 	// not above lost is of that history.
@@ -188,6 +190,7 @@ func (w *window) skip(from, to uint64) {
 	if to <= from+1 {
 		return // no room for anything unseen
 	}
+	w.skips++
 	w.gaps = append(w.gaps, gap{from, to, w.next})
 	if len(w.gaps) > maxGaps {
 		w.start = max(w.start, w.gaps[0].to)
@@ -199,7 +202,7 @@ func (w *window) skip(from, to uint64) {
 // too far behind then.
 func (w *window) reset() {
 	w.grow(-w.bytes)
-	*w = window{next: w.next + 1, lost: w.lost, taken: w.taken, total: w.total}
+	*w = window{next: w.next + 1, skips: w.skips, lost: w.lost, taken: w.taken, total: w.total}
 }
 
 // since returns the sequence number of the first event after version. It
@@ -210,6 +213,12 @@ func (w *window) since(version, current uint64) (uint64, bool) {
 	}
 	i := sort.Search(len(w.events), func(i int) bool { return w.events[i].position > version })
 	return w.next - uint64(len(w.events)-i), true
+}
+
+// unbroken reports whether each state since version was one that the cloud had.
+// Within a relist there are none: what it found comes in an order of its own.
+func (w *window) unbroken(version uint64) bool {
+	return !slices.ContainsFunc(w.gaps, func(g gap) bool { return g.to > version })
 }
 
 // tells reports whether the window holds all that a watcher at version must

@@ -1,0 +1,260 @@
+package pool
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"maps"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"slices"
+	"sync"
+	"time"
+)
+
+const (
+	// pollEvery is how often peers are asked how they do, and pollPatience how
+	// long they may take to say it.
+	pollEvery    = 2 * time.Second
+	pollPatience = 2 * time.Second
+	// maxPolled bounds whom a hub asks at a time.
+	maxPolled = 16
+	// maxGossip bounds the addresses that hubs tell each other.
+	maxGossip = 64
+	maxState  = 64 << 10
+	// joinPatience is how long a hub that starts waits to hear of its pool
+	// before it takes the cloud for what pools share.
+	joinPatience = 5 * time.Second
+)
+
+// follow keeps deciding whom to follow until ctx ends.
+func (p *Pool) follow(ctx context.Context) {
+	begun := time.Now()
+	for ctx.Err() == nil {
+		up, linkChanged := p.cfg.Link()
+		p.mu.Lock()
+		changed := p.changed
+		p.mu.Unlock()
+		wait := p.decide(begun, up)
+		p.poll(ctx)
+		wait = min(wait, p.decide(begun, up))
+		timer := time.NewTimer(min(wait, pollEvery) + rand.N(pollEvery/10))
+		select {
+		case <-ctx.Done():
+		case <-timer.C:
+		case <-changed:
+		case <-linkChanged:
+		}
+		timer.Stop()
+	}
+}
+
+// decide runs the machine on what is known now, and tells those who wait for
+// another upstream.
+func (p *Pool) decide(begun time.Time, link bool) (wait time.Duration) {
+	now := time.Now()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	m := p.machine
+	m.setLink(link)
+	if p.known || p.member.Pool != "" || now.Sub(begun) >= joinPatience {
+		leaders := make([]string, 0, len(p.member.Leaders))
+		for _, l := range p.member.Leaders {
+			if p.member.Has(l.Node) {
+				leaders = append(leaders, l.Node)
+			}
+		}
+		var others []string
+		for _, node := range slices.Sorted(maps.Keys(p.book)) {
+			if p.book[node].address != "" && !p.member.leader(node) {
+				others = append(others, node)
+			}
+		}
+		m.setPool(now, leaders, others)
+	}
+	before := m.current
+	upstream, ok, wait := m.decide(now)
+	if !ok || p.decided && upstream == before {
+		return wait
+	}
+	if p.decided || upstream != cloud {
+		p.log.Info("shared resources come from another upstream", "from", orCloud(before), "to", orCloud(upstream))
+		p.metrics.switches.WithLabelValues(p.kindLocked(upstream)).Inc()
+	}
+	p.decided = true
+	close(p.moved)
+	p.moved = make(chan struct{})
+	return wait
+}
+
+func orCloud(node string) string { return cmp.Or(node, "cloud") }
+
+func (p *Pool) kindLocked(upstream string) string {
+	switch {
+	case upstream == cloud:
+		return "cloud"
+	case p.member.leader(upstream):
+		return "leader"
+	}
+	return "peer"
+}
+
+// Upstream is a way to what the pool shares.
+type Upstream struct {
+	Peer string // "": the cloud
+	Kind string // cloud, leader or peer
+}
+
+// Choose returns the upstream to take, past those to be avoided. Other is false
+// when nobody but one of those is left; ok is false while none is decided on.
+// The channel is closed when the answer may have changed.
+func (p *Pool) Choose(avoid func(peer string) bool) (u Upstream, other, ok bool, changed <-chan struct{}) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if !p.decided {
+		return u, false, false, p.moved
+	}
+	u.Peer, other = p.machine.usable(time.Now(), avoid)
+	u.Kind = p.kindLocked(u.Peer)
+	return u, other, true, p.moved
+}
+
+// Live reports whether a peer that is followed hears the cloud.
+func (p *Pool) Live(peer string) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.machine.isGood(time.Now(), peer)
+}
+
+// Proved is when the cloud last proved what a peer holds of a scope; zero if
+// nobody knows.
+func (p *Pool) Proved(peer, scope string) time.Time {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if e, ok := p.book[peer]; ok {
+		return e.proved[scope]
+	}
+	return time.Time{}
+}
+
+// Leads reports whether the hub is a leader of its pool.
+func (p *Pool) Leads() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.member.leader(p.cfg.Node)
+}
+
+// State is what the hub says of itself.
+func (p *Pool) State() State {
+	ages := p.cfg.Ages()
+	up, _ := p.cfg.Link()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	s := State{Node: p.cfg.Node, Link: up, Ages: map[string]int64{}, Peers: map[string]string{}}
+	s.Live, s.Via = p.machine.live(time.Now())
+	for scope, age := range ages {
+		s.Ages[scope] = age.Milliseconds()
+	}
+	for node, e := range p.book {
+		if len(s.Peers) < maxGossip && e.address != "" && !p.member.leader(node) {
+			s.Peers[node] = e.address
+		}
+	}
+	return s
+}
+
+// Following is whom the hub follows: a node, or "" for the cloud.
+func (p *Pool) Following() (peer string, live bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	live, _ = p.machine.live(time.Now())
+	return p.machine.current, live
+}
+
+// poll asks peers how they do, all at a time.
+func (p *Pool) poll(ctx context.Context) {
+	p.mu.Lock()
+	now := time.Now()
+	asked := p.machine.asked(now)
+	if len(asked) > maxPolled {
+		// Whom it follows and would follow come first, then who was asked
+		// longest ago.
+		first := 1 + len(p.machine.ahead())
+		slices.SortStableFunc(asked[min(first, len(asked)):], func(a, b string) int {
+			return p.machine.asks(a).Compare(p.machine.asks(b))
+		})
+		asked = asked[:maxPolled]
+	}
+	p.mu.Unlock()
+	var polls sync.WaitGroup
+	for _, node := range asked {
+		polls.Go(func() {
+			s, err := p.ask(ctx, node)
+			if ctx.Err() != nil {
+				return
+			}
+			p.hear(node, s, err)
+		})
+	}
+	polls.Wait()
+}
+
+func (p *Pool) ask(ctx context.Context, node string) (State, error) {
+	ctx, cancel := context.WithTimeout(ctx, pollPatience)
+	defer cancel()
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "https://peer"+StatePath, http.NoBody)
+	if err != nil {
+		return State{}, fmt.Errorf("ask %s how it does: %w", node, err)
+	}
+	resp, err := p.Transport(node).RoundTrip(req)
+	if err != nil {
+		return State{}, err
+	}
+	defer resp.Body.Close()
+	text, err := io.ReadAll(io.LimitReader(resp.Body, maxState))
+	if err == nil && resp.StatusCode != http.StatusOK {
+		err = fmt.Errorf("%s: %.200q", resp.Status, text)
+	}
+	var s State
+	if err == nil {
+		err = json.Unmarshal(text, &s)
+	}
+	if err != nil {
+		return State{}, fmt.Errorf("ask %s how it does: %w", node, err)
+	}
+	return s, nil
+}
+
+func (p *Pool) hear(node string, s State, err error) {
+	now := time.Now()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if err != nil {
+		p.log.Debug("peer does not answer", "peer", node, "err", err)
+		p.machine.failedOf(now, node)
+		return
+	}
+	p.machine.heard(now, node, s)
+	e, ok := p.book[node]
+	if !ok {
+		return
+	}
+	e.proved = make(map[string]time.Time, len(s.Ages))
+	for scope, age := range s.Ages {
+		if age >= 0 {
+			e.proved[scope] = now.Add(-time.Duration(age) * time.Millisecond)
+		}
+	}
+	for other, address := range s.Peers {
+		// Who it is shows when it is asked.
+		if other == p.cfg.Node || !p.member.Has(other) || net.ParseIP(address) == nil {
+			continue
+		}
+		if e := p.entryLocked(other); e.address == "" {
+			e.address = address
+		}
+	}
+}

@@ -1,0 +1,350 @@
+package pool
+
+import (
+	"math/rand/v2"
+	"slices"
+	"time"
+)
+
+// What a hub waits for before it moves its shared streams. A hiccup shorter
+// than the least of these moves nobody. Each hub draws its own wait from the
+// range, so that those who lost the same leader do not leave it together; and
+// leaders are quicker, so that the others find them settled.
+const (
+	// silentFor is how long a peer counts as alive after it was last heard.
+	silentFor = 6 * time.Second
+
+	leaderGrace  = 5 * time.Second
+	leaderSpread = 2 * time.Second
+	memberGrace  = 8 * time.Second
+	memberSpread = 9 * time.Second
+
+	// returnAfter is how long a better upstream must have been good before a
+	// hub that has a good one comes back to it.
+	returnAfter  = 20 * time.Second
+	returnSpread = 40 * time.Second
+
+	// startPatience is how long a hub that follows nobody yet waits for the
+	// first word of those it would rather follow than the cloud.
+	startPatience = 2 * time.Second
+
+	// maxVia bounds the hubs between one and the cloud.
+	maxVia = 8
+)
+
+// cloud is the upstream that is no peer.
+const cloud = ""
+
+// State is what a hub says of itself.
+type State struct {
+	Node string `json:"node"`
+	// Link tells whether its own link to the cloud is up.
+	Link bool `json:"link"`
+	// Live tells whether what it holds of the shared resources follows the
+	// cloud, and Via through which hubs, the nearest first.
+	Live bool     `json:"live"`
+	Via  []string `json:"via,omitempty"`
+	// Ages are the times, in milliseconds, since the cloud last proved what
+	// the hub holds, by scope.
+	Ages map[string]int64 `json:"ages,omitempty"`
+	// Peers are the addresses of hubs that have called it.
+	Peers map[string]string `json:"peers,omitempty"`
+}
+
+// peer is what a member knows of another hub.
+type peer struct {
+	heard  time.Time // when it last said how it does
+	failed time.Time // when it last did not answer
+	said   State
+}
+
+// member decides whom a hub follows for what its pool shares. It has no input
+// but its methods' arguments and no output but their results: the same calls
+// and the same seed give the same decisions.
+//
+// It prefers the leaders before it in the pool's list, in their order, then
+// the cloud, then whoever else of the pool hears the cloud. So of a pool one
+// hub asks the cloud, and when that one cannot, one other, which then helps
+// the first.
+type member struct {
+	self string
+	rand *rand.Rand
+
+	leaders []string // all, in order
+	others  []string // the pool's other hubs whose address is known, in an order of this hub's own
+	peers   map[string]*peer
+
+	link bool
+
+	known    bool                 // the pool is known, or that there is none
+	since    time.Time            // since when it is
+	chosen   bool                 // current counts
+	current  string               // who is followed; cloud, or a peer
+	good     map[string]time.Time // since when those who are good are so
+	bad      time.Time            // since when current is not good; zero: it is
+	grace    time.Duration        // drawn when current went bad
+	comeback time.Duration        // drawn when current was chosen
+}
+
+func newMember(self string, seed uint64) *member {
+	return &member{
+		self: self, rand: rand.New(rand.NewPCG(seed, 1)), peers: map[string]*peer{}, good: map[string]time.Time{},
+	}
+}
+
+// setPool tells who is in the pool; others are hubs beside the leaders whose
+// address is known.
+func (m *member) setPool(now time.Time, leaders, others []string) {
+	if !m.known {
+		m.known, m.since = true, now
+	}
+	m.leaders = leaders
+	in := map[string]bool{}
+	for _, node := range append(slices.Clone(leaders), others...) {
+		in[node] = true
+	}
+	m.others = slices.DeleteFunc(m.others, func(node string) bool { return !in[node] || slices.Contains(leaders, node) })
+	for _, node := range others {
+		if node != m.self && !slices.Contains(m.others, node) && !slices.Contains(leaders, node) {
+			at := m.rand.IntN(len(m.others) + 1) // not everybody asks the same for help
+			m.others = slices.Insert(m.others, at, node)
+		}
+	}
+	for node := range m.peers {
+		if !in[node] {
+			delete(m.peers, node)
+		}
+	}
+	for node := range in {
+		if node != m.self && m.peers[node] == nil {
+			m.peers[node] = &peer{}
+		}
+	}
+	if m.current != cloud && m.peers[m.current] == nil {
+		m.chosen = false // it is not of the pool any more: no grace
+	}
+}
+
+func (m *member) setLink(up bool) { m.link = up }
+
+// heard is told what a peer says of itself.
+func (m *member) heard(now time.Time, node string, s State) {
+	if p := m.peers[node]; p != nil {
+		p.heard, p.said = now, s
+	}
+}
+
+// failedOf is told that a peer did not answer.
+func (m *member) failedOf(now time.Time, node string) {
+	if p := m.peers[node]; p != nil {
+		p.failed = now
+	}
+}
+
+// saidBy is what a peer last said of itself.
+func (m *member) saidBy(node string) State {
+	if p := m.peers[node]; p != nil {
+		return p.said
+	}
+	return State{}
+}
+
+// asks is when a peer last answered or did not.
+func (m *member) asks(node string) time.Time {
+	p := m.peers[node]
+	if p == nil {
+		return time.Time{}
+	}
+	if p.failed.After(p.heard) {
+		return p.failed
+	}
+	return p.heard
+}
+
+// ahead are the leaders before this hub in the list.
+func (m *member) ahead() []string {
+	if i := slices.Index(m.leaders, m.self); i >= 0 {
+		return m.leaders[:i]
+	}
+	return m.leaders
+}
+
+// order is whom the hub would follow, the best first.
+func (m *member) order() []string {
+	ahead := m.ahead()
+	out := append(slices.Clone(ahead), cloud)
+	for _, node := range m.leaders[len(ahead):] {
+		if node != m.self {
+			out = append(out, node)
+		}
+	}
+	return append(out, m.others...)
+}
+
+// isAlive reports whether the upstream answers at all.
+func (m *member) isAlive(now time.Time, node string) bool {
+	if node == cloud {
+		return m.link
+	}
+	p := m.peers[node]
+	return p != nil && !p.heard.IsZero() && now.Sub(p.heard) < silentFor && !p.failed.After(p.heard)
+}
+
+// isGood reports whether the upstream hears the cloud, and not through this
+// hub.
+func (m *member) isGood(now time.Time, node string) bool {
+	return m.isAlive(now, node) && (node == cloud || m.peers[node].said.Live && !m.loops(node))
+}
+
+func (m *member) loops(node string) bool {
+	via := m.peers[node].said.Via
+	return len(via) >= maxVia || slices.Contains(via, m.self)
+}
+
+// decide returns the upstream of the pool's shared resources, and false while
+// there is none to name. Call it again after wait at the latest.
+func (m *member) decide(now time.Time) (upstream string, ok bool, wait time.Duration) {
+	const again = time.Second
+	order := m.order()
+	for _, node := range order {
+		_, was := m.good[node]
+		switch is := m.isGood(now, node); {
+		case is && !was:
+			m.good[node] = now
+		case !is:
+			delete(m.good, node)
+		}
+	}
+	best := slices.IndexFunc(order, func(node string) bool { return !m.good[node].IsZero() })
+	if !m.chosen {
+		return m.first(now, order, best)
+	}
+	at := slices.Index(order, m.current)
+	if _, fine := m.good[m.current]; fine && at >= 0 {
+		m.bad = time.Time{}
+		for _, node := range order[:at] {
+			if since, ok := m.good[node]; ok && now.Sub(since) >= m.comeback {
+				m.choose(node)
+				break
+			}
+		}
+		return m.current, true, again
+	}
+	if m.bad.IsZero() {
+		m.bad = now
+		if slices.Contains(m.leaders, m.self) {
+			m.grace = leaderGrace + m.draw(leaderSpread)
+		} else {
+			m.grace = memberGrace + m.draw(memberSpread)
+		}
+	}
+	if now.Sub(m.bad) < m.grace {
+		return m.current, true, min(again, m.grace-now.Sub(m.bad))
+	}
+	switch {
+	case best >= 0:
+		m.choose(order[best])
+	case !m.isAlive(now, m.current):
+		// Nobody hears the cloud. Who lives may still know more.
+		if node, ok := m.anyAlive(now, order); ok {
+			m.choose(node)
+		}
+	}
+	return m.current, true, again
+}
+
+// first chooses for a hub that follows nobody yet.
+func (m *member) first(now time.Time, order []string, best int) (upstream string, ok bool, wait time.Duration) {
+	if !m.known {
+		return cloud, false, time.Second
+	}
+	waited := now.Sub(m.since) >= startPatience
+	for i, node := range order {
+		if i == best {
+			break
+		}
+		if p := m.peers[node]; node == cloud || p == nil || !p.heard.IsZero() || !p.failed.IsZero() {
+			if node == cloud {
+				break // what comes after it is no reason to wait
+			}
+			continue
+		}
+		if !waited {
+			return cloud, false, startPatience - now.Sub(m.since) // a better one may be about to answer
+		}
+	}
+	if best >= 0 {
+		m.choose(order[best])
+		return m.current, true, time.Second
+	}
+	m.choose(cloud)
+	if node, ok := m.anyAlive(now, order); ok {
+		m.choose(node)
+	}
+	return m.current, true, time.Second
+}
+
+// anyAlive returns the first hub that answers and does not follow this one.
+func (m *member) anyAlive(now time.Time, order []string) (string, bool) {
+	i := slices.IndexFunc(order, func(node string) bool { return node != cloud && m.isAlive(now, node) && !m.loops(node) })
+	if i < 0 {
+		return "", false
+	}
+	return order[i], true
+}
+
+func (m *member) choose(node string) {
+	m.chosen, m.current, m.bad = true, node, time.Time{}
+	m.comeback = returnAfter + m.draw(returnSpread)
+}
+
+func (m *member) draw(spread time.Duration) time.Duration {
+	return time.Duration(m.rand.Int64N(int64(spread)))
+}
+
+// live reports whether the hub itself hears the cloud, and through whom.
+func (m *member) live(now time.Time) (live bool, via []string) {
+	if !m.chosen {
+		return false, nil
+	}
+	if m.current == cloud {
+		return m.link, nil
+	}
+	if p := m.peers[m.current]; p != nil {
+		via = append([]string{m.current}, p.said.Via...)
+	}
+	return m.isGood(now, m.current), via[:min(len(via), maxVia)]
+}
+
+// usable returns the first upstream that is good and not to be avoided: the one
+// that was decided on before all others, which counts during its grace too. It
+// reports false where only that one is left.
+func (m *member) usable(now time.Time, avoid func(string) bool) (string, bool) {
+	if !avoid(m.current) {
+		return m.current, true
+	}
+	for _, node := range m.order() {
+		if m.isGood(now, node) && !avoid(node) {
+			return node, true
+		}
+	}
+	return m.current, false
+}
+
+// asked are those of whom the hub wants to know how they do: whom it follows,
+// whom it would rather follow, and, when it needs help, everybody.
+func (m *member) asked(now time.Time) []string {
+	order := m.order()
+	upTo := slices.Index(order, cloud)
+	if i := slices.Index(order, m.current); m.chosen && i >= 0 {
+		upTo = max(i, upTo)
+	}
+	if live, _ := m.live(now); !live && !m.link {
+		upTo = len(order) - 1
+	}
+	out := slices.DeleteFunc(slices.Clone(order[:upTo+1]), func(node string) bool { return node == cloud })
+	if i := slices.Index(out, m.current); m.chosen && i > 0 {
+		out = slices.Insert(slices.Delete(out, i, i+1), 0, m.current)
+	}
+	return out
+}

@@ -1,0 +1,337 @@
+package pool
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"slices"
+	"testing"
+	"time"
+)
+
+// world is a pool whose hubs are machines and nothing else. Time is a number,
+// and everything that happens follows from the seed.
+type world struct {
+	rand  *rand.Rand
+	now   time.Time
+	nodes []string
+	hubs  map[string]*simulated
+	cloud uint64 // the resource version that the cloud is at
+
+	leaders []string
+	// cut are the ways that let nothing pass; a way to the cloud has no second
+	// name.
+	cut map[[2]string]bool
+}
+
+// simulated is a hub: its machine, and what it holds of the shared resources.
+type simulated struct {
+	machine *member
+	dead    bool
+	version uint64
+	polled  time.Time
+	// failing is since when the upstream that is followed has been of no use
+	// while another was; zero: it is of use, or there is no other.
+	failing  time.Time
+	switches int
+}
+
+func newWorld(seed uint64, nodes, leaders int) *world {
+	w := &world{
+		rand: rand.New(rand.NewPCG(seed, 2)), now: time.Unix(1e9, 0), hubs: map[string]*simulated{},
+		cut: map[[2]string]bool{}, cloud: 1,
+	}
+	for i := range nodes {
+		node := fmt.Sprintf("n%d", i)
+		w.nodes = append(w.nodes, node)
+		w.hubs[node] = &simulated{machine: newMember(node, seed+uint64(i)), polled: w.now.Add(-time.Duration(w.rand.Int64N(int64(pollEvery))))}
+	}
+	w.elect(w.nodes[:leaders])
+	return w
+}
+
+func (w *world) elect(leaders []string) {
+	w.leaders = slices.Clone(leaders)
+	for _, h := range w.hubs {
+		h.machine.setPool(w.now, w.leaders, slices.DeleteFunc(slices.Clone(w.nodes), func(n string) bool { return slices.Contains(w.leaders, n) }))
+	}
+}
+
+// passes reports whether packets go from one to another, and back.
+func (w *world) passes(a, b string) bool {
+	return !w.cut[[2]string{a, b}] && !w.cut[[2]string{b, a}] && (b == cloud || !w.hubs[b].dead)
+}
+
+const tick = 250 * time.Millisecond
+
+// step lets a tick pass: hubs ask each other, decide, and take what their
+// upstream has.
+func (w *world) step(t *testing.T) {
+	t.Helper()
+	w.now = w.now.Add(tick)
+	w.cloud++
+	for _, node := range w.nodes {
+		h := w.hubs[node]
+		if h.dead {
+			continue
+		}
+		h.machine.setLink(w.passes(node, cloud))
+		if w.now.Sub(h.polled) >= pollEvery {
+			h.polled = w.now
+			for _, other := range h.machine.asked(w.now) {
+				if !w.passes(node, other) {
+					h.machine.failedOf(w.now, other)
+					continue
+				}
+				s := State{Node: other}
+				o := w.hubs[other].machine
+				s.Link = w.passes(other, cloud)
+				s.Live, s.Via = o.live(w.now)
+				h.machine.heard(w.now, other, s)
+			}
+		}
+		before, was := h.machine.current, h.machine.chosen
+		upstream, ok, wait := h.machine.decide(w.now)
+		if wait <= 0 {
+			t.Fatalf("%s: %s waits for %s", w.now, node, wait)
+		}
+		if was && upstream != before {
+			h.switches++
+		}
+		if ok {
+			w.take(t, node, upstream)
+		}
+	}
+}
+
+// take lets a stream run: from where the hub is to where the upstream is. That
+// the version of a hub never falls, whatever the upstream, is what makes one
+// version one truth.
+func (w *world) take(t *testing.T, node, upstream string) {
+	t.Helper()
+	h := w.hubs[node]
+	if !w.passes(node, upstream) {
+		return
+	}
+	has := w.cloud
+	if upstream != cloud {
+		has = w.hubs[upstream].version
+	}
+	if has > w.cloud {
+		t.Fatalf("%s: %s is told of version %d, the cloud is at %d", w.now, node, has, w.cloud)
+	}
+	h.version = max(h.version, has)
+}
+
+// reaches returns the hubs and the cloud from which there is a way to the
+// cloud that the hub can take without going in a circle.
+func (w *world) reachable(node string) bool {
+	seen, todo := map[string]bool{node: true}, []string{node}
+	for len(todo) > 0 {
+		n := todo[0]
+		todo = todo[1:]
+		if w.passes(n, cloud) {
+			return true
+		}
+		for _, o := range w.nodes {
+			if !seen[o] && w.passes(n, o) {
+				seen[o] = true
+				todo = append(todo, o)
+			}
+		}
+	}
+	return false
+}
+
+// bound is how long a hub may be without news while there is a way to the
+// cloud. Each hub on the way may take its grace, one after the other.
+func bound(hops int) time.Duration {
+	return time.Duration(hops) * (memberGrace + memberSpread + silentFor + 2*pollEvery)
+}
+
+// TestNobodyIsStuck lets hubs die and ways break at random, and stops at some
+// moment: then every hub that has a way to the cloud hears of what happens
+// there, within its grace, and no hub has ever gone back.
+func TestNobodyIsStuck(t *testing.T) {
+	t.Parallel()
+	for seed := range uint64(80) {
+		w := newWorld(seed, 2+int(seed%5), 1+int(seed%2))
+		for range 40 {
+			w.disturb()
+			for range 1 + w.rand.IntN(80) {
+				w.step(t)
+			}
+		}
+		at := w.cloud
+		for range int(bound(4) / tick) {
+			w.step(t)
+		}
+		for _, node := range w.nodes {
+			h := w.hubs[node]
+			if !h.dead && w.reachable(node) && h.version <= at {
+				t.Fatalf("seed %d: %s is at version %d, the cloud was at %d %s ago; it follows %q (leaders %v, cut %v)",
+					seed, node, h.version, at, bound(4), h.machine.current, w.leaders, w.cut)
+			}
+		}
+	}
+}
+
+// disturb changes one thing: a link, a way between two, a hub, or the list of
+// leaders.
+func (w *world) disturb() {
+	node := w.nodes[w.rand.IntN(len(w.nodes))]
+	switch other := w.nodes[w.rand.IntN(len(w.nodes))]; w.rand.IntN(7) {
+	case 0, 1, 2:
+		w.cut[[2]string{node, cloud}] = !w.cut[[2]string{node, cloud}]
+	case 3:
+		if node != other {
+			w.cut[[2]string{node, other}] = !w.cut[[2]string{node, other}]
+		}
+	case 4:
+		for _, n := range w.nodes {
+			w.cut[[2]string{n, cloud}] = true // the whole site
+		}
+	case 5:
+		h := w.hubs[node]
+		h.dead = !h.dead
+		if !h.dead { // it starts anew, with what it had
+			h.machine = newMember(node, w.rand.Uint64())
+			w.elect(w.leaders)
+		}
+	case 6:
+		w.rand.Shuffle(len(w.nodes), func(i, j int) { w.nodes[i], w.nodes[j] = w.nodes[j], w.nodes[i] })
+		w.elect(w.nodes[:1+w.rand.IntN(2)])
+	}
+}
+
+// TestHiccupsMoveNobody breaks anything for less than the least grace.
+func TestHiccupsMoveNobody(t *testing.T) {
+	t.Parallel()
+	for seed := range uint64(30) {
+		w := newWorld(seed, 6, 2)
+		for range int(time.Minute / tick) {
+			w.step(t)
+		}
+		before := map[string]string{}
+		for node, h := range w.hubs {
+			before[node], h.switches = h.machine.current, 0
+		}
+		for range 30 {
+			way := [2]string{w.nodes[w.rand.IntN(6)], cloud}
+			if w.rand.IntN(2) == 0 {
+				way[1] = w.nodes[w.rand.IntN(6)]
+			}
+			w.cut[way] = true
+			// What a peer does not answer it is asked again two seconds later.
+			for range int((leaderGrace - pollEvery) / tick) {
+				w.step(t)
+			}
+			delete(w.cut, way)
+			for range int(10 * time.Second / tick) {
+				w.step(t)
+			}
+		}
+		for node, h := range w.hubs {
+			if h.switches > 0 || h.machine.current != before[node] {
+				t.Fatalf("seed %d: %s switched %d times, from %q to %q", seed, node, h.switches, before[node], h.machine.current)
+			}
+		}
+	}
+}
+
+// TestOneHubAsksTheCloud settles a pool: one hub asks the cloud, whoever of
+// those that can, and all hear it.
+func TestOneHubAsksTheCloud(t *testing.T) {
+	t.Parallel()
+	direct := func(w *world) (out []string) {
+		for _, node := range w.nodes {
+			if h := w.hubs[node]; !h.dead && h.machine.current == cloud && w.passes(node, cloud) {
+				out = append(out, node)
+			}
+		}
+		return out
+	}
+	for seed := range uint64(20) {
+		w := newWorld(seed, 8, 2)
+		check := func(what, want string) {
+			t.Helper()
+			for range int(3 * time.Minute / tick) {
+				w.step(t)
+			}
+			if got := direct(w); len(got) != 1 || want != "" && got[0] != want {
+				t.Fatalf("seed %d: %s: the cloud is asked by %v, want %s", seed, what, got, want)
+			}
+			for _, node := range w.nodes {
+				if h := w.hubs[node]; !h.dead && w.cloud-h.version > 8 {
+					t.Fatalf("seed %d: %s: %s is %d versions behind", seed, what, node, w.cloud-h.version)
+				}
+			}
+		}
+		check("all is well", "n0")
+		w.cut[[2]string{"n0", cloud}] = true
+		check("the first leader is cut off", "n1")
+		w.cut[[2]string{"n1", cloud}] = true
+		check("all leaders are cut off", "")
+		clear(w.cut)
+		check("all is well again", "n0")
+		w.hubs["n0"].dead = true
+		check("the first leader is dead", "n1")
+	}
+}
+
+// TestSwitchesAreSpread kills the leader of a large pool without another: those
+// who leave it do so one by one.
+func TestSwitchesAreSpread(t *testing.T) {
+	t.Parallel()
+	w := newWorld(7, 100, 1)
+	for range int(time.Minute / tick) {
+		w.step(t)
+	}
+	w.hubs["n0"].dead = true
+	most, all := 0, 0
+	for range int(bound(1) / tick) {
+		before := 0
+		for _, h := range w.hubs {
+			before += h.switches
+		}
+		w.step(t)
+		now := -before
+		for _, h := range w.hubs {
+			now += h.switches
+		}
+		most, all = max(most, now), all+now
+	}
+	if all != 99 || most > 15 {
+		t.Errorf("%d hubs left the dead leader, up to %d in a quarter of a second", all, most)
+	}
+}
+
+func TestJoiningWaitsForTheLeader(t *testing.T) {
+	t.Parallel()
+	now := time.Unix(1e9, 0)
+	m := newMember("b", 1)
+	m.setLink(true)
+	if _, ok, _ := m.decide(now); ok {
+		t.Error("decided before the pool was known")
+	}
+	m.setPool(now, []string{"a"}, nil)
+	if _, ok, wait := m.decide(now); ok || wait > startPatience {
+		t.Errorf("decided before the leader could answer: %v, %v", ok, wait)
+	}
+	m.heard(now, "a", State{Live: true})
+	if got, ok, _ := m.decide(now); !ok || got != "a" {
+		t.Errorf("follows %q, %v", got, ok)
+	}
+	m = newMember("b", 1)
+	m.setLink(true)
+	m.setPool(now, []string{"a"}, nil)
+	m.decide(now)
+	if got, ok, _ := m.decide(now.Add(startPatience)); !ok || got != cloud {
+		t.Errorf("the leader does not answer: follows %q, %v", got, ok)
+	}
+	m = newMember("b", 1)
+	m.setLink(true)
+	m.setPool(now, nil, nil)
+	if got, ok, _ := m.decide(now); !ok || got != cloud {
+		t.Errorf("without a pool: follows %q, %v", got, ok)
+	}
+}

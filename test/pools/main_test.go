@@ -1,0 +1,451 @@
+package pools
+
+import (
+	"context"
+	"encoding/json"
+	"flag"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/apimachinery/pkg/watch"
+	"k8s.io/client-go/kubernetes"
+
+	"github.com/yurt-edge/yurt/api/crds"
+	"github.com/yurt-edge/yurt/internal/report"
+	"github.com/yurt-edge/yurt/playground"
+	"github.com/yurt-edge/yurt/test/bed"
+)
+
+// patience is how long a test waits for what must happen soon. Nothing waits
+// that long when all is well.
+const patience = 90 * time.Second
+
+// rights are what the chart grants to nodes, and what the manager grants them
+// by what pools share.
+const rights = `
+apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRole
+metadata: {name: yurt-hub}
+rules:
+- {apiGroups: [apps.openyurt.io], resources: [nodepools], verbs: [get, list, watch]}
+- {apiGroups: [""], resources: [services], verbs: [get, list, watch]}
+- {apiGroups: [discovery.k8s.io], resources: [endpointslices], verbs: [get, list, watch]}
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRoleBinding
+metadata: {name: yurt-hub}
+roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: yurt-hub}
+subjects:
+- {apiGroup: rbac.authorization.k8s.io, kind: Group, name: "system:nodes"}
+---
+apiVersion: v1
+kind: Namespace
+metadata: {name: pools}
+`
+
+// shared is set by TestMain and read by tests.
+var shared struct {
+	cloud  *playground.ControlPlane
+	admin  *kubernetes.Clientset
+	binary string
+	dir    string
+}
+
+func TestMain(m *testing.M) {
+	flag.Parse()
+	code, err := run(m)
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		code = 1
+	}
+	os.Exit(code)
+}
+
+func run(m *testing.M) (int, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), 15*time.Minute)
+	defer cancel()
+	var err error
+	if shared.dir, err = os.MkdirTemp("", "yurt-pools-"); err != nil {
+		return 0, err
+	}
+	if shared.binary, err = bed.Build(ctx); err != nil {
+		return 0, err
+	}
+	// No controllers: a node without a kubelet is nobody's business here.
+	shared.cloud, err = playground.StartControlPlane(ctx, playground.ControlPlaneConfig{
+		Dir: filepath.Join(shared.dir, "cloud"), ControllerManager: true,
+	})
+	if err != nil {
+		return 0, err
+	}
+	defer shared.cloud.Stop()
+	if shared.admin, err = shared.cloud.Client(); err != nil {
+		return 0, err
+	}
+	documents := []string{rights}
+	for _, text := range crds.YAML() {
+		documents = append(documents, string(text))
+	}
+	for _, text := range documents {
+		if err := shared.cloud.Apply(ctx, text); err != nil {
+			return 0, err
+		}
+	}
+	code := m.Run()
+	if code == 0 {
+		return 0, os.RemoveAll(shared.dir)
+	}
+	fmt.Fprintln(os.Stderr, "logs are in", shared.dir)
+	return code, nil
+}
+
+// await repeats try until it gives no error or patience is over.
+func await(t *testing.T, what string, try func() error) {
+	t.Helper()
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	end := time.After(patience)
+	for {
+		err := try()
+		if err == nil {
+			return
+		}
+		select {
+		case <-end:
+			t.Fatalf("%s: %v", what, err)
+		case <-t.Context().Done():
+			t.Fatalf("%s: %v", what, err)
+		case <-tick.C:
+		}
+	}
+}
+
+// freePort returns a port that is free at all loopback addresses.
+func freePort(t *testing.T) int {
+	t.Helper()
+	l, err := net.Listen("tcp", ":0") //nolint:noctx // to listen takes no time
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	return l.Addr().(*net.TCPAddr).Port
+}
+
+// site is a pool of hubs, each a process with an address and a link of its
+// own.
+type site struct {
+	name string
+	port int
+	hubs []*hub
+	seq  int // of the last write, see write
+}
+
+// hub is one of a site.
+type hub struct {
+	*bed.Hub
+	link    *bed.Link
+	address string
+	watcher *watcher
+}
+
+var network byte // the last that a site has taken; tests run one after the other
+
+// newSite makes a pool with so many nodes, and no hub yet.
+func newSite(t *testing.T, name string, nodes int) *site {
+	t.Helper()
+	network++
+	s := &site{name: name, port: freePort(t)}
+	pool := fmt.Sprintf(`
+apiVersion: apps.openyurt.io/v1beta2
+kind: NodePool
+metadata: {name: %s}
+spec: {type: Edge, interConnectivity: true, enableLeaderElection: true, leaderReplicas: 2}
+`, name)
+	await(t, "node pool", func() error { return shared.cloud.Apply(t.Context(), pool) })
+	for i := range nodes {
+		h := &hub{address: fmt.Sprintf("127.0.%d.%d", 20+network, i+1)}
+		s.hubs = append(s.hubs, h)
+		node := &corev1.Node{ObjectMeta: metav1.ObjectMeta{
+			Name: fmt.Sprintf("%s-%d", name, i+1), Labels: map[string]string{"apps.openyurt.io/nodepool": name},
+		}}
+		if _, err := shared.admin.CoreV1().Nodes().Create(t.Context(), node, metav1.CreateOptions{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return s
+}
+
+func (s *site) node(i int) string { return fmt.Sprintf("%s-%d", s.name, i+1) }
+
+// status is what the manager writes of the pool: who is in it and who leads.
+func (s *site) status(t *testing.T, nodes []string, leaders map[string]string, order ...string) {
+	t.Helper()
+	endpoints := []map[string]string{}
+	for _, node := range order {
+		endpoints = append(endpoints, map[string]string{"nodeName": node, "address": leaders[node]})
+	}
+	patch, err := json.Marshal(map[string]any{"status": map[string]any{"nodes": nodes, "leaderEndpoints": endpoints}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	err = shared.admin.RESTClient().Patch(types.MergePatchType).AbsPath("/apis/apps.openyurt.io/v1beta2/nodepools/" + s.name + "/status").
+		Body(patch).Do(t.Context()).Error()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// elect makes the hubs of the first nodes leaders, at their own addresses.
+func (s *site) elect(t *testing.T, leaders int) {
+	t.Helper()
+	var nodes, order []string
+	at := map[string]string{}
+	for i, h := range s.hubs {
+		nodes = append(nodes, s.node(i))
+		if i < leaders {
+			order = append(order, s.node(i))
+			at[s.node(i)] = h.address
+		}
+	}
+	s.status(t, nodes, at, order...)
+}
+
+// start starts the hub of node i.
+func (s *site) start(t *testing.T, i int) *hub {
+	t.Helper()
+	h := s.hubs[i]
+	var err error
+	if h.link, err = bed.NewLink(shared.cloud.RESTConfig().Host); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(h.link.Close)
+	h.Hub, err = bed.NewHub(t.Context(), shared.cloud, shared.binary, s.node(i), filepath.Join(shared.dir, s.node(i)), h.link.URL())
+	if err != nil {
+		t.Fatal(err)
+	}
+	h.Args = []string{"--nodepool-name=" + s.name, "--node-ip=" + h.address, "--multiplexer-port=" + strconv.Itoa(s.port)}
+	t.Cleanup(h.Kill)
+	if err := h.Start(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	return h
+}
+
+// report is what the hub says of itself.
+func (h *hub) report(ctx context.Context) (*report.Report, error) {
+	client := http.Client{
+		Transport: &http.Transport{
+			DisableKeepAlives: true,
+			DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+				return new(net.Dialer).DialContext(ctx, "unix", filepath.Join(h.Dir, report.SocketName))
+			},
+		},
+		Timeout: 10 * time.Second,
+	}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://hub"+report.StatusPath, http.NoBody)
+	if err != nil {
+		return nil, err
+	}
+	resp, err := client.Do(req)
+	if err != nil {
+		return nil, err
+	}
+	defer resp.Body.Close()
+	text, err := io.ReadAll(resp.Body)
+	if err != nil {
+		return nil, err
+	}
+	var r report.Report
+	return &r, json.Unmarshal(text, &r)
+}
+
+// follows waits until the hub takes what is shared from that upstream, "cloud"
+// or a node, and says that it hears the cloud, or does not.
+func (h *hub) follows(t *testing.T, upstream string, live bool) {
+	t.Helper()
+	await(t, h.Node+" follows "+upstream, func() error {
+		r, err := h.report(t.Context())
+		switch {
+		case err != nil:
+			return err
+		case r.Sharing == nil:
+			return fmt.Errorf("it is in no pool")
+		case r.Sharing.Upstream != upstream || r.Sharing.Live != live:
+			return fmt.Errorf("it follows %+v", r.Sharing)
+		}
+		return nil
+	})
+}
+
+func (h *hub) client(t *testing.T) *kubernetes.Clientset {
+	t.Helper()
+	cfg, err := h.KubeletConfig()
+	if err != nil {
+		t.Fatal(err)
+	}
+	client, err := kubernetes.NewForConfig(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return client
+}
+
+// names are those of the objects that write writes, in turn.
+func (s *site) names() []string { return []string{s.name + "-a", s.name + "-b", s.name + "-c"} }
+
+const seqKey = "pools.test/seq"
+
+// write makes one change in the cloud, with the next number.
+func (s *site) write(t *testing.T) {
+	t.Helper()
+	s.seq++
+	names := s.names()
+	slices := shared.admin.DiscoveryV1().EndpointSlices("pools")
+	if s.seq <= len(names) {
+		_, err := slices.Create(t.Context(), &discoveryv1.EndpointSlice{
+			ObjectMeta: metav1.ObjectMeta{
+				Name: names[s.seq-1], Annotations: map[string]string{seqKey: strconv.Itoa(s.seq)},
+			},
+			AddressType: discoveryv1.AddressTypeIPv4,
+		}, metav1.CreateOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return
+	}
+	patch := fmt.Sprintf(`{"metadata":{"annotations":{%q:"%d"}}}`, seqKey, s.seq)
+	_, err := slices.Patch(t.Context(), names[s.seq%len(names)], types.MergePatchType, []byte(patch), metav1.PatchOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// watcher is a client of one hub with one watch, which must not end and must
+// show each write once and in order.
+type watcher struct {
+	node string
+
+	mu   sync.Mutex // guards the following
+	seen int
+	over bool // its hub was killed
+	err  error
+}
+
+// watch begins a watch of node i's hub. It has seen all writes until now.
+func (s *site) watch(t *testing.T, i int) {
+	t.Helper()
+	h, client := s.hubs[i], s.hubs[i].client(t)
+	w := &watcher{node: h.Node, seen: s.seq}
+	h.watcher = w
+	options := metav1.ListOptions{ResourceVersion: "0", TimeoutSeconds: new(int64(3600))}
+	var version string
+	await(t, "list of "+h.Node, func() error {
+		list, err := client.DiscoveryV1().EndpointSlices("pools").List(t.Context(), options)
+		if err != nil {
+			return err
+		}
+		seen := 0
+		for i := range list.Items {
+			if strings.HasPrefix(list.Items[i].Name, s.name+"-") {
+				n, err := strconv.Atoi(list.Items[i].Annotations[seqKey])
+				if err != nil {
+					return err
+				}
+				seen = max(seen, n)
+			}
+		}
+		if seen != s.seq {
+			return fmt.Errorf("it has seen write %d of %d", seen, s.seq)
+		}
+		version = list.ResourceVersion
+		return nil
+	})
+	options.ResourceVersion = version
+	ctx, cancel := context.WithCancel(t.Context())
+	stream, err := client.DiscoveryV1().EndpointSlices("pools").Watch(ctx, options)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var running sync.WaitGroup
+	running.Go(func() {
+		for ev := range stream.ResultChan() {
+			w.take(s, ev)
+		}
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		if ctx.Err() == nil && !w.over && w.err == nil {
+			w.err = fmt.Errorf("the watch ended after write %d", w.seen)
+		}
+	})
+	t.Cleanup(func() {
+		w.mu.Lock()
+		if w.err != nil {
+			t.Errorf("%s: %v", w.node, w.err)
+		}
+		w.mu.Unlock()
+		cancel()
+		stream.Stop()
+		running.Wait()
+	})
+}
+
+func (w *watcher) take(s *site, ev watch.Event) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	slice, ok := ev.Object.(*discoveryv1.EndpointSlice)
+	if !ok {
+		w.err = fmt.Errorf("the watch showed %v after write %d", ev, w.seen)
+		return
+	}
+	if !strings.HasPrefix(slice.Name, s.name+"-") {
+		return
+	}
+	n, err := strconv.Atoi(slice.Annotations[seqKey])
+	if err != nil || n != w.seen+1 {
+		w.err = fmt.Errorf("after write %d the watch showed %s of %s, write %d (%v)", w.seen, ev.Type, slice.Name, n, err)
+	}
+	w.seen = n
+}
+
+// forget drops the hub's watcher: the hub is about to be killed.
+func (h *hub) forget(t *testing.T) {
+	t.Helper()
+	h.watcher.mu.Lock()
+	defer h.watcher.mu.Unlock()
+	if h.watcher.err != nil {
+		t.Errorf("%s: %v", h.Node, h.watcher.err)
+	}
+	h.watcher.over = true
+}
+
+// seen waits until the watchers of these hubs have seen all writes.
+func (s *site) seen(t *testing.T, which ...int) {
+	t.Helper()
+	for _, i := range which {
+		w := s.hubs[i].watcher
+		await(t, w.node, func() error {
+			w.mu.Lock()
+			defer w.mu.Unlock()
+			if w.err != nil {
+				t.Fatalf("%s: %v", w.node, w.err)
+			}
+			if w.seen < s.seq {
+				return fmt.Errorf("it has seen write %d of %d", w.seen, s.seq)
+			}
+			return nil
+		})
+	}
+}
