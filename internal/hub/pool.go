@@ -72,7 +72,7 @@ func (h *Hub) keepPool(ctx context.Context) error {
 		}
 		node, _ := h.ownNode() // nil: not known yet
 		name := h.poolName(node)
-		followed = h.followPool(ctx, followed, name) //nolint:contextcheck // a scope outlives whoever asked for it
+		followed = h.followPool(ctx, followed, name)
 		var member pool.Membership
 		slice, held := h.replica.Held(followed)
 		if held {
@@ -85,7 +85,7 @@ func (h *Hub) keepPool(ctx context.Context) error {
 		// A node that has just joined is in no list yet.
 		joining := name != "" && held && !member.Has(h.cfg.NodeName)
 		h.pool.Set(member, h.address(node), !joining)
-		h.sharePool()
+		h.sharePool() //nolint:contextcheck // a scope outlives whoever asked for it
 		var again <-chan time.Time
 		if changes[0] == nil || changes[1] == nil && name != "" {
 			again = time.After(poolEvery)
@@ -122,7 +122,7 @@ func (h *Hub) followPool(ctx context.Context, before replica.Scope, name string)
 	if name == "" {
 		return scope
 	}
-	if err := h.replica.Pin(scope); err != nil {
+	if err := h.replica.Pin(scope); err != nil { //nolint:contextcheck // a scope outlives whoever asked for it
 		h.log.Warn("the node's pool is not followed", "pool", name, "err", err)
 		return replica.Scope{}
 	}

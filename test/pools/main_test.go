@@ -3,6 +3,7 @@ package pools
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"flag"
 	"fmt"
 	"io"
@@ -136,7 +137,7 @@ func await(t *testing.T, what string, try func() error) {
 // freePort returns a port that is free at all loopback addresses.
 func freePort(t *testing.T) int {
 	t.Helper()
-	l, err := net.Listen("tcp", ":0") //nolint:noctx // to listen takes no time
+	l, err := net.Listen("tcp", ":0")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -157,8 +158,100 @@ type site struct {
 type hub struct {
 	*bed.Hub
 	link    *bed.Link
+	way     *way // that of its peers to it
 	address string
 	watcher *watcher
+}
+
+// way passes connections on to a hub, at an address of its own, but for those
+// of hubs that it is cut for.
+type way struct {
+	listener net.Listener
+	to       string
+
+	mu    sync.Mutex // guards the following
+	cut   map[string]bool
+	conns map[net.Conn]string // by the address that they come from
+}
+
+func newWay(t *testing.T, at, to string) *way {
+	t.Helper()
+	l, err := net.Listen("tcp", at)
+	if err != nil {
+		t.Fatal(err)
+	}
+	w := &way{listener: l, to: to, cut: map[string]bool{}, conns: map[net.Conn]string{}}
+	var running sync.WaitGroup
+	running.Go(func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			running.Go(func() { w.pass(c) })
+		}
+	})
+	t.Cleanup(func() {
+		l.Close()
+		w.end(func(string) bool { return true })
+		running.Wait()
+	})
+	return w
+}
+
+// pass goes on with a connection as if it came from where it does.
+func (w *way) pass(c net.Conn) {
+	defer c.Close()
+	from, ok := c.RemoteAddr().(*net.TCPAddr)
+	if !ok {
+		return
+	}
+	dialer := net.Dialer{LocalAddr: &net.TCPAddr{IP: from.IP}, Timeout: patience}
+	there, err := dialer.Dial("tcp", w.to)
+	if err != nil {
+		return
+	}
+	defer there.Close()
+	w.mu.Lock()
+	if w.cut[from.IP.String()] {
+		w.mu.Unlock()
+		return
+	}
+	w.conns[c], w.conns[there] = from.IP.String(), from.IP.String()
+	w.mu.Unlock()
+	var both sync.WaitGroup
+	for src, dst := range map[net.Conn]net.Conn{c: there, there: c} {
+		both.Go(func() {
+			_, _ = io.Copy(dst, src) // either end closes both
+			_ = src.Close()
+			_ = dst.Close()
+		})
+	}
+	both.Wait()
+	w.mu.Lock()
+	delete(w.conns, c)
+	delete(w.conns, there)
+	w.mu.Unlock()
+}
+
+func (w *way) end(those func(from string) bool) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for c, from := range w.conns {
+		if those(from) {
+			_ = c.Close()
+		}
+	}
+}
+
+// set cuts the way for the hub at an address, or heals it.
+func (w *way) set(from string, cut bool) {
+	w.mu.Lock()
+	w.cut[from] = cut
+	w.mu.Unlock()
+	if cut {
+		w.end(func(f string) bool { return f == from })
+	}
 }
 
 var network byte // the last that a site has taken; tests run one after the other
@@ -176,7 +269,7 @@ spec: {type: Edge, interConnectivity: true, enableLeaderElection: true, leaderRe
 `, name)
 	await(t, "node pool", func() error { return shared.cloud.Apply(t.Context(), pool) })
 	for i := range nodes {
-		h := &hub{address: fmt.Sprintf("127.0.%d.%d", 20+network, i+1)}
+		h := &hub{address: fmt.Sprintf("127.%d.0.%d", 20+network, i+1)}
 		s.hubs = append(s.hubs, h)
 		node := &corev1.Node{ObjectMeta: metav1.ObjectMeta{
 			Name: fmt.Sprintf("%s-%d", name, i+1), Labels: map[string]string{"apps.openyurt.io/nodepool": name},
@@ -208,7 +301,8 @@ func (s *site) status(t *testing.T, nodes []string, leaders map[string]string, o
 	}
 }
 
-// elect makes the hubs of the first nodes leaders, at their own addresses.
+// elect makes the hubs of the first nodes leaders, at the addresses of the ways
+// to them.
 func (s *site) elect(t *testing.T, leaders int) {
 	t.Helper()
 	var nodes, order []string
@@ -217,7 +311,7 @@ func (s *site) elect(t *testing.T, leaders int) {
 		nodes = append(nodes, s.node(i))
 		if i < leaders {
 			order = append(order, s.node(i))
-			at[s.node(i)] = h.address
+			at[s.node(i)] = h.wayAddress()
 		}
 	}
 	s.status(t, nodes, at, order...)
@@ -228,6 +322,7 @@ func (s *site) start(t *testing.T, i int) *hub {
 	t.Helper()
 	h := s.hubs[i]
 	var err error
+	h.way = newWay(t, net.JoinHostPort(h.wayAddress(), strconv.Itoa(s.port)), net.JoinHostPort(h.address, strconv.Itoa(s.port)))
 	if h.link, err = bed.NewLink(shared.cloud.RESTConfig().Host); err != nil {
 		t.Fatal(err)
 	}
@@ -243,6 +338,9 @@ func (s *site) start(t *testing.T, i int) *hub {
 	}
 	return h
 }
+
+// wayAddress is where peers find the hub.
+func (h *hub) wayAddress() string { return strings.Replace(h.address, ".0.", ".1.", 1) }
 
 // report is what the hub says of itself.
 func (h *hub) report(ctx context.Context) (*report.Report, error) {
@@ -414,8 +512,8 @@ func (w *watcher) take(s *site, ev watch.Event) {
 		return
 	}
 	n, err := strconv.Atoi(slice.Annotations[seqKey])
-	if err != nil || n != w.seen+1 {
-		w.err = fmt.Errorf("after write %d the watch showed %s of %s, write %d (%v)", w.seen, ev.Type, slice.Name, n, err)
+	if n != w.seen+1 {
+		w.err = errors.Join(fmt.Errorf("after write %d the watch showed %s of %s, write %d", w.seen, ev.Type, slice.Name, n), err)
 	}
 	w.seen = n
 }

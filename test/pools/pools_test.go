@@ -1,7 +1,16 @@
 package pools
 
 import (
+	"errors"
+	"fmt"
 	"testing"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
 
 	"github.com/yurt-edge/yurt/test/bed"
 )
@@ -57,6 +66,182 @@ func TestPool(t *testing.T) {
 		s.write(t)
 		s.seen(t, all...)
 	})
+	step("the first leader is killed", func(t *testing.T) {
+		s.hubs[0].follows(t, "cloud", true)
+		s.hubs[3].follows(t, first, true)
+		s.hubs[0].forget(t)
+		s.hubs[0].Kill()
+		s.write(t)
+		s.seen(t, 1, 2, 3)
+		s.hubs[1].follows(t, "cloud", true)
+		if err := s.hubs[0].Start(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		s.write(t)
+		s.seen(t, 1, 2, 3)
+		s.watch(t, 0)
+	})
+	step("a follower cannot reach the first leader, who can reach it", func(t *testing.T) {
+		s.hubs[2].follows(t, first, true)
+		s.hubs[0].way.set(s.hubs[2].address, true)
+		s.write(t)
+		s.seen(t, all...)
+		s.hubs[2].follows(t, second, true)
+		s.hubs[0].way.set(s.hubs[2].address, false)
+		s.write(t)
+		s.seen(t, all...)
+	})
+	step("the whole pool is cut off", func(t *testing.T) {
+		for _, i := range all {
+			cut(t, s.hubs[i], bed.Down)
+		}
+		for _, i := range all {
+			s.hubs[i].offline(t)
+		}
+		s.write(t)
+		s.write(t)
+		old := s.hubs[3].age(t)
+		await(t, "an answer that says how old it is", func() error {
+			if now := s.hubs[3].age(t); now <= old {
+				return fmt.Errorf("it was %s old, and is %s", old, now)
+			}
+			return nil
+		})
+		heal(t, s.hubs[1]) // the second leader alone
+		s.seen(t, all...)
+		for _, i := range []int{0, 2, 3} {
+			heal(t, s.hubs[i])
+		}
+	})
+	step("a node moves to another pool", func(t *testing.T) {
+		other := newSite(t, "other", 0)
+		other.status(t, []string{s.node(3)}, nil)
+		s.status(t, []string{first, second, s.node(2)}, map[string]string{first: s.hubs[0].wayAddress(), second: s.hubs[1].wayAddress()}, first, second)
+		move := []byte(`{"metadata":{"labels":{"apps.openyurt.io/nodepool":"other"}}}`)
+		if _, err := shared.admin.CoreV1().Nodes().Patch(t.Context(), s.node(3), types.MergePatchType, move, metav1.PatchOptions{}); err != nil {
+			t.Fatal(err)
+		}
+		s.hubs[3].follows(t, "cloud", true)
+		s.write(t)
+		s.seen(t, all...)
+		if r, err := s.hubs[3].report(t.Context()); err != nil || r.Pool != "other" || len(r.Sharing.Peers) != 0 {
+			t.Errorf("it is in pool %q with peers %+v (%v)", r.Pool, r.Sharing.Peers, err)
+		}
+	})
+}
+
+// offline waits until the hub knows that its link is cut.
+func (h *hub) offline(t *testing.T) {
+	t.Helper()
+	await(t, h.Node+" is offline", func() error {
+		r, err := h.report(t.Context())
+		if err == nil && r.Online {
+			err = errors.New("its link is up")
+		}
+		return err
+	})
+}
+
+// age is how old the hub says that its answer is.
+func (h *hub) age(t *testing.T) time.Duration {
+	t.Helper()
+	r, err := h.report(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, scope := range r.Scopes {
+		if scope.Scope == "discovery.k8s.io/v1/endpointslices" {
+			return time.Since(scope.Contact)
+		}
+	}
+	t.Fatalf("%s does not hold what is shared", h.Node)
+	return 0
+}
+
+// TestUplink counts what crosses the links of a pool of four, in the first sync
+// and for a hundred changes, beside what crosses that of a hub alone.
+func TestUplink(t *testing.T) {
+	const objects, changes = 1000, 100
+	fill(t, objects)
+	measure := func(name string, nodes int) int64 {
+		s := newSite(t, name, nodes)
+		s.elect(t, 1)
+		for i := range nodes {
+			s.start(t, i)
+			if i == 0 {
+				s.hubs[0].follows(t, "cloud", true)
+			}
+		}
+		for range s.names() {
+			s.write(t)
+		}
+		for i := range nodes {
+			s.watch(t, i)
+		}
+		for range changes {
+			s.write(t)
+		}
+		all := make([]int, nodes)
+		var bytes int64
+		for i := range all {
+			all[i] = i
+		}
+		s.seen(t, all...)
+		for i, h := range s.hubs {
+			if i > 0 {
+				h.follows(t, s.node(0), true)
+			}
+			up, down := h.link.Bytes()
+			t.Logf("%s: %d bytes up, %d down", h.Node, up, down)
+			bytes += up + down
+		}
+		return bytes
+	}
+	one := measure("lone", 1)
+	four := measure("four", 4)
+	t.Logf("one hub: %d bytes, four: %d, %.3f times as many", one, four, float64(four)/float64(one))
+	if float64(four) > 1.1*float64(one) {
+		t.Errorf("four hubs of a pool take %d bytes, one alone %d", four, one)
+	}
+}
+
+// fill makes Services and EndpointSlices in the cloud.
+func fill(t *testing.T, n int) {
+	t.Helper()
+	todo, ctx := errgroup.WithContext(t.Context())
+	todo.SetLimit(16)
+	for i := range n {
+		todo.Go(func() error {
+			name := fmt.Sprintf("service-%04d", i)
+			_, err := shared.admin.CoreV1().Services("pools").Create(ctx, &corev1.Service{
+				ObjectMeta: metav1.ObjectMeta{Name: name},
+				Spec:       corev1.ServiceSpec{Ports: []corev1.ServicePort{{Name: "http", Port: 80}}},
+			}, metav1.CreateOptions{})
+			if err != nil {
+				return err
+			}
+			slice := &discoveryv1.EndpointSlice{
+				ObjectMeta: metav1.ObjectMeta{
+					Name: name, Labels: map[string]string{discoveryv1.LabelServiceName: name, discoveryv1.LabelManagedBy: "test"},
+				},
+				AddressType: discoveryv1.AddressTypeIPv4,
+				Ports:       []discoveryv1.EndpointPort{{Name: new("http"), Port: new(int32(8080))}},
+			}
+			for e := range 20 {
+				slice.Endpoints = append(slice.Endpoints, discoveryv1.Endpoint{
+					Addresses:  []string{fmt.Sprintf("10.%d.%d.%d", i/250, i%250, e)},
+					Conditions: discoveryv1.EndpointConditions{Ready: new(true)},
+					NodeName:   new(fmt.Sprintf("node-%d", (i*e)%97)),
+					TargetRef:  &corev1.ObjectReference{Kind: "Pod", Namespace: "pools", Name: fmt.Sprintf("%s-%08x", name, i*e*7919)},
+				})
+			}
+			_, err = shared.admin.DiscoveryV1().EndpointSlices("pools").Create(ctx, slice, metav1.CreateOptions{})
+			return err
+		})
+	}
+	if err := todo.Wait(); err != nil {
+		t.Fatal(err)
+	}
 }
 
 func cut(t *testing.T, h *hub, how bed.Mode) {

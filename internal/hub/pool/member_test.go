@@ -25,13 +25,10 @@ type world struct {
 
 // simulated is a hub: its machine, and what it holds of the shared resources.
 type simulated struct {
-	machine *member
-	dead    bool
-	version uint64
-	polled  time.Time
-	// failing is since when the upstream that is followed has been of no use
-	// while another was; zero: it is of use, or there is no other.
-	failing  time.Time
+	machine  *member
+	dead     bool
+	version  uint64
+	polled   time.Time
 	switches int
 }
 

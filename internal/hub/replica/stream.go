@@ -336,43 +336,49 @@ func (st *stream) supervise(ctx context.Context) {
 			continue // who waits for the set waits for another upstream
 		}
 		st.settle(err)
-		switch {
-		case errors.Is(err, errRefused):
-			st.log.Warn("stream refused", "err", err)
-			st.refuse(credential)
-			if credential != (Credential{}) {
-				// Its owner's clients have a newer one by the time they
-				// come back.
-				st.set.recall()
-				continue
-			}
-			if errors.Is(err, errForbidden) {
-				if denied.IsZero() {
-					denied = time.Now()
-				}
-				if time.Since(denied) >= revokeAfter {
-					st.set.revoke()
-				}
-			}
-			wait.sleep(ctx, 0, st.hurried)
-			st.reclaim()
-			continue
-		case errors.Is(err, errGone):
-			st.log.Debug("stream cannot resume", "err", err)
-			st.forget()
-			clear(st.avoided) // a peer's list will do as well
-			st.tooOld = false
-			if wait.first() {
-				continue
-			}
-		default:
-			st.log.Debug("stream ended", "err", err)
+		st.judge(ctx, err, credential, &wait, &denied)
+	}
+}
+
+// judge does what the cloud's refusal of an attempt asks for, and waits until
+// the next. Denied is since when the node's own credential is forbidden.
+func (st *stream) judge(ctx context.Context, err error, credential Credential, wait *backoff, denied *time.Time) {
+	switch {
+	case errors.Is(err, errRefused):
+		st.log.Warn("stream refused", "err", err)
+		st.refuse(credential)
+		if credential != (Credential{}) {
+			// Its owner's clients have a newer one by the time they
+			// come back.
+			st.set.recall()
+			return
 		}
-		if later, ok := errors.AsType[laterError](err); ok {
-			wait.sleep(ctx, later.after, nil)
-		} else {
-			wait.sleep(ctx, 0, st.hurried)
+		if errors.Is(err, errForbidden) {
+			if denied.IsZero() {
+				*denied = time.Now()
+			}
+			if time.Since(*denied) >= revokeAfter {
+				st.set.revoke()
+			}
 		}
+		wait.sleep(ctx, 0, st.hurried)
+		st.reclaim()
+		return
+	case errors.Is(err, errGone):
+		st.log.Debug("stream cannot resume", "err", err)
+		st.forget()
+		clear(st.avoided) // a peer's list will do as well
+		st.tooOld = false
+		if wait.first() {
+			return
+		}
+	default:
+		st.log.Debug("stream ended", "err", err)
+	}
+	if later, ok := errors.AsType[laterError](err); ok {
+		wait.sleep(ctx, later.after, nil)
+	} else {
+		wait.sleep(ctx, 0, st.hurried)
 	}
 }
 
@@ -673,14 +679,9 @@ func (s *set) take(r *relist, page wire.List, enc wire.Encoding) error {
 	defer s.mu.Unlock()
 	r.pages++
 	if r.pages == 1 {
-		r.direct = !s.synced
-		rewound := page.Version < s.version
-		if rewound && r.peer != "" {
-			return behind(s.version, page.Version)
+		if err := s.beginLocked(r, page, enc); err != nil {
+			return err
 		}
-		reencoded := s.index.Len() > 0 && s.kind.Encoding != enc
-		r.replace = rewound || reencoded
-		r.kind = Kind{APIVersion: page.APIVersion, Kind: itemKind(page), Encoding: enc}
 	}
 	if enc != r.kind.Encoding {
 		return fmt.Errorf("page %d is %s, the first was %s", r.pages, enc, r.kind.Encoding)
@@ -715,6 +716,18 @@ func (s *set) take(r *relist, page wire.List, enc wire.Encoding) error {
 			r.changes = append(r.changes, change{watch.Modified, meta, object})
 		}
 	}
+	return nil
+}
+
+// beginLocked compares the first page with what the set holds.
+func (s *set) beginLocked(r *relist, page wire.List, enc wire.Encoding) error {
+	rewound := page.Version < s.version
+	if rewound && r.peer != "" {
+		return behind(s.version, page.Version)
+	}
+	reencoded := s.index.Len() > 0 && s.kind.Encoding != enc
+	r.direct, r.replace = !s.synced, rewound || reencoded
+	r.kind = Kind{APIVersion: page.APIVersion, Kind: itemKind(page), Encoding: enc}
 	return nil
 }
 
