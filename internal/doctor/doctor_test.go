@@ -527,6 +527,10 @@ func TestStatus(t *testing.T) {
 	r := report.Report{
 		Node: "edge-1", Version: "v1", Started: time.Now().Add(-time.Hour), Since: time.Now().Add(-3 * time.Minute), Reason: "i/o timeout",
 		StoreHealth: "ok", StatusPending: 2,
+		Sharing: &report.Sharing{
+			Role: report.RoleMember, Upstream: "edge-2", Live: true, Address: "10.0.0.1:10269",
+			Peers: []report.Peer{{Node: "edge-2", Address: "10.0.0.2", Leader: true, Live: true, Seen: time.Now().Add(-time.Second)}},
+		},
 		Journal:      report.Journal{Bytes: 2048, Oldest: time.Now().Add(-2*time.Minute - time.Second), Delivered: 7, Dropped: 1},
 		Certificates: []report.Certificate{{Name: "server-pods"}},
 		Conditions:   []report.Condition{{Type: "YurtHubLinkReady", Status: report.False, Reason: "Silent", Message: "m"}},
@@ -560,7 +564,11 @@ func TestStatus(t *testing.T) {
 	done := make(chan error, 1)
 	go func() { done <- server.Run(ctx) }()
 	out, err = run()
-	for _, text := range []string{"DOWN for 3 min: i/o timeout", "2 status, 0 events wait for the cloud, 2 KiB, the oldest for 2 min", "7 delivered, 1 dropped", "server-pods, none yet", "YurtHubLinkReady  False", "/v1/pods", "yes"} {
+	for _, text := range []string{
+		"DOWN for 3 min: i/o timeout", "2 status, 0 events wait for the cloud, 2 KiB, the oldest for 2 min", "7 delivered, 1 dropped", "server-pods, none yet", "YurtHubLinkReady  False", "/v1/pods", "yes",
+		"member; services and the like come from node edge-2, which hears the cloud; peers reach this hub at 10.0.0.1:10269",
+		"edge-2  10.0.0.2  leader  no    yes              1s",
+	} {
 		if !strings.Contains(out, text) {
 			t.Errorf("no %q in\n%s", text, out)
 		}

@@ -135,6 +135,9 @@ func printReport(out io.Writer, r *report.Report, now time.Time) error {
 	} else {
 		row("link", "DOWN for %s: %s", age(r.Since, now), r.Reason)
 	}
+	if r.Sharing != nil {
+		row("shared", "%s", sharing(r.Sharing))
+	}
 	store := ""
 	if r.StoreRebuilt {
 		store += ", begun anew at the start"
@@ -159,6 +162,16 @@ func printReport(out io.Writer, r *report.Report, now time.Time) error {
 	for _, c := range r.Conditions {
 		fmt.Fprintf(t, "%s\t%s\t%s\t%s\n", c.Type, c.Status, c.Reason, c.Message)
 	}
+	if r.Sharing != nil && len(r.Sharing.Peers) > 0 {
+		fmt.Fprintln(t, "\nPEER\tADDRESS\tROLE\tLINK\tHEARS THE CLOUD\tSEEN")
+		for _, p := range r.Sharing.Peers {
+			role := report.RoleMember
+			if p.Leader {
+				role = report.RoleLeader
+			}
+			fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\n", p.Node, p.Address, role, yes(p.Link), yes(p.Live), age(p.Seen, now))
+		}
+	}
 	fmt.Fprintln(t, "\nSCOPE\tOBJECTS\tWATCHERS\tAGE\tON DISK")
 	slices.SortFunc(r.Scopes, func(a, b report.Scope) int { return strings.Compare(a.Scope, b.Scope) })
 	for _, s := range r.Scopes {
@@ -174,6 +187,35 @@ func printReport(out io.Writer, r *report.Report, now time.Time) error {
 		fmt.Fprintf(t, "%s\t%d\t%d\t%s\t%s\n", s.Scope, s.Objects, s.Watchers, age(s.Contact, now), disk)
 	}
 	return t.Flush()
+}
+
+// sharing tells in a line how the hub comes by what its pool shares.
+func sharing(s *report.Sharing) string {
+	from := "the cloud"
+	if s.Upstream != report.Cloud {
+		from = "node " + s.Upstream
+	}
+	live := "which hears the cloud"
+	switch {
+	case s.Upstream == report.Cloud && s.Live:
+		live = "which answers"
+	case s.Upstream == report.Cloud:
+		live = "which does NOT ANSWER"
+	case !s.Live:
+		live = "which does NOT HEAR THE CLOUD"
+	}
+	at := "peers do not reach this hub"
+	if s.Address != "" {
+		at = "peers reach this hub at " + s.Address
+	}
+	return fmt.Sprintf("%s; services and the like come from %s, %s; %s", s.Role, from, live, at)
+}
+
+func yes(b bool) string {
+	if b {
+		return "yes"
+	}
+	return "no"
 }
 
 func life(c report.Certificate, now time.Time) string {

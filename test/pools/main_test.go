@@ -472,7 +472,8 @@ func (s *site) watch(t *testing.T, i int) {
 		return nil
 	})
 	options.ResourceVersion = version
-	ctx, cancel := context.WithCancel(t.Context())
+	// It must outlive the test's own context, whose end it would show.
+	ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context()))
 	stream, err := client.DiscoveryV1().EndpointSlices("pools").Watch(ctx, options)
 	if err != nil {
 		t.Fatal(err)
@@ -545,5 +546,19 @@ func (s *site) seen(t *testing.T, which ...int) {
 			}
 			return nil
 		})
+	}
+}
+
+func cut(t *testing.T, h *hub, how bed.Mode) {
+	t.Helper()
+	if err := h.link.Cut(how); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func heal(t *testing.T, h *hub) {
+	t.Helper()
+	if err := h.link.Heal(); err != nil {
+		t.Fatal(err)
 	}
 }

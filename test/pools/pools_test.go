@@ -1,8 +1,12 @@
 package pools
 
 import (
+	"crypto/rand"
 	"errors"
 	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
 	"testing"
 	"time"
 
@@ -11,6 +15,7 @@ import (
 	discoveryv1 "k8s.io/api/discovery/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/apimachinery/pkg/util/uuid"
 
 	"github.com/yurt-edge/yurt/test/bed"
 )
@@ -159,42 +164,49 @@ func (h *hub) age(t *testing.T) time.Duration {
 }
 
 // TestUplink counts what crosses the links of a pool of four, in the first sync
-// and for a hundred changes, beside what crosses that of a hub alone.
+// and for a hundred changes, beside what crosses that of a hub alone. The hubs
+// have their certificates already, and nothing else.
 func TestUplink(t *testing.T) {
 	const objects, changes = 1000, 100
 	fill(t, objects)
 	measure := func(name string, nodes int) int64 {
 		s := newSite(t, name, nodes)
 		s.elect(t, 1)
-		for i := range nodes {
-			s.start(t, i)
-			if i == 0 {
-				s.hubs[0].follows(t, "cloud", true)
+		for _, h := range s.hubs {
+			s.start(t, slices.Index(s.hubs, h)).Stop()
+			if err := os.RemoveAll(filepath.Join(h.Dir, "store")); err != nil {
+				t.Fatal(err)
 			}
 		}
 		for range s.names() {
 			s.write(t)
 		}
-		for i := range nodes {
+		var bytes int64
+		count := func(sign int64) {
+			for _, h := range s.hubs {
+				up, down := h.link.Bytes()
+				t.Logf("%s: %d bytes up, %d down", h.Node, up, down)
+				bytes += sign * (up + down)
+			}
+		}
+		count(-1)
+		var all []int
+		for i, h := range s.hubs {
+			all = append(all, i)
+			if err := h.Start(t.Context()); err != nil {
+				t.Fatal(err)
+			}
 			s.watch(t, i)
 		}
 		for range changes {
 			s.write(t)
 		}
-		all := make([]int, nodes)
-		var bytes int64
-		for i := range all {
-			all[i] = i
-		}
 		s.seen(t, all...)
-		for i, h := range s.hubs {
-			if i > 0 {
-				h.follows(t, s.node(0), true)
-			}
-			up, down := h.link.Bytes()
-			t.Logf("%s: %d bytes up, %d down", h.Node, up, down)
-			bytes += up + down
+		s.hubs[0].follows(t, "cloud", true)
+		for _, h := range s.hubs[1:] {
+			h.follows(t, s.node(0), true)
 		}
+		count(1)
 		return bytes
 	}
 	one := measure("lone", 1)
@@ -205,7 +217,7 @@ func TestUplink(t *testing.T) {
 	}
 }
 
-// fill makes Services and EndpointSlices in the cloud.
+// fill makes Services and EndpointSlices of 50 endpoints in the cloud.
 func fill(t *testing.T, n int) {
 	t.Helper()
 	todo, ctx := errgroup.WithContext(t.Context())
@@ -227,12 +239,14 @@ func fill(t *testing.T, n int) {
 				AddressType: discoveryv1.AddressTypeIPv4,
 				Ports:       []discoveryv1.EndpointPort{{Name: new("http"), Port: new(int32(8080))}},
 			}
-			for e := range 20 {
+			for e := range 50 {
 				slice.Endpoints = append(slice.Endpoints, discoveryv1.Endpoint{
 					Addresses:  []string{fmt.Sprintf("10.%d.%d.%d", i/250, i%250, e)},
-					Conditions: discoveryv1.EndpointConditions{Ready: new(true)},
-					NodeName:   new(fmt.Sprintf("node-%d", (i*e)%97)),
-					TargetRef:  &corev1.ObjectReference{Kind: "Pod", Namespace: "pools", Name: fmt.Sprintf("%s-%08x", name, i*e*7919)},
+					Conditions: discoveryv1.EndpointConditions{Ready: new(true), Serving: new(true)},
+					NodeName:   new(fmt.Sprintf("node-%03d", (7*i+e)%500)),
+					TargetRef: &corev1.ObjectReference{
+						Kind: "Pod", Namespace: "pools", Name: name + "-" + rand.Text()[:5], UID: uuid.NewUUID(),
+					},
 				})
 			}
 			_, err = shared.admin.DiscoveryV1().EndpointSlices("pools").Create(ctx, slice, metav1.CreateOptions{})
@@ -240,20 +254,6 @@ func fill(t *testing.T, n int) {
 		})
 	}
 	if err := todo.Wait(); err != nil {
-		t.Fatal(err)
-	}
-}
-
-func cut(t *testing.T, h *hub, how bed.Mode) {
-	t.Helper()
-	if err := h.link.Cut(how); err != nil {
-		t.Fatal(err)
-	}
-}
-
-func heal(t *testing.T, h *hub) {
-	t.Helper()
-	if err := h.link.Heal(); err != nil {
 		t.Fatal(err)
 	}
 }
