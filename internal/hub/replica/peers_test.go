@@ -26,7 +26,7 @@ import (
 // its history, and hubs die. Whatever a hub shows at a version is what the
 // cloud had at that version.
 func TestPeersShareOneTruth(t *testing.T) {
-	for seed := range uint64(40) {
+	for seed := range uint64(25) {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) { newPeers(t, seed).run() })
 		})
@@ -142,7 +142,11 @@ func (p peerOf) RoundTrip(r *http.Request) (*http.Response, error) {
 	ctx, cancel := context.WithCancel(r.Context())
 	c := &call{cancel}
 	h.mu.Lock()
-	deaf, lies, replica := h.deaf, h.lies, h.Replica
+	deaf, lies := h.deaf, h.lies
+	var replica *Replica
+	if !deaf { // else it may be about to start anew
+		replica = h.Replica
+	}
 	h.calls[c] = struct{}{}
 	h.mu.Unlock()
 	end := func() {
