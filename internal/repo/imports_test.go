@@ -87,6 +87,8 @@ func importViolations(pkgs []*pkg) []string {
 				deny(to, "a shared package imports no part")
 			case under(from, "internal") && partOf(from) != partOf(to):
 				deny(to, "parts meet in api and on the wire only")
+			case from == "test/bench" && to == "internal/hub":
+				// Its workers are many hubs in one process, by their front door.
 			case under(from, "playground"), under(from, "test"), under(from, "api"):
 				deny(to, "it sees parts from outside, as a user does")
 			}
@@ -133,6 +135,8 @@ func TestImportRulesBite(t *testing.T) {
 		{"playground to part", "playground", "internal/hub", "from outside"},
 		{"playground to shared", "playground", "internal/kube", ""},
 		{"tests to part", "test/e2e", "internal/hub/store", "from outside"},
+		{"bench to the hub's front door", "test/bench", "internal/hub", ""},
+		{"bench to the hub's inside", "test/bench", "internal/hub/store", "from outside"},
 		{"up inside the hub", "internal/hub/store", "internal/hub/replica", "point down"},
 		{"helper outside tests", "internal/hub/replica", "internal/hub/store/storetest", "belongs to tests"},
 		{"api to shared", "api/apps/v1", "internal/kube", "types only"},

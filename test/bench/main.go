@@ -4,6 +4,7 @@ import (
 	"context"
 	"flag"
 	"fmt"
+	"io"
 	"log"
 	"os"
 	"os/signal"
@@ -23,7 +24,13 @@ import (
 
 func main() {
 	log.SetFlags(0)
-	var opts options
+	if worker, err := beWorker(); worker {
+		if err != nil {
+			log.Fatal("worker: ", err)
+		}
+		return
+	}
+	opts := options{scale: defaultScale}
 	flag.BoolVar(&opts.short, "short", false, "fewer and shorter rounds: under 3 minutes instead of 15")
 	flag.BoolVar(&opts.http1, "http1", false, "ask over HTTP/1.1 instead of HTTP/2, which client-go uses")
 	flag.DurationVar(&opts.cut, "cut", 10*time.Second, "how long the link is cut before a reconnect is timed")
@@ -31,9 +38,11 @@ func main() {
 	flag.StringVar(&opts.json, "json", "", "file to write the figures to, as JSON")
 	flag.StringVar(&opts.merge, "merge", "", "JSON file of more figures to show, such as the demo's")
 	flag.StringVar(&opts.profiles, "profiles", "", "directory for the hub's CPU and heap profiles")
+	flag.BoolVar(&opts.scaled, "scale", false, "measure pools of many hubs instead of one hub")
+	opts.scale.flags(flag.CommandLine)
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	err := run(ctx, opts)
+	err := run(ctx, opts, os.Stdout, os.Stderr)
 	stop()
 	if err != nil {
 		log.Fatal("bench: ", err)
@@ -44,6 +53,8 @@ type options struct {
 	short, http1                bool
 	cut                         time.Duration
 	only, json, merge, profiles string
+	scaled                      bool
+	scale                       scale
 }
 
 // sections are measured in this order: those that want few objects in the
@@ -80,9 +91,13 @@ type bench struct {
 	admin  *kubernetes.Clientset
 	token  string // of a ServiceAccount that may do anything
 	node   int    // of hubs so far
+
+	manager *manager // of the pools, if scaled
+	fleets  int      // so far
 }
 
-func run(ctx context.Context, opts options) error {
+// run writes the table to out and tells on log how far it is.
+func run(ctx context.Context, opts options, out, log io.Writer) error {
 	only, err := regexp.Compile(opts.only)
 	if err != nil {
 		return fmt.Errorf("-only: %w", err)
@@ -93,18 +108,32 @@ func run(ctx context.Context, opts options) error {
 		return err
 	}
 	defer os.RemoveAll(dir) //nolint:errcheck // it is temporary
-	b := &bench{options: opts, dir: dir, report: report{log: os.Stderr}}
-	if b.binary, err = bed.Build(ctx); err != nil {
-		return err
+	b := &bench{options: opts, dir: dir, report: report{log: log, columns: [2]string{"direct", "hub"}}}
+	cloud := playground.ControlPlaneConfig{
+		Dir: filepath.Join(dir, "cloud"), Progress: playground.NewProgress(log), SANs: network.LoopAddresses(),
 	}
-	b.cloud, err = playground.StartControlPlane(ctx, playground.ControlPlaneConfig{
-		Dir: filepath.Join(dir, "cloud"), ControllerManager: true, Progress: playground.NewProgress(os.Stderr),
-		SANs: network.LoopAddresses(),
-	})
+	if opts.scaled {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeoutCause(ctx, scaleBudget, fmt.Errorf("not done after %s", scaleBudget))
+		defer cancel()
+		// No kubelet renews a lease here, and nobody shall wonder.
+		b.columns = [2]string{"sharing off", "sharing on"}
+	} else {
+		cloud.ControllerManager = true
+		if b.binary, err = bed.Build(ctx); err != nil {
+			return err
+		}
+	}
+	b.cloud, err = playground.StartControlPlane(ctx, cloud)
 	if err != nil {
 		return err
 	}
 	defer b.cloud.Stop()
+	defer func() {
+		if b.manager != nil {
+			b.manager.stop()
+		}
+	}()
 	if err := b.prepare(ctx); err != nil {
 		return err
 	}
@@ -114,7 +143,7 @@ func run(ctx context.Context, opts options) error {
 			return err
 		}
 	}
-	if err := b.print(os.Stdout); err != nil {
+	if err := b.print(out); err != nil {
 		return err
 	}
 	if opts.json != "" {
@@ -129,7 +158,11 @@ func run(ctx context.Context, opts options) error {
 // being measured.
 func (b *bench) measure(ctx context.Context, only *regexp.Regexp) error {
 	var failed []string
-	for _, s := range sections() {
+	all := sections()
+	if b.scaled {
+		all = scaleSections()
+	}
+	for _, s := range all {
 		if !only.MatchString(s.name) {
 			continue
 		}

@@ -10,7 +10,8 @@ import (
 	"text/tabwriter"
 )
 
-// Row is one figure of the report. A nil figure does not apply.
+// Row is one figure of the report. A nil figure does not apply. Direct is
+// without what is measured, the hub or the sharing in a pool, and Hub with it.
 type Row struct {
 	Section string   `json:"section"`
 	What    string   `json:"what"`
@@ -59,6 +60,7 @@ func (b bar) judge(r *Row) {
 type report struct {
 	rows    []Row
 	section string
+	columns [2]string // of Direct and Hub
 	log     io.Writer
 }
 
@@ -66,8 +68,13 @@ func (r *report) add(row Row, b bar) {
 	row.Section = r.section
 	b.judge(&row)
 	r.rows = append(r.rows, row)
-	fmt.Fprintf(r.log, "%s: %s: direct %s hub %s ratio %s %s %s\n", row.Section, row.What,
-		number(row.Direct), number(row.Hub), number(row.Ratio), row.Unit, row.Note)
+	line := []any{row.Section + ": " + row.What + ":"}
+	for i, f := range []*float64{row.Direct, row.Hub, row.Ratio} {
+		if f != nil {
+			line = append(line, []string{r.columns[0], r.columns[1], "ratio"}[i], number(f))
+		}
+	}
+	fmt.Fprintln(r.log, append(line, row.Unit, row.Note)...)
 }
 
 // pair adds a figure that both ways have.
@@ -112,7 +119,7 @@ func (r *report) writeJSON(file string) error {
 // print writes the table in Markdown, which is also readable as it stands.
 func (r *report) print(w io.Writer) error {
 	t := tabwriter.NewWriter(w, 0, 0, 1, ' ', 0)
-	fmt.Fprintln(t, "| what\t| unit\t| direct\t| hub\t| ratio\t| bar\t|\t| note\t|")
+	fmt.Fprintf(t, "| what\t| unit\t| %s\t| %s\t| ratio\t| bar\t|\t| note\t|\n", r.columns[0], r.columns[1])
 	fmt.Fprintln(t, "|---\t|---\t|---\t|---\t|---\t|---\t|---\t|---\t|")
 	for _, row := range r.rows {
 		verdict := ""

@@ -1,0 +1,205 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strconv"
+	"sync"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/spf13/pflag"
+	"golang.org/x/sync/errgroup"
+	"k8s.io/client-go/rest"
+
+	yurthub "github.com/yurt-edge/yurt/internal/hub"
+	hubreport "github.com/yurt-edge/yurt/internal/report"
+)
+
+// A worker is this program once more, with many hubs in it: a process may have
+// only so many open files. It is told its hubs on standard input, ends with
+// that, and tells on standard output, a line each:
+//
+//	ready <hub>                  the hub has all, and a local watcher
+//	seen <hub> <update> <time>   the watcher got an update
+//	lost <hub> <reason>          the watcher's stream ended; there is another
+const workerEnv = "YURT_BENCH_WORKER"
+
+// What a hub may take to be ready, on a machine that starts many.
+const (
+	readyBudget = 3 * time.Minute
+	readyPoll   = 100 * time.Millisecond
+	readyAtOnce = 6 // hubs of one worker that start at the same time
+)
+
+// order is what a worker is told.
+type order struct {
+	Slices int // that each hub must hold before it is ready
+	Hubs   []member
+}
+
+// member is a hub of a fleet.
+type member struct {
+	Index          int
+	Node, Pool, IP string
+	Server, Dir    string
+	Cert, Key      []byte // PEM; of the node's own user
+}
+
+// beWorker works if the process was started as a worker, and reports whether
+// it was.
+func beWorker() (worker bool, err error) {
+	if os.Getenv(workerEnv) == "" {
+		return false, nil
+	}
+	return true, work(os.Stdin, os.Stdout)
+}
+
+type worker struct {
+	order
+	log *slog.Logger
+
+	mu  sync.Mutex // guards out
+	out io.Writer
+}
+
+func (w *worker) tell(format string, args ...any) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	fmt.Fprintf(w.out, format+"\n", args...)
+}
+
+func work(in io.Reader, out io.Writer) error {
+	w := &worker{out: out, log: slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelWarn}))}
+	orders := json.NewDecoder(in)
+	if err := orders.Decode(&w.order); err != nil {
+		return fmt.Errorf("read order: %w", err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	go func() { // ends with the input
+		_, _ = io.Copy(io.Discard, in)
+		cancel()
+	}()
+	all, ctx := errgroup.WithContext(ctx)
+	slots := make(chan struct{}, readyAtOnce)
+	for i := range w.Hubs {
+		all.Go(func() error {
+			select {
+			case slots <- struct{}{}:
+			case <-ctx.Done():
+				return nil
+			}
+			return w.runHub(ctx, &w.Hubs[i], func() { <-slots })
+		})
+	}
+	return all.Wait()
+}
+
+// runHub runs a hub and its watcher until ctx ends. It calls started once.
+func (w *worker) runHub(ctx context.Context, m *member, started func()) error {
+	var flags yurthub.Flags
+	fs := pflag.NewFlagSet("hub", pflag.ContinueOnError)
+	flags.Add(fs)
+	err := fs.Parse([]string{
+		"--node-name", m.Node, "--nodepool-name", m.Pool, "--node-ip", m.IP, "--bind-address", m.IP,
+		"--server-addr", m.Server, "--root-dir", m.Dir, "--run-dir", m.Dir, "--store-key-source", "file", "--enable-dummy-if=false",
+	})
+	if err != nil {
+		return fmt.Errorf("hub of %s: %w", m.Node, err)
+	}
+	cfg, err := flags.Config()
+	if err != nil {
+		return fmt.Errorf("hub of %s: %w", m.Node, err)
+	}
+	registry := prometheus.NewRegistry()
+	cfg.Log, cfg.Registerer, cfg.Gatherer = w.log.With("node", m.Node), registry, registry
+	g, running := errgroup.WithContext(ctx)
+	g.Go(func() error { return yurthub.Run(running, cfg) })
+	g.Go(func() error {
+		err := w.await(running, m)
+		started()
+		if err != nil {
+			return err
+		}
+		return w.follow(running, m, net.JoinHostPort(m.IP, strconv.Itoa(cfg.ProxyPort)))
+	})
+	if err := g.Wait(); err != nil && ctx.Err() == nil {
+		return fmt.Errorf("hub of %s: %w", m.Node, err)
+	}
+	return nil
+}
+
+// await returns once the hub holds all EndpointSlices, by its own word. To ask
+// for them would make it fetch them.
+func (w *worker) await(ctx context.Context, m *member) error {
+	client := http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{
+		DisableKeepAlives: true,
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, "unix", filepath.Join(m.Dir, hubreport.SocketName))
+		},
+	}}
+	return until(ctx, readyBudget, readyPoll, func() (bool, error) {
+		req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://hub"+hubreport.StatusPath, nil)
+		if err != nil {
+			return false, err
+		}
+		resp, err := client.Do(req)
+		if err != nil {
+			return false, nil // it does not listen yet
+		}
+		defer resp.Body.Close()
+		var state hubreport.Report
+		if err := json.NewDecoder(resp.Body).Decode(&state); err != nil {
+			return false, fmt.Errorf("read the hub's report: %w", err)
+		}
+		for _, s := range state.Scopes {
+			if s.Scope == "discovery.k8s.io/v1/endpointslices" {
+				return s.Synced && s.Objects >= w.Slices, nil
+			}
+		}
+		return false, nil
+	})
+}
+
+// follow watches EndpointSlices through the hub, as a kube-proxy does.
+func (w *worker) follow(ctx context.Context, m *member, address string) error {
+	bundle, err := os.ReadFile(filepath.Join(m.Dir, "pki", "ca-bundle.crt"))
+	if err != nil {
+		return fmt.Errorf("read the hub's CA bundle: %w", err)
+	}
+	user, err := newTarget(&rest.Config{
+		Host: "https://" + address, TLSClientConfig: rest.TLSClientConfig{CAData: bundle, CertData: m.Cert, KeyData: m.Key},
+	}, false)
+	if err != nil {
+		return err
+	}
+	seen := func(update int) { w.tell("seen %d %d %d", m.Index, update, time.Now().UnixNano()) }
+	for first := true; ; first = false {
+		stream, err := user.watch(ctx, "/apis/discovery.k8s.io/v1/endpointslices", "0", seen)
+		if err != nil && first && ctx.Err() == nil {
+			return fmt.Errorf("watch through the hub: %w", err)
+		}
+		if first {
+			w.tell("ready %d", m.Index)
+		}
+		if err == nil {
+			<-stream.done
+			err = stream.end
+		}
+		if ctx.Err() != nil {
+			return nil //nolint:nilerr // it was told to end
+		}
+		w.tell("lost %d %v", m.Index, err)
+		if err := pause(ctx, time.Second); err != nil {
+			return nil //nolint:nilerr // it was told to end
+		}
+	}
+}
