@@ -31,6 +31,7 @@ type Flags struct {
 	healthPort, proxyPort, insecurePort   int
 	poolPort                              int
 	decisionAge                           time.Duration
+	gentle                                GentleConfig
 	keys                                  keyFlags
 }
 
@@ -59,6 +60,9 @@ func (f *Flags) Add(fs *pflag.FlagSet) {
 	fs.StringSliceVar(&f.pinned, "pool-scope-resources", []string{"v1/services", "discovery.k8s.io/v1/endpointslices"},
 		"resources that are always replicated, as [group/]version/resource")
 	fs.DurationVar(&f.decisionAge, "max-decision-age", 90*24*time.Hour, "how old a remembered authorisation may be while the cloud is away")
+	fs.DurationVar(&f.gentle.After, "gentle-after", time.Minute, "after an absence this long, pods that the cloud ended meanwhile end one after the other; 0: all at once")
+	fs.Float64Var(&f.gentle.Rate, "gentle-rate", 30, "how many such pods of a node pool end in a minute; its nodes share them")
+	fs.DurationVar(&f.gentle.Most, "gentle-most", 10*time.Minute, "how long any of them goes on at most")
 	f.keys.add(fs)
 	fs.StringVar(&f.runDir, "run-dir", report.DefaultRunDir, "directory of the socket on which yurtadm status asks; empty for none")
 	fs.BoolVar(&f.conditions, "node-conditions", true, "keep conditions of the hub on this Node; false takes them away")
@@ -72,12 +76,15 @@ func (f *Flags) Config() (Config, error) {
 		LinkMode: link.Mode(f.lbMode), Mode: cert.Mode(f.mode), Bootstrap: f.bootstrap, CAHashes: f.caHashes,
 		BindAddress: f.bind, HealthPort: f.healthPort, ProxyPort: f.proxyPort, DummyName: f.dummyName,
 		DecisionAge: f.decisionAge, Profiling: f.profiling,
-		RunDir: f.runDir, Conditions: f.conditions,
+		RunDir: f.runDir, Conditions: f.conditions, Gentle: f.gentle,
 	}
 	if cfg.NodeName == "" {
 		return cfg, errors.New("--node-name is empty: give the name of this node")
 	}
 	if err := f.listeners(&cfg); err != nil {
+		return cfg, err
+	}
+	if err := f.gentle.check(); err != nil {
 		return cfg, err
 	}
 	if len(f.servers) == 0 && f.bootstrap == "" {

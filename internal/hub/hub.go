@@ -18,6 +18,7 @@ import (
 	"path/filepath"
 	"runtime/debug"
 	"strconv"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -29,6 +30,7 @@ import (
 	"github.com/yurt-edge/yurt/internal/hub/clock"
 	"github.com/yurt-edge/yurt/internal/hub/condition"
 	"github.com/yurt-edge/yurt/internal/hub/endpoint"
+	"github.com/yurt-edge/yurt/internal/hub/gentle"
 	"github.com/yurt-edge/yurt/internal/hub/identity"
 	"github.com/yurt-edge/yurt/internal/hub/journal"
 	"github.com/yurt-edge/yurt/internal/hub/keyring"
@@ -112,6 +114,7 @@ type Config struct {
 	RunDir string
 	// Conditions are kept on the Node; if not, those that are there go.
 	Conditions bool
+	Gentle     GentleConfig
 
 	// Time reads the machine's clocks; nil but in tests.
 	Time clock.Source
@@ -147,6 +150,9 @@ type Hub struct {
 
 	pool   *pool.Pool
 	shares shares
+
+	gate     *gentle.Gate
+	poolSize atomic.Int64 // nodes of the pool
 
 	about      self
 	conditions *condition.Writer
@@ -191,6 +197,7 @@ func Run(ctx context.Context, cfg Config) error {
 		h.reask, h.awaitDisk, h.beat,
 		h.certified(h.replica.Run), h.certified(h.journal.Run), h.certified(h.authn.Run), h.certified(h.follow),
 		h.certified(h.prefetch), h.certified(h.conditions.Run), h.certified(h.pool.Run), h.certified(h.keepPool), h.certified(h.vouch.Run),
+		h.gate.Run,
 		daemon.Watchdog(h.log, h.alive),
 	}
 	for _, s := range servers {
@@ -309,8 +316,9 @@ func (h *Hub) build() error {
 	h.trackEndpoints()
 	h.vouch = h.newVouch()
 	h.pool = h.newPool()
+	h.gate = h.newGate()
 	h.replica, err = replica.New(replica.Config{
-		Store: h.store, Upstream: h.link, Router: h.choose, Online: h.link.Online, Overlay: h.overlay,
+		Store: h.store, Upstream: h.link, Router: h.choose, Online: h.link.Online, Overlay: h.overlay, Hold: h.gentleHold(),
 		Clock: h.clock, Log: h.log, Registerer: cfg.Registerer,
 	})
 	if err != nil {
@@ -320,7 +328,7 @@ func (h *Hub) build() error {
 	// What this node needs to run its pods is fetched without being asked,
 	// so that a hub that lost its store has it again before anybody asks.
 	h.pinned = []replica.Scope{
-		{Resource: podsResource, Fields: "spec.nodeName=" + cfg.NodeName},
+		h.ownPods(),
 		{Resource: nodesResource, Fields: "metadata.name=" + cfg.NodeName},
 		// The kubelet starts no container before it has seen the first.
 		{Resource: schema.GroupVersionResource{Version: "v1", Resource: "services"}, Fields: "spec.clusterIP!=None"},

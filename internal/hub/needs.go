@@ -36,7 +36,7 @@ const (
 // fetched twice; what no pod needs any more is let go as everything else that
 // nobody uses.
 func (h *Hub) keepNeeds(ctx context.Context) error {
-	pods := replica.Scope{Resource: podsResource, Fields: "spec.nodeName=" + h.cfg.NodeName}
+	pods := h.ownPods()
 	held := map[replica.Scope]bool{}
 	for {
 		var changed <-chan struct{}

@@ -86,6 +86,7 @@ func (h *Hub) keepPool(ctx context.Context) error {
 		joining := name != "" && held && !member.Has(h.cfg.NodeName)
 		h.pool.Set(member, h.address(node), !joining)
 		h.sharePool() //nolint:contextcheck // a scope outlives whoever asked for it
+		h.countPool(name)
 		var again <-chan time.Time
 		if changes[0] == nil || changes[1] == nil && name != "" {
 			again = time.After(poolEvery)

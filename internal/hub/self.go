@@ -236,6 +236,7 @@ func (h *Hub) report() report.Report {
 		s.Contact = h.asMachine(s.Contact)
 		out.Scopes = append(out.Scopes, report.Scope(s))
 	}
+	out.Endings = h.endings()
 	return out
 }
 

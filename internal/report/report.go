@@ -55,6 +55,10 @@ type Report struct {
 	Certificates []Certificate `json:"certificates"`
 	Conditions   []Condition   `json:"conditions"`
 	Scopes       []Scope       `json:"scopes"`
+
+	// Endings are pods that end one after the other, the next first: the cloud
+	// ended them while this node was away.
+	Endings []Ending `json:"endings,omitempty"`
 }
 
 // Sharing is how a hub comes by what its pool shares.
@@ -85,6 +89,15 @@ type Peer struct {
 	Link    bool      `json:"link"`          // its link is up, by its own last word
 	Live    bool      `json:"live"`          // it hears the cloud, by itself or through others
 	Seen    time.Time `json:"seen,omitzero"` // when it last called or answered
+}
+
+// Ending is a pod that the cloud ended and that goes on until its turn.
+type Ending struct {
+	Pod       string    `json:"pod"` // namespace/name
+	Why       string    `json:"why"`
+	Since     time.Time `json:"since"`     // when the hub heard of it
+	Due       time.Time `json:"due"`       // about when it stops
+	Announced bool      `json:"announced"` // the pod has an event that says so
 }
 
 // Cut is one time without the cloud.

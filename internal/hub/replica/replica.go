@@ -78,6 +78,8 @@ type Config struct {
 	// Overlay tells what local readers see in place of the cloud's objects.
 	// It may be nil.
 	Overlay OverlayFunc
+	// Hold delays the changes of an absence.
+	Hold Hold
 }
 
 // Replica is a set of scopes. Use New, then Run.
@@ -336,6 +338,9 @@ var ErrFull = errors.New("the replica holds as many scopes as it may")
 func (r *Replica) newSet(scope Scope) *set {
 	s := newSet(r.cfg.Store, scope, r.cfg.Overlay, r.cfg.Clock)
 	s.window.total = &r.windows
+	if r.cfg.Hold.After > 0 && scope == r.cfg.Hold.Scope {
+		s.hold = &r.cfg.Hold
+	}
 	return s
 }
 

@@ -672,7 +672,7 @@ func (sl *Slice) startOf(ctx context.Context, info request.Info) (watchStart, er
 	}
 	start := watchStart{seq: seq, after: version, calls: s.recalls, skips: s.window.skips, ahead: version > s.version}
 	if !start.ahead && !sl.base {
-		start.shown = s.overlaidLocked()
+		start.shown = s.unheldLocked(s.overlaidLocked(), seq)
 	}
 	return start, nil
 }
@@ -834,7 +834,7 @@ func (w *watcher) follow(ctx context.Context, start watchStart, end <-chan time.
 		s.mu.Unlock()
 	}()
 	for {
-		events, shown, version, changed, ok := w.next(seq, start)
+		events, shown, version, changed, held, ok := w.next(seq, start)
 		if !ok {
 			// Too far behind, or wanted with a new credential: the client
 			// comes back.
@@ -849,7 +849,7 @@ func (w *watcher) follow(ctx context.Context, start watchStart, end <-chan time.
 			return err
 		}
 		told = max(told, last)
-		if w.bookmarks && s.insideGap(told) {
+		if w.bookmarks && held == nil && s.insideGap(told) {
 			// It has all that the relist found. Without this it would come
 			// back with a version from the midst of it and have to list.
 			if err := w.bookmark(version, false); err != nil {
@@ -860,9 +860,14 @@ func (w *watcher) follow(ctx context.Context, start watchStart, end <-chan time.
 		if err := w.out.flush(); err != nil {
 			return err
 		}
-		ticks := bookmarks.C
+		ticks, end := bookmarks.C, end
 		if !w.bookmarks {
 			ticks = nil
+		}
+		if held != nil {
+			// Who came back from the midst of a relist would have to list, and
+			// would see all at once that is held.
+			end = nil
 		}
 		select {
 		case <-ctx.Done():
@@ -870,6 +875,7 @@ func (w *watcher) follow(ctx context.Context, start watchStart, end <-chan time.
 		case <-end:
 			return nil
 		case <-changed:
+		case <-held:
 		case <-ticks:
 			if version, ok := s.reached(seq); ok && !w.ahead {
 				if err := w.bookmark(version, false); err != nil {
@@ -882,14 +888,22 @@ func (w *watcher) follow(ctx context.Context, start watchStart, end <-chan time.
 }
 
 // next returns the events from seq on, the overlays for a client that is no
-// longer ahead then, the version that this leads to, and a channel that is
-// closed when there are more. It reports false when the watcher cannot go on.
-func (w *watcher) next(seq uint64, start watchStart) (events, shown []*event, version uint64, changed <-chan struct{}, ok bool) {
+// longer ahead then, the version that this leads to, and channels that are
+// closed when there are more, or when the next may be seen. It reports false
+// when the watcher cannot go on.
+func (w *watcher) next(seq uint64, start watchStart) (
+	events, shown []*event, version uint64, changed, held <-chan struct{}, ok bool,
+) {
 	s := w.slice.stream.set
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	events, ok = s.window.from(seq)
-	s.window.taken[w] = s.window.next
+	version = s.version
+	events, held = untilHeld(events)
+	if held != nil {
+		version = 0 // it is not there yet
+	}
+	s.window.taken[w] = seq + uint64(len(events))
 	ok = ok && s.synced && s.recalls == start.calls && s.window.tells(start.after, start.seq)
 	if w.slice.base && s.window.skips != start.skips {
 		// The peer's own readers must not see what the set was in the midst
@@ -898,10 +912,10 @@ func (w *watcher) next(seq uint64, start watchStart) (events, shown []*event, ve
 	}
 	events = slices.Clone(events)
 	s.window.trim()
-	if w.ahead && s.version >= start.after && !w.slice.base {
+	if w.ahead && held == nil && version >= start.after && !w.slice.base {
 		shown = s.overlaidLocked()
 	}
-	return events, shown, s.version, s.changed, ok
+	return events, shown, version, s.changed, held, ok
 }
 
 // reached returns the set's version if there is no event from seq on.

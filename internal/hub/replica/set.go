@@ -112,6 +112,10 @@ type set struct {
 	// build does not know: JSON is then the cloud's to give.
 	opaque bool
 
+	hold     *Hold     // nil: nothing is held
+	left     time.Time // when the last watch of the upstream ended
+	absentTo uint64    // up to here the cloud changed while it was away
+
 	onLost  func()      // called, not under mu, when an object is lost
 	overlay OverlayFunc // nil when there is no journal
 	lost    error       // an object that could not be read back; cleared by a relist
@@ -176,8 +180,10 @@ func (s *set) current() bool {
 
 func (s *set) unfollowed() {
 	s.mu.Lock()
-	s.followed = false
-	s.mu.Unlock()
+	defer s.mu.Unlock()
+	if s.followed {
+		s.followed, s.left = false, s.clock.Now()
+	}
 }
 
 // read appends the bytes of an entry to dst.
@@ -254,7 +260,7 @@ func (s *set) clearLocked() {
 	// Open views share the nodes of the old tree.
 	s.index = btree.Map[string, *entry]{}
 	clear(s.bases)
-	s.synced, s.lost, s.opaque, s.version = false, nil, false, 0
+	s.synced, s.lost, s.opaque, s.version, s.absentTo = false, nil, false, 0, 0
 	s.window.reset()
 	s.broadcast()
 }
@@ -570,6 +576,7 @@ func (s *set) publishLocked(e *event) {
 	if !s.synced {
 		return
 	}
+	s.holdLocked(e)
 	s.window.add(e, s.version)
 	s.broadcast()
 }

@@ -748,6 +748,9 @@ func (s *set) finish(r *relist) (objects, gone int) {
 	if len(r.seen) > 0 || s.kind.Kind == "" || s.kind.Encoding != r.kind.Encoding {
 		s.kind = r.kind
 	}
+	if !r.direct && s.absentLocked() {
+		s.returnedLocked(r.version)
+	}
 	from := s.version
 	slices.SortFunc(r.changes, func(a, b change) int { return cmp.Compare(a.meta.Version, b.meta.Version) })
 	newest := r.changes
@@ -865,6 +868,9 @@ func (st *stream) page(ctx context.Context, c Credential, query url.Values) (wir
 // watch follows the changes after the set's version.
 func (st *stream) watch(ctx context.Context, c Credential) error {
 	s := st.set
+	if err := st.returned(ctx, c); err != nil {
+		return err
+	}
 	s.mu.Lock()
 	version := s.version
 	s.mu.Unlock()

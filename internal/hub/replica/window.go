@@ -51,6 +51,8 @@ type event struct {
 	// can tell the two states apart.
 	left *event
 
+	held <-chan struct{} // closed when local watchers may see it; nil: at once
+
 	json func() ([]byte, error) // object as JSON, computed once
 }
 
