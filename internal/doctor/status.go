@@ -26,26 +26,11 @@ func NewStatus() *cobra.Command {
 		Short: "Show how this node's hub does, with the cloud or without",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			s, err := o.settings(cmd.Context())
+			r, err := o.ask(cmd)
 			if err != nil {
 				return err
 			}
-			ctx, cancel := context.WithTimeout(cmd.Context(), askBudget)
-			defer cancel()
 			out := cmd.OutOrStdout()
-			r, err := s.Ask(ctx)
-			if err != nil {
-				d := s.down(err)
-				if o.out == "json" {
-					err = writeJSON(out, d)
-				} else {
-					err = d.print(out)
-				}
-				if err != nil {
-					return err
-				}
-				return ErrUnhealthy
-			}
 			if o.out == "json" {
 				err = writeJSON(out, r)
 			} else {
@@ -60,8 +45,34 @@ func NewStatus() *cobra.Command {
 			return nil
 		},
 	}
+	cmd.AddCommand(newStatusPool())
 	o.add(cmd, false)
 	return cmd
+}
+
+// ask asks the hub how it does. Of one that does not answer it tells what can
+// be read.
+func (o *overrides) ask(cmd *cobra.Command) (*report.Report, error) {
+	s, err := o.settings(cmd.Context())
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithTimeout(cmd.Context(), askBudget)
+	defer cancel()
+	r, err := s.Ask(ctx)
+	if err == nil {
+		return r, nil
+	}
+	d := s.down(err)
+	if o.out == "json" {
+		err = writeJSON(cmd.OutOrStdout(), d)
+	} else {
+		err = d.print(cmd.OutOrStdout())
+	}
+	if err == nil {
+		err = ErrUnhealthy
+	}
+	return nil, err
 }
 
 // down is what can be read of a hub that does not answer, from its files and

@@ -316,6 +316,7 @@ func (h *Hub) build() error {
 	h.trackEndpoints()
 	h.vouch = h.newVouch()
 	h.pool = h.newPool()
+	cfg.Registerer.MustRegister(poolInfo{h})
 	h.gate = h.newGate()
 	h.replica, err = replica.New(replica.Config{
 		Store: h.store, Upstream: h.link, Router: h.choose, Online: h.link.Online, Overlay: h.overlay, Hold: h.gentleHold(),

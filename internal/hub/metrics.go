@@ -6,6 +6,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/yurt-edge/yurt/internal/hub/cert"
+	"github.com/yurt-edge/yurt/internal/report"
 )
 
 type hubMetrics struct {
@@ -65,4 +66,26 @@ func (v validity) Collect(out chan<- prometheus.Metric) {
 	if ahead, known := v.skew(); known {
 		out <- prometheus.MustNewConstMetric(skewDesc, prometheus.GaugeValue, ahead.Seconds())
 	}
+}
+
+// poolInfo tells which pool the hub is in, so that its other metrics can be
+// added up by pools.
+type poolInfo struct{ h *Hub }
+
+var poolDesc = prometheus.NewDesc("node_yurthub_pool_info",
+	"1, for the pool that the hub is in and its role there: leader or member.", []string{"pool", "role"}, nil)
+
+// Describe is of prometheus.Collector.
+func (poolInfo) Describe(out chan<- *prometheus.Desc) { out <- poolDesc }
+
+// Collect is of prometheus.Collector.
+func (p poolInfo) Collect(out chan<- prometheus.Metric) {
+	name, role := p.h.cfg.PoolName, report.RoleMember
+	if m := p.h.pool.Membership(); m.Pool != "" {
+		name = m.Pool
+	}
+	if p.h.pool.Leads() {
+		role = report.RoleLeader
+	}
+	out <- prometheus.MustNewConstMetric(poolDesc, prometheus.GaugeValue, 1, name, role)
 }

@@ -59,6 +59,8 @@ type Report struct {
 	// Endings are pods that end one after the other, the next first: the cloud
 	// ended them while this node was away.
 	Endings []Ending `json:"endings,omitempty"`
+	// Vouching is who speaks for whom without a link; nil: nobody.
+	Vouching *Vouching `json:"vouching,omitempty"`
 }
 
 // Sharing is how a hub comes by what its pool shares.
@@ -89,6 +91,12 @@ type Peer struct {
 	Link    bool      `json:"link"`          // its link is up, by its own last word
 	Live    bool      `json:"live"`          // it hears the cloud, by itself or through others
 	Seen    time.Time `json:"seen,omitzero"` // when it last called or answered
+}
+
+// Vouching is who speaks for nodes that have no link.
+type Vouching struct {
+	By  string   `json:"by,omitempty"`  // the peer that last took this node's heartbeat
+	For []string `json:"for,omitempty"` // nodes whose heartbeats this hub carries
 }
 
 // Ending is a pod that the cloud ended and that goes on until its turn.

@@ -1,0 +1,3 @@
+// Package dashboard tests the dashboard of the chart against the metrics that
+// the hub and the manager have.
+package dashboard
