@@ -52,9 +52,6 @@ func (v *poolView) print(out io.Writer, now time.Time) error {
 	if v.Pool != "" {
 		pool = "pool " + v.Pool
 	}
-	if v.Sharing != nil {
-		pool += ", " + v.Sharing.Role
-	}
 	row("node", "%s, %s", v.Node, pool)
 	link := "DOWN"
 	if v.Online {
@@ -67,30 +64,10 @@ func (v *poolView) print(out io.Writer, now time.Time) error {
 	if v.Vouching != nil && len(v.Vouching.For) > 0 {
 		row("vouches for", "%s", strings.Join(v.Vouching.For, ", "))
 	}
-	if s := v.Sharing; s != nil {
-		hears := "which hears the cloud"
-		if s.Upstream == report.Cloud {
-			hears = "which is heard"
-		}
-		if !s.Live {
-			hears = "as it was when the cloud was last heard"
-		}
-		row("shared from", "%s, %s", s.Upstream, hears)
-		if len(s.Peers) > 0 {
-			fmt.Fprintln(t, "\nPEER\tADDRESS\tROLE\tLINK\tHEARS THE CLOUD\tSEEN")
-		}
-		for _, p := range s.Peers {
-			role := report.RoleMember
-			if p.Leader {
-				role = report.RoleLeader
-			}
-			seen := "never"
-			if !p.Seen.IsZero() {
-				seen = age(p.Seen, now) + " ago"
-			}
-			fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\n", p.Node, p.Address, role, yes(p.Link, "up", "down"), yes(p.Live, "yes", "no"), seen)
-		}
+	if v.Sharing != nil {
+		row("shared", "%s", sharing(v.Sharing))
 	}
+	printPeers(t, v.Sharing, now)
 	if err := t.Flush(); err != nil {
 		return err
 	}
@@ -103,11 +80,4 @@ func (v *poolView) print(out io.Writer, now time.Time) error {
 		fmt.Fprintf(t, "%s\t%s\t%s in the cloud while the node was away\n", e.Pod, max(0, e.Due.Sub(now)).Round(time.Second), e.Why)
 	}
 	return t.Flush()
-}
-
-func yes(is bool, so, not string) string {
-	if is {
-		return so
-	}
-	return not
 }

@@ -60,8 +60,9 @@ func TestStatusPool(t *testing.T) {
 			}
 		}
 	}
-	shows(run(), "edge-2, pool hangzhou, member", "DOWN for 3 min", "vouched for by edge-1", "vouches for edge-3",
-		"shared from edge-1, which hears the cloud", "edge-1 10.1.0.1 leader up yes 0s ago", "edge-3 member down no never",
+	shows(run(), "edge-2, pool hangzhou", "DOWN for 3 min", "vouched for by edge-1", "vouches for edge-3",
+		"shared member; services and the like come from node edge-1, which hears the cloud",
+		"edge-1 10.1.0.1 leader yes yes", "edge-3 member no no never",
 		"shop/web-0", "deleted in the cloud while the node was away")
 	var v poolView
 	if err := json.Unmarshal([]byte(run("-o", "json")), &v); err != nil || v.Sharing.Upstream != "edge-1" || v.Endings[0].Why != "deleted" {

@@ -166,6 +166,9 @@ func printReport(out io.Writer, r *report.Report, now time.Time) error {
 	}
 	row("journal", "%d status, %d events wait for the cloud%s", r.StatusPending, r.EventsPending, oldest)
 	row("", "%d delivered, %d dropped since the start", r.Journal.Delivered, r.Journal.Dropped)
+	if n := len(r.Endings); n > 0 {
+		row("pods", "%d will be stopped: yurtadm status pool", n)
+	}
 	if !r.Discovery {
 		row("kubectl", "cannot work without the cloud yet")
 	}
@@ -173,16 +176,7 @@ func printReport(out io.Writer, r *report.Report, now time.Time) error {
 	for _, c := range r.Conditions {
 		fmt.Fprintf(t, "%s\t%s\t%s\t%s\n", c.Type, c.Status, c.Reason, c.Message)
 	}
-	if r.Sharing != nil && len(r.Sharing.Peers) > 0 {
-		fmt.Fprintln(t, "\nPEER\tADDRESS\tROLE\tLINK\tHEARS THE CLOUD\tSEEN")
-		for _, p := range r.Sharing.Peers {
-			role := report.RoleMember
-			if p.Leader {
-				role = report.RoleLeader
-			}
-			fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\n", p.Node, p.Address, role, yes(p.Link), yes(p.Live), age(p.Seen, now))
-		}
-	}
+	printPeers(t, r.Sharing, now)
 	fmt.Fprintln(t, "\nSCOPE\tOBJECTS\tWATCHERS\tAGE\tON DISK")
 	slices.SortFunc(r.Scopes, func(a, b report.Scope) int { return strings.Compare(a.Scope, b.Scope) })
 	for _, s := range r.Scopes {
@@ -220,6 +214,20 @@ func sharing(s *report.Sharing) string {
 		at = "peers reach this hub at " + s.Address
 	}
 	return fmt.Sprintf("%s; services and the like come from %s, %s; %s", s.Role, from, live, at)
+}
+
+func printPeers(out io.Writer, s *report.Sharing, now time.Time) {
+	if s == nil || len(s.Peers) == 0 {
+		return
+	}
+	fmt.Fprintln(out, "\nPEER\tADDRESS\tROLE\tLINK\tHEARS THE CLOUD\tSEEN")
+	for _, p := range s.Peers {
+		role := report.RoleMember
+		if p.Leader {
+			role = report.RoleLeader
+		}
+		fmt.Fprintf(out, "%s\t%s\t%s\t%s\t%s\t%s\n", p.Node, p.Address, role, yes(p.Link), yes(p.Live), age(p.Seen, now))
+	}
 }
 
 func yes(b bool) string {
