@@ -22,6 +22,7 @@ import (
 // watch then tells of comes one after the other when the cut was long, each
 // with an event before, and at once when it was short.
 func TestGentleReturn(t *testing.T) {
+	t.Parallel()
 	for name, after := range map[string]string{"long": "1s", "short": "1h"} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

@@ -796,9 +796,13 @@ func (w *watcher) bookmark(version uint64, initialEventsEnd bool) error {
 	return nil
 }
 
-// insideGap reports whether a watcher that comes back with this version would
-// be told to list again because of a relist.
-func (s *set) insideGap(version uint64) bool {
+// insideGap reports whether the client, coming back with this version, would be
+// told to list again because of a relist, which a bookmark spares it.
+func (w *watcher) insideGap(version uint64) bool {
+	if !w.bookmarks {
+		return false
+	}
+	s := w.slice.stream.set
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return !s.window.tells(version, 0)
@@ -849,7 +853,7 @@ func (w *watcher) follow(ctx context.Context, start watchStart, end <-chan time.
 			return err
 		}
 		told = max(told, last)
-		if w.bookmarks && held == nil && s.insideGap(told) {
+		if held == nil && w.insideGap(told) {
 			// It has all that the relist found. Without this it would come
 			// back with a version from the midst of it and have to list.
 			if err := w.bookmark(version, false); err != nil {

@@ -1,34 +1,16 @@
-package dashboard
+// Package grafanatest checks a dashboard against what Grafana takes and against
+// the metrics that there are.
+package grafanatest
 
 import (
-	"context"
 	"encoding/json"
-	"fmt"
-	"log/slog"
-	"maps"
 	"os"
 	"regexp"
 	"slices"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
-	"github.com/spf13/pflag"
-	"helm.sh/helm/v3/pkg/chart/loader"
-	"helm.sh/helm/v3/pkg/chartutil"
-	"helm.sh/helm/v3/pkg/engine"
-	corev1 "k8s.io/api/core/v1"
-	"sigs.k8s.io/controller-runtime/pkg/metrics"
-	"sigs.k8s.io/yaml"
-
-	"github.com/yurt-edge/yurt/internal/hub"
-	_ "github.com/yurt-edge/yurt/internal/manager" // with its metrics
-)
-
-const (
-	chartDir = "../../deploy/chart"
-	file     = "dashboards/yurt.json"
 )
 
 // dashboard is what Grafana needs of one, as of schema 41.
@@ -59,9 +41,9 @@ type panel struct {
 	}
 }
 
-func read(t *testing.T) dashboard {
+func read(t *testing.T, file string) dashboard {
 	t.Helper()
-	text, err := os.ReadFile(chartDir + "/" + file)
+	text, err := os.ReadFile(file)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -72,10 +54,11 @@ func read(t *testing.T) dashboard {
 	return d
 }
 
-// TestDashboardIsOneOfGrafana checks what Grafana takes amiss: places, numbers,
-// kinds of panels, data sources and variables.
-func TestDashboardIsOneOfGrafana(t *testing.T) {
-	d := read(t)
+// Check fails for what Grafana takes amiss: places, numbers, kinds of panels,
+// data sources and variables.
+func Check(t *testing.T, file string) {
+	t.Helper()
+	d := read(t, file)
 	if d.UID == "" || len(d.UID) > 40 || d.Title == "" || d.SchemaVersion < 36 {
 		t.Errorf("uid %q, title %q, schema %d", d.UID, d.Title, d.SchemaVersion)
 	}
@@ -135,11 +118,12 @@ var words = []string{
 	"pool", "job", "instance", "kind", "upstream", "to", "le", "name", "controller", "h",
 }
 
-// TestDashboardShowsWhatThereIs: each metric that it asks for is one of ours.
-func TestDashboardShowsWhatThereIs(t *testing.T) {
-	there := known(t)
+// Metrics returns the names of the metrics that a dashboard asks for, each with
+// one of the expressions that do.
+func Metrics(t *testing.T, file string) map[string]string {
+	t.Helper()
+	d := read(t, file)
 	var exprs []string
-	d := read(t)
 	for _, p := range d.Panels {
 		for _, q := range p.Targets {
 			exprs = append(exprs, q.Expr)
@@ -149,14 +133,10 @@ func TestDashboardShowsWhatThereIs(t *testing.T) {
 		exprs = append(exprs, v.Definition)
 	}
 	selector := regexp.MustCompile(`([a-z_:]+)\{[^}]*\}`)
-	used := map[string]bool{}
+	used := map[string]string{}
 	for _, e := range exprs {
 		for _, m := range selector.FindAllStringSubmatch(e, -1) {
-			name := strings.TrimSuffix(m[1], "_bucket")
-			used[name] = true
-			if !there[name] {
-				t.Errorf("nobody has the metric %s: %s", name, e)
-			}
+			used[strings.TrimSuffix(m[1], "_bucket")] = e
 		}
 		rest := regexp.MustCompile(`\$\w+`).ReplaceAllString(selector.ReplaceAllString(e, ""), "")
 		for _, word := range regexp.MustCompile(`[a-z_]+`).FindAllString(rest, -1) {
@@ -165,59 +145,13 @@ func TestDashboardShowsWhatThereIs(t *testing.T) {
 			}
 		}
 	}
-	if len(used) < 10 {
-		t.Errorf("only %v are used", slices.Sorted(maps.Keys(used)))
-	}
+	return used
 }
 
-// known are the names of all metrics of a hub that runs and of the manager.
-func known(t *testing.T) map[string]bool {
+// Names returns the names of all metrics of a collector.
+func Names(t *testing.T, c prometheus.Collector) map[string]bool {
 	t.Helper()
-	var f hub.Flags
-	fs := pflag.NewFlagSet("", pflag.ContinueOnError)
-	f.Add(fs)
-	dir := t.TempDir()
-	err := fs.Parse([]string{
-		"--node-name=edge-1", "--server-addr=https://127.0.0.1:1", "--root-dir=" + dir, "--run-dir=", "--enable-dummy-if=false",
-		"--proxy-secure-port=0", "--serve-port=0", "--store-key-source=file",
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	cfg, err := f.Config()
-	if err != nil {
-		t.Fatal(err)
-	}
-	registry := prometheus.NewRegistry()
-	cfg.Log, cfg.Registerer, cfg.Gatherer = slog.New(slog.DiscardHandler), registry, registry
-	ctx, cancel := context.WithCancel(t.Context())
-	done := make(chan error, 1)
-	go func() { done <- hub.Run(ctx, cfg) }()
 	out := map[string]bool{}
-	for end := time.Now().Add(time.Minute); !out["node_yurthub_condition"]; describe(t, out, registry) { // the last of all
-		select {
-		case err := <-done:
-			t.Fatalf("the hub has ended: %v", err)
-		case <-time.After(10 * time.Millisecond):
-		}
-		if time.Now().After(end) {
-			t.Fatal("the hub has no metrics")
-		}
-	}
-	cancel()
-	if err := <-done; err != nil {
-		t.Fatal(err)
-	}
-	managers, ok := metrics.Registry.(prometheus.Collector)
-	if !ok {
-		t.Fatalf("the manager's registry is a %T", metrics.Registry)
-	}
-	describe(t, out, managers)
-	return out
-}
-
-func describe(t *testing.T, out map[string]bool, c prometheus.Collector) {
-	t.Helper()
 	all := make(chan *prometheus.Desc)
 	go func() {
 		defer close(all)
@@ -231,39 +165,5 @@ func describe(t *testing.T, out map[string]bool, c prometheus.Collector) {
 		}
 		out[name] = true
 	}
-}
-
-// TestDashboardInTheChart: it is there if asked for, and Grafana's sidecar
-// finds it.
-func TestDashboardInTheChart(t *testing.T) {
-	chart, err := loader.Load(chartDir)
-	if err != nil {
-		t.Fatal(err)
-	}
-	render := func(values map[string]any) string {
-		t.Helper()
-		all, err := chartutil.ToRenderValues(chart, values, chartutil.ReleaseOptions{Name: "yurt", Namespace: "edge"}, nil)
-		if err != nil {
-			t.Fatal(err)
-		}
-		files, err := engine.Engine{Strict: true}.Render(chart, all)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return strings.TrimSpace(files[chart.Name()+"/templates/dashboards.yaml"])
-	}
-	if text := render(nil); text != "" {
-		t.Errorf("without being asked for:\n%s", text)
-	}
-	var m corev1.ConfigMap
-	if err := yaml.UnmarshalStrict([]byte(render(map[string]any{"dashboards": map[string]any{"enabled": true}})), &m); err != nil {
-		t.Fatal(err)
-	}
-	text, err := os.ReadFile(chartDir + "/" + file)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if m.Labels["grafana_dashboard"] != "1" || m.Namespace != "edge" || strings.TrimSpace(m.Data["yurt.json"]) != strings.TrimSpace(string(text)) {
-		t.Errorf("%s in %s, labels %v: %s", m.Name, m.Namespace, m.Labels, fmt.Sprintf("%.80s", m.Data["yurt.json"]))
-	}
+	return out
 }
