@@ -237,6 +237,13 @@ func (h *Hub) report() report.Report {
 		out.Scopes = append(out.Scopes, report.Scope(s))
 	}
 	out.Endings = h.endings()
+	by, carries := "", h.vouch.Carries()
+	if !state.Up {
+		by = h.vouch.Carrier()
+	}
+	if by != "" || len(carries) > 0 {
+		out.Vouching = &report.Vouching{By: by, For: carries}
+	}
 	return out
 }
 
