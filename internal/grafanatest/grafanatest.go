@@ -69,44 +69,59 @@ func Check(t *testing.T, file string) {
 	if v := d.Templating.List[0]; v.Name != "datasource" || v.Type != "datasource" {
 		t.Errorf("the first variable is %+v: all data come from it", v)
 	}
-	ours := datasource{"prometheus", "${datasource}"}
 	ids, cells := map[int]bool{}, map[[2]int]string{}
 	for _, p := range d.Panels {
 		if p.ID == 0 || ids[p.ID] {
 			t.Errorf("panel %q has the number %d", p.Title, p.ID)
 		}
 		ids[p.ID] = true
-		g := p.GridPos
-		if g.W < 1 || g.H < 1 || g.X < 0 || g.X+g.W > 24 {
-			t.Errorf("panel %q is at %+v", p.Title, g)
-		}
-		for x := g.X; x < g.X+g.W; x++ {
-			for y := g.Y; y < g.Y+g.H; y++ {
-				if other, taken := cells[[2]int{x, y}]; taken {
-					t.Fatalf("panel %q covers %q", p.Title, other)
-				}
-				cells[[2]int{x, y}] = p.Title
-			}
-		}
+		p.place(t, cells)
 		if p.Type == "row" {
 			continue
 		}
 		if p.Type != "timeseries" || p.Title == "" || p.Datasource != ours || len(p.Targets) == 0 {
 			t.Errorf("panel %q: type %s, from %+v, %d targets", p.Title, p.Type, p.Datasource, len(p.Targets))
 		}
-		refs := map[string]bool{}
-		for _, q := range p.Targets {
-			if q.RefID == "" || refs[q.RefID] || q.Datasource != ours {
-				t.Errorf("panel %q: target %q from %+v", p.Title, q.RefID, q.Datasource)
+		p.queries(t, variables)
+	}
+}
+
+// ours is where all data come from.
+var ours = datasource{"prometheus", "${datasource}"}
+
+// place enters the panel in the cells that it covers.
+func (p *panel) place(t *testing.T, cells map[[2]int]string) {
+	t.Helper()
+	g := p.GridPos
+	if g.W < 1 || g.H < 1 || g.X < 0 || g.X+g.W > 24 {
+		t.Errorf("panel %q is at %+v", p.Title, g)
+	}
+	for x := g.X; x < g.X+g.W; x++ {
+		for y := g.Y; y < g.Y+g.H; y++ {
+			if other, taken := cells[[2]int{x, y}]; taken {
+				t.Fatalf("panel %q covers %q", p.Title, other)
 			}
-			refs[q.RefID] = true
-			if strings.Count(q.Expr, "(") != strings.Count(q.Expr, ")") {
-				t.Errorf("panel %q: %s", p.Title, q.Expr)
-			}
-			for _, m := range regexp.MustCompile(`\$\{?(\w+)`).FindAllStringSubmatch(q.Expr, -1) {
-				if !variables[m[1]] {
-					t.Errorf("panel %q: variable %s is not there", p.Title, m[1])
-				}
+			cells[[2]int{x, y}] = p.Title
+		}
+	}
+}
+
+var variable = regexp.MustCompile(`\$\{?(\w+)`)
+
+func (p *panel) queries(t *testing.T, variables map[string]bool) {
+	t.Helper()
+	refs := map[string]bool{}
+	for _, q := range p.Targets {
+		if q.RefID == "" || refs[q.RefID] || q.Datasource != ours {
+			t.Errorf("panel %q: target %q from %+v", p.Title, q.RefID, q.Datasource)
+		}
+		refs[q.RefID] = true
+		if strings.Count(q.Expr, "(") != strings.Count(q.Expr, ")") {
+			t.Errorf("panel %q: %s", p.Title, q.Expr)
+		}
+		for _, m := range variable.FindAllStringSubmatch(q.Expr, -1) {
+			if !variables[m[1]] {
+				t.Errorf("panel %q: variable %s is not there", p.Title, m[1])
 			}
 		}
 	}
