@@ -9,6 +9,9 @@ const (
 	EdgeWorkerLabel = "openyurt.io/is-edge-worker"
 	// HostNetworkLabel on a node is "true" in a pool with hostNetwork.
 	HostNetworkLabel = "nodepool.openyurt.io/hostnetwork"
+	// NodePoolTypeLabel on a NodePool, and on a node if its kubelet is told so,
+	// is the pool's type in small letters.
+	NodePoolTypeLabel = "nodepool.openyurt.io/type"
 	// PoolNameLabel on what belongs to a pool names the pool.
 	PoolNameLabel = "openyurt.io/pool-name"
 	// ConfigMapNameLabel on a ConfigMap that hubs follow repeats its name.

@@ -62,7 +62,7 @@ func (f *Flags) Add(fs *pflag.FlagSet) {
 	fs.DurationVar(&f.decisionAge, "max-decision-age", 90*24*time.Hour, "how old a remembered authorisation may be while the cloud is away")
 	fs.DurationVar(&f.gentle.After, "gentle-after", time.Minute, "after an absence this long, pods that the cloud ended meanwhile end one after the other; 0: all at once")
 	fs.Float64Var(&f.gentle.Rate, "gentle-rate", 30, "how many such pods of a node pool end in a minute; its nodes share them")
-	fs.DurationVar(&f.gentle.Most, "gentle-most", 10*time.Minute, "how long any of them goes on at most")
+	fs.DurationVar(&f.gentle.Most, "gentle-most", 3*time.Minute, "how long any of them goes on at most")
 	f.keys.add(fs)
 	fs.StringVar(&f.runDir, "run-dir", report.DefaultRunDir, "directory of the socket on which yurtadm status asks; empty for none")
 	fs.BoolVar(&f.conditions, "node-conditions", true, "keep conditions of the hub on this Node; false takes them away")

@@ -33,7 +33,7 @@ func (g GentleConfig) check() error {
 	case !(g.Rate >= 0.1 && g.Rate <= 60_000):
 		return fmt.Errorf("--gentle-rate %v is no rate of pods per minute: give one from 0.1 to 60000", g.Rate)
 	case g.Most <= 0 || g.Most > time.Hour:
-		return fmt.Errorf("--gentle-most %s is not within an hour: give a time, as 10m", g.Most)
+		return fmt.Errorf("--gentle-most %s is not within an hour: give a time, as 3m", g.Most)
 	}
 	return nil
 }

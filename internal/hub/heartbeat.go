@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net/http"
 	"strings"
 	"sync"
@@ -187,11 +188,19 @@ func (h *Hub) newVouch() *vouch.Vouch {
 		Online: h.link.Online, Changed: h.link.Changed, Own: h.ownHeartbeat,
 		Member: func(node string) bool { return h.pool.Membership().Has(node) },
 		Peers: func() []string {
-			var nodes []string
-			for _, p := range h.pool.Peers() {
-				nodes = append(nodes, p.Node)
+			// Those that say that they have a link come first, and not the
+			// same of them for every hub.
+			peers := h.pool.Peers()
+			rand.Shuffle(len(peers), func(i, j int) { peers[i], peers[j] = peers[j], peers[i] })
+			var linked, others []string
+			for _, p := range peers {
+				if p.Link {
+					linked = append(linked, p.Node)
+				} else {
+					others = append(others, p.Node)
+				}
 			}
-			return nodes
+			return append(linked, others...)
 		},
 		Transport: func(node string) http.RoundTripper { return h.pool.Transport(node) }, Path: pool.HeartbeatsPath,
 		Log: h.log.With("part", "vouch"), Registerer: h.cfg.Registerer,

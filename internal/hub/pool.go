@@ -73,12 +73,17 @@ func (h *Hub) keepPool(ctx context.Context) error {
 		node, _ := h.ownNode() // nil: not known yet
 		name := h.poolName(node)
 		followed = h.followPool(ctx, followed, name)
-		var member pool.Membership
+		member := h.pool.Membership() // the last word counts
+		if member.Pool != name {
+			member = pool.Membership{}
+		}
 		slice, held := h.replica.Held(followed)
 		if held {
 			changes[1] = slice.Changed()
-			var err error
-			if member, err = h.membership(name); err != nil && !apierrors.IsNotFound(err) {
+			switch got, err := h.membership(name); {
+			case err == nil, apierrors.IsNotFound(err):
+				member = got
+			default:
 				h.log.Warn("the node's pool cannot be read", "pool", name, "err", err)
 			}
 		}
@@ -264,10 +269,6 @@ func (h *Hub) address(node *corev1.Node) net.IP {
 	return nil
 }
 
-// unshared are resources that no pool shares, whatever it says: they are for
-// one node each.
-var unshared = []string{"secrets", "pods", "nodes"}
-
 func (h *Hub) membership(name string) (pool.Membership, error) {
 	held, err := h.replica.Get(request.Info{Verb: "get", IsResource: true, Resource: poolsResource, Name: name}, 0)
 	if err != nil {
@@ -286,10 +287,7 @@ func (h *Hub) membership(name string) (pool.Membership, error) {
 			m.Leaders = append(m.Leaders, pool.Leader{Node: l.NodeName, Address: l.Address})
 		}
 	}
-	for _, r := range np.Spec.PoolScopeMetadata {
-		if r.Group == "" && slices.Contains(unshared, r.Resource) {
-			continue
-		}
+	for _, r := range np.Shared() {
 		m.Shared = append(m.Shared, schema.GroupVersionResource(r))
 	}
 	return m, nil

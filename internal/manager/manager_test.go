@@ -81,6 +81,9 @@ func TestRules(t *testing.T) {
 		{name: "effect", spec: `{taints: [{key: a, effect: Never}]}`, want: "effect is one of"},
 		{name: "taint-twice", spec: `{taints: [{key: a, effect: NoSchedule}, {key: a, effect: NoSchedule, value: x}]}`, want: "duplicate entries"},
 		{name: "secrets", spec: `{poolScopeMetadata: [{group: "", version: v1, resource: secrets}]}`, want: "are not shared in a pool"},
+		{name: "wildcard", spec: `{poolScopeMetadata: [{group: "", version: v1, resource: "*"}]}`, want: "no wildcards"},
+		{name: "wild-group", spec: `{poolScopeMetadata: [{group: "*", version: v1, resource: secrets}]}`, want: "no wildcards"},
+		{name: "subresource", spec: `{poolScopeMetadata: [{group: "", version: v1, resource: pods/log}]}`, want: "no subresources"},
 		{name: "no-version", spec: `{poolScopeMetadata: [{group: a, version: "", resource: b}]}`, want: "version and resource must not be empty"},
 		{name: strings.Repeat("n", 64), spec: `{}`, want: "at most 63 characters"},
 	} {
@@ -124,6 +127,14 @@ func TestDefaults(t *testing.T) {
 	if !reflect.DeepEqual(got.Spec, want) {
 		t.Errorf("got %+v, want %+v", got.Spec, want)
 	}
+	await(t, "pools can be selected by type", func() error {
+		var edge v1beta2.NodePoolList
+		err := c.List(t.Context(), &edge, client.MatchingLabels{"nodepool.openyurt.io/type": "edge"})
+		if err == nil && !slices.ContainsFunc(edge.Items, func(p v1beta2.NodePool) bool { return p.Name == "bare" }) {
+			err = fmt.Errorf("%d pools have the label", len(edge.Items))
+		}
+		return err
+	})
 }
 
 // TestOldVersions has the real API server convert by the real webhook.
@@ -175,6 +186,7 @@ func TestOldVersions(t *testing.T) {
 		`{"spec":{"type":"Moon"}}`: "want Edge or Cloud",
 		`{"metadata":{"annotations":{"nodepool.openyurt.io/hostnetwork":"true"}}}`: "spec.hostNetwork",
 		`{"spec":{"labels":{"a":"b c"}}}`:                                          "spec.labels: keys are",
+		`{"metadata":{"annotations":{"nodepool.openyurt.io/v1beta2":"{\"spec\":{\"poolScopeMetadata\":[{\"version\":\"v1\",\"resource\":\"secrets\"}]}}"}}}`: "spec.poolScopeMetadata",
 	} {
 		err := c.Patch(t.Context(), created, client.RawPatch("application/merge-patch+json", []byte(text)))
 		if err == nil || !strings.Contains(err.Error(), want) {
@@ -231,7 +243,7 @@ func TestNodeJoinsMovesAndLeaves(t *testing.T) {
 	c.patch(t, first, `{"spec":{"labels":{"site":"uno"},"taints":null}}`)
 	wears("follows the pool", map[string]string{"site": "uno", "mine": "yes"}, "one")
 
-	if err := c.Delete(t.Context(), first); err == nil || !strings.Contains(err.Error(), "pool first has 1 nodes, mover first") {
+	if err := c.Delete(t.Context(), first); err == nil || !strings.Contains(err.Error(), "node mover is in pool first") {
 		t.Errorf("deletion of a pool with a node: got %v", err)
 	}
 	c.patch(t, first, `{"metadata":{"labels":{"only":"first"}}}`)
@@ -639,7 +651,7 @@ func TestLeastPrivilege(t *testing.T) {
 		"yurt-manager-hubleaderconfig-controller": {"create configmaps @kube-system", "patch configmaps @kube-system"},
 		"yurt-manager-hubleaderrbac-controller":   {"create clusterroles yurt-hub-multiplexer", "patch clusterroles yurt-hub-multiplexer", "escalate clusterroles yurt-hub-multiplexer"},
 		"yurt-manager-node-bucket-controller":     {"create nodebuckets", "update nodebuckets", "delete nodebuckets"},
-		"yurt-manager-nodepool-controller":        {"patch nodes", "patch nodepools/status"},
+		"yurt-manager-nodepool-controller":        {"patch nodes", "patch nodepools", "patch nodepools/status"},
 		"yurt-manager-pod-binding-controller":     {"patch pods"},
 		"yurt-manager-webhook-controller":         {"create secrets @kube-system", "update secrets yurt-manager-webhook-certs @kube-system", "patch customresourcedefinitions nodepools.apps.openyurt.io"},
 		"yurt-manager": {

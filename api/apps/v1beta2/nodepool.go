@@ -105,13 +105,14 @@ type NodePoolSpec struct {
 	EnableLeaderElection bool `json:"enableLeaderElection,omitempty"`
 
 	// PoolScopeMetadata are the resources that the pool fetches once. Services
-	// and EndpointSlices are where nothing is said.
+	// and EndpointSlices are among them in any case.
 	//
 	// +optional
 	// +listType=atomic
 	// +kubebuilder:default={{group:"",version:"v1",resource:"services"},{group:"discovery.k8s.io",version:"v1",resource:"endpointslices"}}
 	// +kubebuilder:validation:MaxItems=64
 	// +kubebuilder:validation:XValidation:rule="self.all(r, size(r.version) > 0 && size(r.resource) > 0)",message="version and resource must not be empty"
+	// +kubebuilder:validation:XValidation:rule="!self.exists(r, r.resource == '*' || has(r.group) && r.group == '*')",message="name each group and resource: no wildcards"
 	// +kubebuilder:validation:XValidation:rule="!self.exists(r, (!has(r.group) || r.group == '') && r.resource in ['secrets', 'pods', 'nodes'])",message="secrets, pods and nodes are for one node each and are not shared in a pool"
 	PoolScopeMetadata []metav1.GroupVersionResource `json:"poolScopeMetadata,omitempty"`
 

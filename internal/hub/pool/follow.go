@@ -25,6 +25,7 @@ const (
 	// maxGossip bounds the addresses that hubs tell each other.
 	maxGossip = 64
 	maxState  = 64 << 10
+	oldest    = int64(10 * 365 * 24 * time.Hour / time.Millisecond) // age that is believed
 	// joinPatience is how long a hub that starts waits to hear of its pool
 	// before it takes the cloud for what pools share.
 	joinPatience = 5 * time.Second
@@ -192,11 +193,12 @@ func (p *Pool) poll(ctx context.Context) {
 	var polls sync.WaitGroup
 	for _, node := range asked {
 		polls.Go(func() {
+			begun := time.Now()
 			s, err := p.ask(ctx, node)
 			if ctx.Err() != nil {
 				return
 			}
-			p.hear(node, s, err)
+			p.hear(node, begun, s, err)
 		})
 	}
 	polls.Wait()
@@ -228,7 +230,9 @@ func (p *Pool) ask(ctx context.Context, node string) (State, error) {
 	return s, nil
 }
 
-func (p *Pool) hear(node string, s State, err error) {
+// hear takes what a peer says of itself, which was asked at asked: its ages count
+// from then, so that no answer makes anything look fresher than it is.
+func (p *Pool) hear(node string, asked time.Time, s State, err error) {
 	now := time.Now()
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -244,8 +248,8 @@ func (p *Pool) hear(node string, s State, err error) {
 	}
 	e.proved = make(map[string]time.Time, len(s.Ages))
 	for scope, age := range s.Ages {
-		if age >= 0 {
-			e.proved[scope] = now.Add(-time.Duration(age) * time.Millisecond)
+		if age >= 0 && age <= oldest {
+			e.proved[scope] = asked.Add(-time.Duration(age) * time.Millisecond)
 		}
 	}
 	for other, address := range s.Peers {

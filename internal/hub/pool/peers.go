@@ -80,7 +80,7 @@ func (t way) RoundTrip(req *http.Request) (*http.Response, error) {
 		return nil, fmt.Errorf("ask peer %s: its address is not known", t.node)
 	}
 	if e.transport == nil {
-		e.transport = p.transportTo(t.node, p.address)
+		e.transport = p.transportTo(t.node, p.address, net.ParseIP(e.address))
 	}
 	transport, host := e.transport, net.JoinHostPort(e.address, strconv.Itoa(p.cfg.Port))
 	p.mu.Unlock()
@@ -93,7 +93,13 @@ func (t way) RoundTrip(req *http.Request) (*http.Response, error) {
 		return nil, fmt.Errorf("ask peer %s at %s: %w", t.node, host, err)
 	}
 	if resp.StatusCode == http.StatusUnauthorized {
-		transport.CloseIdleConnections() // by now there may be another certificate
+		// By now there may be another certificate: the next request makes
+		// connections of its own, busy as these are.
+		p.mu.Lock()
+		if e.transport == transport {
+			e.close()
+		}
+		p.mu.Unlock()
 	}
 	resp.Request = req
 	p.mu.Lock()
@@ -104,9 +110,9 @@ func (t way) RoundTrip(req *http.Request) (*http.Response, error) {
 
 // transportTo connects to one peer, from the address at which it finds this
 // hub in return.
-func (p *Pool) transportTo(node string, from net.IP) *http.Transport {
+func (p *Pool) transportTo(node string, from, to net.IP) *http.Transport {
 	dialer := net.Dialer{Timeout: dialPatience}
-	if from != nil {
+	if from != nil && (from.To4() == nil) == (to.To4() == nil) {
 		dialer.LocalAddr = &net.TCPAddr{IP: from}
 	}
 	var protocols http.Protocols

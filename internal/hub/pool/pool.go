@@ -141,6 +141,11 @@ func (p *Pool) Set(m Membership, address net.IP, known bool) {
 	if p.member.Pool != m.Pool {
 		p.log.Info("pool changed", "from", p.member.Pool, "to", m.Pool)
 	}
+	if !p.address.Equal(address) {
+		for _, e := range p.book {
+			e.close() // connections are made from the address
+		}
+	}
 	reshared := !slices.Equal(p.member.Shared, m.Shared)
 	p.member, p.address, p.known = m, address, known
 	for node, e := range p.book {

@@ -638,6 +638,9 @@ func (st *stream) list(ctx context.Context, c Credential) error {
 			// stored: nothing would tell when they change.
 			return fmt.Errorf("list %s: it has no resource version: %w", s.id, errAbsent)
 		}
+		if r.peer != "" && page.Continue != "" {
+			return fmt.Errorf("list %s: a peer sends pages: %w", s.id, errAnswered)
+		}
 		r.next = page.Continue
 		saving.Wait()
 		if err := s.take(r, page, enc); err != nil {

@@ -50,7 +50,7 @@ const (
 	held = 30 * time.Second
 	// drift is how much a clock that heard the cloud may be wrong after a
 	// long cut. Further it is not set by a peer.
-	drift = 5 * time.Minute
+	drift = heartbeat.Good / 2
 	// perSecond is how many deliveries are looked at, and burst at once: each
 	// holds signatures that cost time.
 	perSecond, burst = 50, 100
@@ -194,7 +194,7 @@ func (v *Vouch) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		httpx.WriteStatus(w, r, apierrors.NewBadRequest(err.Error()))
 		return
 	}
-	a := answer{Link: v.cfg.Online(), Refused: map[string]string{}}
+	a := answer{Link: v.carries(), Refused: map[string]string{}}
 	now, heard := v.cfg.Clock.Cloud()
 	if heard {
 		a.Time = &now
@@ -278,7 +278,14 @@ func (v *Vouch) expect(life time.Duration) {
 	v.life = life
 }
 
-// speak hands the node's heartbeat to peers until one has a link.
+// carries reports whether what this hub keeps is on its way to the cloud: with
+// the renewals of a kubelet that lives, which the cloud takes.
+func (v *Vouch) carries() bool {
+	own, err := v.cfg.Own()
+	return err == nil && v.cfg.Online() && own.alive() && !own.overdue()
+}
+
+// speak hands the node's heartbeat to peers until one carries it.
 func (v *Vouch) speak(ctx context.Context, own Own) {
 	peers := v.order()
 	for i, peer := range peers {
@@ -324,10 +331,9 @@ func (v *Vouch) carriedBy(peer string) {
 }
 
 // order is the peers as they are asked: who took the last heartbeat first, the
-// others as it happens.
+// others as Peers has them.
 func (v *Vouch) order() []string {
 	peers := slices.Clone(v.cfg.Peers())
-	rand.Shuffle(len(peers), func(i, j int) { peers[i], peers[j] = peers[j], peers[i] })
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	slices.SortStableFunc(peers, func(a, b string) int {

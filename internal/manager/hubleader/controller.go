@@ -16,6 +16,7 @@ import (
 	"k8s.io/apimachinery/pkg/api/equality"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/apimachinery/pkg/util/validation"
 	applycorev1 "k8s.io/client-go/applyconfigurations/core/v1"
 	applymetav1 "k8s.io/client-go/applyconfigurations/meta/v1"
 	applyrbacv1 "k8s.io/client-go/applyconfigurations/rbac/v1"
@@ -176,14 +177,18 @@ func configMap(pool *v1beta2.NodePool, namespace string) *applycorev1.ConfigMapA
 		leaders[i] = l.NodeName + "/" + l.Address
 	}
 	slices.Sort(leaders)
-	resources := make([]string, len(pool.Spec.PoolScopeMetadata))
-	for i, r := range pool.Spec.PoolScopeMetadata {
-		resources[i] = r.Group + "/" + r.Version + "/" + r.Resource
+	var resources []string
+	for _, r := range pool.Shared() {
+		resources = append(resources, r.Group+"/"+r.Version+"/"+r.Resource)
 	}
 	slices.Sort(resources)
 	owner := nodepool.Owner(pool)
+	labels := map[string]string{}
+	if len(validation.IsValidLabelValue(name)) == 0 { // the name of a pool may be longer than that allows
+		labels[apps.ConfigMapNameLabel] = name
+	}
 	return applycorev1.ConfigMap(name, namespace).
-		WithLabels(map[string]string{apps.ConfigMapNameLabel: name}).
+		WithLabels(labels).
 		WithOwnerReferences(applymetav1.OwnerReference().WithAPIVersion(owner.APIVersion).WithKind(owner.Kind).
 			WithName(owner.Name).WithUID(owner.UID).WithController(true)).
 		WithData(map[string]string{
@@ -252,7 +257,7 @@ func (c *permitter) Reconcile(ctx context.Context, _ reconcile.Request) (reconci
 func sharedRules(pools []v1beta2.NodePool) []rbacv1.PolicyRule {
 	byGroup := map[string][]string{}
 	for i := range pools {
-		for _, r := range pools[i].Spec.PoolScopeMetadata {
+		for _, r := range pools[i].Shared() {
 			if !slices.Contains(byGroup[r.Group], r.Resource) {
 				byGroup[r.Group] = append(byGroup[r.Group], r.Resource)
 			}

@@ -10,6 +10,7 @@ package lifecycle
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"sync"
 	"time"
@@ -58,7 +59,7 @@ func Setup(mgr ctrl.Manager, write client.Client, grace time.Duration, metrics p
 	wall := clock.RealClock{}
 	c := &watcher{
 		read: mgr.GetClient(), write: write, clock: wall, events: mgr.GetEventRecorder("yurt-manager"),
-		ear: vouch.NewEar(wall.Now()), grace: grace, voices: map[string]voice{},
+		ear: vouch.NewEar(), grace: grace, voices: map[string]voice{},
 		buried: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "yurt_manager_dead_nodes_total", Help: "Nodes of Edge pools that were taken for dead.",
 		}),
@@ -100,6 +101,7 @@ func (c *watcher) Reconcile(ctx context.Context, req reconcile.Request) (reconci
 	v := c.listen(pool.Name, members)
 	now := c.clock.Now()
 	dead := dying(members, v, c.grace)
+	var errs []error // of one node; the others are looked at all the same
 	for _, m := range members {
 		was := m.node.DeepCopy()
 		if m.node == dead {
@@ -111,7 +113,8 @@ func (c *watcher) Reconcile(ctx context.Context, req reconcile.Request) (reconci
 		// not meet a node that has changed since.
 		patch := client.MergeFromWithOptions(was, client.MergeFromWithOptimisticLock{})
 		if err := c.write.Patch(ctx, m.node, patch); client.IgnoreNotFound(err) != nil {
-			return reconcile.Result{}, fmt.Errorf("patch node %s: %w", m.node.Name, err)
+			errs = append(errs, fmt.Errorf("patch node %s: %w", m.node.Name, err))
+			continue
 		}
 		if m.node == dead {
 			c.buried.Inc()
@@ -119,6 +122,9 @@ func (c *watcher) Reconcile(ctx context.Context, req reconcile.Request) (reconci
 				"silent for %s and nobody of pool %s vouches for it, while %s are heard: its pods are evicted after the time that they tolerate",
 				now.Sub(m.any).Round(time.Second), pool.Name, heardOf(members, m.any))
 		}
+	}
+	if err := errors.Join(errs...); err != nil {
+		return reconcile.Result{}, err
 	}
 	return reconcile.Result{RequeueAfter: c.grace / lookEvery}, nil
 }
@@ -132,7 +138,7 @@ func (c *watcher) members(ctx context.Context, pool string) ([]member, error) {
 	members := make([]member, len(list.Items))
 	for i := range list.Items {
 		heard := c.ear.Last(list.Items[i].Name)
-		members[i] = member{&list.Items[i], heard.Own, later(heard.Any, c.ear.Began())}
+		members[i] = member{&list.Items[i], heard.Own, later(heard.Any, c.ear.Began(c.clock.Now()))}
 	}
 	return members, nil
 }

@@ -9,6 +9,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/yurt-edge/yurt/api/apps"
+	"github.com/yurt-edge/yurt/internal/heartbeat"
 )
 
 // voice is since when the nodes of a pool have been heard without a gap, and
@@ -59,6 +60,9 @@ func isDead(node *corev1.Node) bool {
 // silent longest. One at a time, as Kubernetes does it, since many at once are
 // more often a broken network than dead machines.
 func dying(members []member, v voice, grace time.Duration) *corev1.Node {
+	if crowded(members, v, grace) {
+		return nil
+	}
 	var first *member
 	for i := range members {
 		m := &members[i]
@@ -77,6 +81,18 @@ func dying(members []member, v voice, grace time.Duration) *corev1.Node {
 		return nil
 	}
 	return first.node
+}
+
+// crowded reports whether more nodes of the pool are silent than those that are
+// heard can vouch for: then that nobody vouches for a node proves nothing.
+func crowded(members []member, v voice, grace time.Duration) bool {
+	speaking := 0
+	for i := range members {
+		if own := members[i].own; !own.IsZero() && v.last.Sub(own) < grace {
+			speaking++
+		}
+	}
+	return len(members)-speaking > speaking*heartbeat.MaxCarried
 }
 
 func later(a, b time.Time) time.Time {

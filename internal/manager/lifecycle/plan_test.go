@@ -13,6 +13,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/yurt-edge/yurt/api/apps"
+	"github.com/yurt-edge/yurt/internal/heartbeat"
 	"github.com/yurt-edge/yurt/internal/manager/vouch"
 )
 
@@ -56,19 +57,26 @@ func TestDying(t *testing.T) {
 	ready.Status.Conditions[0].Status = corev1.ConditionTrue
 	buried := silent("b", ago(time.Minute))
 	bury(buried, now)
+	speaks := member{node: ready, own: now, any: now}
+	crowd := []member{speaks}
+	for i := range heartbeat.MaxCarried + 1 {
+		crowd = append(crowd, member{node: silent(fmt.Sprintf("c%02d", i), now), any: ago(time.Hour)})
+	}
 	for name, tc := range map[string]struct {
 		members []member
 		v       voice
 		want    string
 	}{
-		"nobody is heard":          {[]member{{node: silent("a", now), any: ago(time.Hour)}}, voice{}, ""},
-		"others are heard":         {[]member{{node: silent("a", now), any: ago(time.Minute)}}, voice{epoch, now}, "a"},
-		"not for long enough":      {[]member{{node: silent("a", now), any: ago(grace - 1)}}, voice{epoch, now}, ""},
-		"the pool is just back":    {[]member{{node: silent("a", now), any: epoch}}, voice{ago(grace - 1), now}, ""},
-		"cut at about the same":    {[]member{{node: silent("a", now), any: ago(time.Minute)}}, voice{epoch, ago(50 * time.Second)}, ""},
-		"Kubernetes sees it":       {[]member{{node: ready, any: ago(time.Hour)}}, voice{epoch, now}, ""},
-		"it is dead already":       {[]member{{node: buried, any: ago(time.Hour)}}, voice{epoch, now}, ""},
-		"the longest silent first": {[]member{{node: silent("a", now), any: ago(time.Minute)}, {node: silent("b", now), any: ago(time.Hour)}}, voice{epoch, now}, "b"},
+		"nobody is heard":            {[]member{{node: silent("a", now), any: ago(time.Hour)}}, voice{}, ""},
+		"others are heard":           {[]member{speaks, {node: silent("a", now), any: ago(time.Minute)}}, voice{epoch, now}, "a"},
+		"not for long enough":        {[]member{{node: silent("a", now), any: ago(grace - 1)}}, voice{epoch, now}, ""},
+		"the pool is just back":      {[]member{{node: silent("a", now), any: epoch}}, voice{ago(grace - 1), now}, ""},
+		"cut at about the same":      {[]member{{node: silent("a", now), any: ago(time.Minute)}}, voice{epoch, ago(50 * time.Second)}, ""},
+		"Kubernetes sees it":         {[]member{{node: ready, any: ago(time.Hour)}}, voice{epoch, now}, ""},
+		"it is dead already":         {[]member{{node: buried, any: ago(time.Hour)}}, voice{epoch, now}, ""},
+		"the longest silent first":   {[]member{{node: silent("a", now), any: ago(time.Minute)}, speaks, {node: silent("b", now), any: ago(time.Hour)}}, voice{epoch, now}, "b"},
+		"as many as are vouched for": {crowd[:len(crowd)-1], voice{epoch, now}, "c00"},
+		"more than can be":           {crowd, voice{epoch, now}, ""},
 	} {
 		got := ""
 		if n := dying(tc.members, tc.v, grace); n != nil {
@@ -202,7 +210,7 @@ func (s *site) manage() {
 	var last time.Time
 	for i, n := range s.nodes {
 		h := s.ear.Last(n.node.Name)
-		members[i] = member{n.node, h.Own, later(h.Any, s.ear.Began())}
+		members[i] = member{n.node, h.Own, later(h.Any, s.ear.Began(s.now))}
 		last = later(last, h.Own)
 	}
 	s.voice = s.voice.next(last, grace)
@@ -223,7 +231,7 @@ func TestRandomSchedules(t *testing.T) {
 	deaths := 0
 	for seed := range uint64(400) {
 		rng := rand.New(rand.NewPCG(seed, 4))
-		s := &site{rng: rng, now: epoch, ear: vouch.NewEar(epoch)}
+		s := &site{rng: rng, now: epoch, ear: vouch.NewEar()}
 		for i := range 1 + rng.IntN(5) {
 			name := fmt.Sprint("n", i)
 			n := &simulated{
@@ -298,7 +306,7 @@ func (s *site) mishap() {
 		s.ear = nil
 	case 7, 8:
 		if s.ear == nil {
-			s.ear, s.voice, s.tick = vouch.NewEar(s.now), voice{}, s.now
+			s.ear, s.voice, s.tick = vouch.NewEar(), voice{}, s.now
 			for _, n := range s.nodes {
 				s.ear.Hear(n.lease, s.now)
 			}

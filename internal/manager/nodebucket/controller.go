@@ -10,6 +10,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/util/rand"
 	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/builder"
 	"sigs.k8s.io/controller-runtime/pkg/client"
@@ -85,7 +86,7 @@ func (c *distributor) Reconcile(ctx context.Context, req reconcile.Request) (rec
 	}
 	for i := range change.create {
 		b := &change.create[i]
-		b.GenerateName = pool.Name + "-"
+		b.Name = pool.Name + "-" + rand.String(6)
 		b.Labels = map[string]string{apps.PoolNameLabel: pool.Name}
 		b.OwnerReferences = []metav1.OwnerReference{nodepool.Owner(&pool)}
 		if err := c.write.Create(ctx, b); err != nil {

@@ -6,6 +6,7 @@ import (
 	"context"
 	"fmt"
 	"reflect"
+	"strings"
 
 	corev1 "k8s.io/api/core/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
@@ -27,7 +28,7 @@ import (
 // Rules are what the controllers of this package write.
 var Rules = []rbacv1.PolicyRule{
 	{APIGroups: []string{""}, Resources: []string{"nodes"}, Verbs: []string{"patch"}},
-	{APIGroups: []string{"apps.openyurt.io"}, Resources: []string{"nodepools/status"}, Verbs: []string{"patch"}},
+	{APIGroups: []string{"apps.openyurt.io"}, Resources: []string{"nodepools", "nodepools/status"}, Verbs: []string{"patch"}},
 }
 
 // nodes puts on each node what its pool wants.
@@ -131,11 +132,31 @@ func (c *nodes) Reconcile(ctx context.Context, req reconcile.Request) (reconcile
 	return reconcile.Result{}, nil
 }
 
+// label lets pools be selected by their type.
+func (c *pools) label(ctx context.Context, pool *v1beta2.NodePool) error {
+	want := strings.ToLower(string(pool.Spec.Type))
+	if pool.Labels[apps.NodePoolTypeLabel] == want || pool.DeletionTimestamp != nil {
+		return nil
+	}
+	was := pool.DeepCopy()
+	if pool.Labels == nil {
+		pool.Labels = map[string]string{}
+	}
+	pool.Labels[apps.NodePoolTypeLabel] = want
+	if err := c.write.Patch(ctx, pool, client.MergeFrom(was)); client.IgnoreNotFound(err) != nil {
+		return fmt.Errorf("label pool: %w", err)
+	}
+	return nil
+}
+
 // Reconcile counts one pool.
 func (c *pools) Reconcile(ctx context.Context, req reconcile.Request) (reconcile.Result, error) {
 	var pool v1beta2.NodePool
 	if err := c.read.Get(ctx, req.NamespacedName, &pool); err != nil {
 		return reconcile.Result{}, client.IgnoreNotFound(err)
+	}
+	if err := c.label(ctx, &pool); err != nil {
+		return reconcile.Result{}, err
 	}
 	var members corev1.NodeList
 	if err := c.read.List(ctx, &members, client.MatchingLabels{apps.NodePoolLabel: pool.Name}); err != nil {

@@ -57,7 +57,7 @@ type listener struct {
 func Setup(mgr ctrl.Manager, write client.Client, metrics prometheus.Registerer, options controller.Options) error {
 	wall := clock.RealClock{}
 	c := &listener{
-		read: mgr.GetClient(), write: write, clock: wall, events: mgr.GetEventRecorder("yurt-manager"), ear: NewEar(wall.Now()),
+		read: mgr.GetClient(), write: write, clock: wall, events: mgr.GetEventRecorder("yurt-manager"), ear: NewEar(),
 		authority: &authority{read: mgr.GetAPIReader(), clock: wall},
 		heartbeats: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "yurt_manager_heartbeats_total", Help: "Heartbeats that nodes carried for others, by what became of them.",
@@ -201,7 +201,7 @@ func (c *listener) stand(ctx context.Context, lease *coordinationv1.Lease, node 
 		}
 	}
 	now := c.clock.Now()
-	s := standingOf(lease, c.ear.Last(node.Name), c.ear.Began(), now)
+	s := standingOf(lease, c.ear.Last(node.Name), c.ear.Began(now), now)
 	before := node.DeepCopy()
 	if tell(node, s, now) {
 		// The patch names the conditions that change, and no others.

@@ -19,9 +19,8 @@ import (
 // nodes write into their leases is the time by theirs. It is safe for
 // concurrent use.
 type Ear struct {
-	began time.Time
-
-	mu    sync.Mutex // guards nodes
+	mu    sync.Mutex // guards the following
+	began time.Time  // zero: not yet
 	nodes map[string]Heard
 }
 
@@ -34,11 +33,23 @@ type Heard struct {
 	Own, Any time.Time
 }
 
-// NewEar returns an ear that has heard nothing yet.
-func NewEar(now time.Time) *Ear { return &Ear{began: now, nodes: map[string]Heard{}} }
+// NewEar returns an ear that has not begun to listen.
+func NewEar() *Ear { return &Ear{nodes: map[string]Heard{}} }
 
-// Began is since when it listens.
-func (e *Ear) Began() time.Time { return e.began }
+// Began is since when it listens: its first lease, or the first call of this.
+// A replica that stands by hears nothing, for however long.
+func (e *Ear) Began(now time.Time) time.Time {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.beganLocked(now)
+}
+
+func (e *Ear) beganLocked(now time.Time) time.Time {
+	if e.began.IsZero() {
+		e.began = now
+	}
+	return e.began
+}
 
 // Hear takes the lease of a node as it is now. One that is seen for the first
 // time proves nothing: nobody knows how old it is.
@@ -48,6 +59,7 @@ func (e *Ear) Hear(lease *coordinationv1.Lease, now time.Time) {
 	}
 	e.mu.Lock()
 	defer e.mu.Unlock()
+	e.beganLocked(now)
 	h, known := e.nodes[lease.Name]
 	switch {
 	case !known || h.uid != lease.UID:

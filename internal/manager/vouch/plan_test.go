@@ -111,7 +111,7 @@ func TestRenewNeverGoesBack(t *testing.T) {
 }
 
 func TestEar(t *testing.T) {
-	e := NewEar(at(0))
+	e := NewEar()
 	lease := leaseAt(at(0))
 	hear := func(s float64, want Heard) {
 		t.Helper()
