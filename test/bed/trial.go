@@ -436,16 +436,19 @@ func (t *Trial) Run(ctx context.Context, i Illness, d time.Duration) (*Outcome, 
 func (t *Trial) read(ctx context.Context, d time.Duration, out *Outcome) error {
 	tick := time.NewTicker(15 * time.Millisecond)
 	defer tick.Stop()
+	reads, warned, last := 0, 0, ""
 	for end := time.Now().Add(d); time.Now().Before(end); {
 		for _, how := range Readings() {
 			took, warning, err := t.Good.Read(ctx, how)
-			if err == nil && warning != "" {
-				err = fmt.Errorf("%s over a good link: warning %s", how, warning)
-			}
 			if err != nil {
 				return err
 			}
-			out.Good[how] = append(out.Good[how], took)
+			if warning == "" {
+				out.Good[how] = append(out.Good[how], took)
+			} else {
+				warned, last = warned+1, fmt.Sprintf("%s: %s", how, warning)
+			}
+			reads++
 			if took, _, err = t.Ill.Read(ctx, how); err != nil {
 				return err
 			}
@@ -456,6 +459,10 @@ func (t *Trial) read(ctx context.Context, d time.Duration, out *Outcome) error {
 			return context.Cause(ctx)
 		case <-tick.C:
 		}
+	}
+	// A machine that is busy makes a good link slow for a second or two.
+	if warned > reads/2 {
+		return fmt.Errorf("%d of %d reads over a good link were old ones, the last was %s", warned, reads, last)
 	}
 	return nil
 }
