@@ -28,7 +28,7 @@ func (p *NodePool) Shared() []metav1.GroupVersionResource {
 	out := slices.Clone(always)
 	for _, r := range p.Spec.PoolScopeMetadata {
 		ok := groupName.MatchString(r.Group) && resourceName.MatchString(r.Resource) && r.Version != "" &&
-			!(r.Group == "" && slices.Contains(never, r.Resource))
+			(r.Group != "" || !slices.Contains(never, r.Resource))
 		if ok && !slices.Contains(out, r) {
 			out = append(out, r)
 		}
