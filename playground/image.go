@@ -16,10 +16,12 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/empty"
 	"github.com/google/go-containerregistry/pkg/v1/mutate"
 	"github.com/google/go-containerregistry/pkg/v1/tarball"
+
+	"github.com/yurt-edge/yurt/internal/daemon"
 )
 
-// Images that every machine has; see also [ManagerImage]. There is no registry: a tag that a machine
-// does not have can not be pulled.
+// Images that every machine has; see also [ManagerImage]. There is no registry:
+// a tag that a machine does not have can not be pulled.
 const (
 	PauseImage   = "yurt.local/pause:1"
 	WebImage     = "yurt.local/web:1"
@@ -101,10 +103,12 @@ func ensureImages(ctx context.Context, bin Binaries, dir string) error {
 	return nil
 }
 
-// goBuild builds a package of this module into the folder of programs. Go's own
-// cache makes it quick when nothing changed.
+// goBuild builds a package of this module into the folder of programs, as of
+// the version that this program has. Go's own cache makes it quick when nothing
+// changed.
 func goBuild(ctx context.Context, bin Binaries, program, pkg string) error {
-	cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-ldflags", "-s -w", "-o", bin.Path(program), pkg)
+	ldflags := "-s -w -X github.com/yurt-edge/yurt/internal/daemon.version=" + daemon.ReadVersion().Version
+	cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-ldflags", ldflags, "-o", bin.Path(program), pkg)
 	cmd.Dir = bin.Root
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := cmd.CombinedOutput(); err != nil {

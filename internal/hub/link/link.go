@@ -107,7 +107,20 @@ type target struct {
 	// Link.begun.
 	preferred atomic.Int64
 	heard     atomic.Int64  // when the last byte came in, since Link.begun
+	proven    atomic.Int64  // when it was last certain who sent it
 	wake      chan struct{} // tells the prober that its due time has changed
+}
+
+// hear takes bytes that came in at now, since Link.begun. Those that anybody
+// may have sent count for as long after the server's own as bridge says.
+func (t *target) hear(now time.Duration, proven bool, bridge time.Duration) {
+	switch {
+	case proven:
+		t.proven.Store(int64(now))
+	case now-time.Duration(t.proven.Load()) > bridge:
+		return
+	}
+	t.heard.Store(int64(now))
 }
 
 // New makes a link. It starts nothing; Run does.

@@ -186,6 +186,7 @@ func (l *Link) report(i int, started time.Time, f finding) {
 	case lost && old == nil:
 		current.cutServer(i) // what waits there shall try elsewhere
 	case f.verdict == alive:
+		to.proven.Store(int64(now.Sub(l.begun)))
 		current.cull(i, l.cfg.Budgets.Stall)
 	case f.verdict == silence && healthy && !overtaken: // it was spared
 		l.late()

@@ -108,3 +108,26 @@ func play(t *testing.T, script []byte) []byte {
 	}
 	return []byte(out.String())
 }
+
+// TestHandshakesBridgeAWhile: bytes of handshakes keep a server in mind that was
+// heard of late, and no longer.
+func TestHandshakesBridgeAWhile(t *testing.T) {
+	var s target
+	for _, tc := range []struct {
+		at     time.Duration
+		proven bool
+		heard  time.Duration
+	}{
+		{10 * time.Second, true, 10 * time.Second},
+		{20 * time.Second, false, 20 * time.Second},
+		{34 * time.Second, false, 34 * time.Second},
+		{35 * time.Second, false, 34 * time.Second},
+		{time.Minute, false, 34 * time.Second},
+		{2 * time.Minute, true, 2 * time.Minute},
+	} {
+		s.hear(tc.at, tc.proven, 24*time.Second)
+		if got := time.Duration(s.heard.Load()); got != tc.heard {
+			t.Errorf("bytes at %s, proven %v: heard at %s, want %s", tc.at, tc.proven, got, tc.heard)
+		}
+	}
+}

@@ -299,7 +299,7 @@ func (d *dialer) dial(ctx context.Context, addr string, protos ...string) (net.C
 		return nil, err
 	}
 	c := &conn{
-		Conn: raw, lanes: d.lanes, traffic: &d.link.traffic[d.cred], link: d.link, heard: &d.link.servers[i].heard,
+		Conn: raw, lanes: d.lanes, traffic: &d.link.traffic[d.cred], link: d.link, server: &d.link.servers[i],
 	}
 	if c.lanes != nil {
 		var ok bool
@@ -313,6 +313,7 @@ func (d *dialer) dial(ctx context.Context, addr string, protos ...string) (net.C
 		_ = c.Close()
 		return nil, err
 	}
+	c.proven = true
 	return secured, nil
 }
 
@@ -383,16 +384,18 @@ func (l *Link) indexOf(addr string) int {
 }
 
 // conn counts its bytes, and notes when the server was last heard. The bytes of
-// a handshake count too: a link that many handshakes fill is no cut one, and a
-// stranger who answers is found out by a probe, whose own bytes do not count.
+// a handshake count too, but for a while only: a link that many handshakes fill
+// is no cut one, and who never completes any is no server. A probe's own bytes
+// do not count.
 type conn struct {
 	net.Conn
 	lanes   *lanes
 	entry   *closer
 	traffic *Traffic
 	link    *Link
-	heard   *atomic.Int64 // nil: of a probe
-	waiting atomic.Int64  // since when something sent has no answer, since Link.begun; 0: nothing is
+	server  *target      // nil: of a probe
+	waiting atomic.Int64 // since when something sent has no answer, since Link.begun; 0: nothing is
+	proven  bool         // the handshake is done: bytes are the server's
 }
 
 // waits reports whether the connection has waited for bytes for that long.
@@ -424,8 +427,8 @@ func (c *conn) Read(p []byte) (int, error) {
 	if n > 0 {
 		c.traffic.in.Add(int64(n))
 		c.waiting.Store(0)
-		if c.heard != nil {
-			c.heard.Store(int64(time.Since(c.link.begun)))
+		if c.server != nil {
+			c.server.hear(time.Since(c.link.begun), c.proven, 2*c.link.cfg.Budgets.Patience)
 		}
 	}
 	return n, err

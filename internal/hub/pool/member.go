@@ -228,7 +228,7 @@ func (m *member) decide(now time.Time) (upstream string, ok bool, wait time.Dura
 				break
 			}
 		}
-		return m.current, true, again
+		return m.current, true, pollEvery
 	}
 	if m.bad.IsZero() {
 		m.bad = now

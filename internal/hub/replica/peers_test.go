@@ -52,6 +52,8 @@ type sharing struct {
 	on      string     // whom it follows; empty: the cloud
 	moved   chan struct{}
 	deaf    bool // nobody gets an answer from it
+	refuses bool // it serves nothing
+	refused int
 	lies    bool // it lists what it has, whatever it is asked for
 	calls   map[*call]struct{}
 	listed  int // lists that it has served to others
@@ -167,6 +169,15 @@ func (p peerOf) RoundTrip(r *http.Request) (*http.Response, error) {
 	answer := func(code int) (*http.Response, error) {
 		end()
 		return &http.Response{StatusCode: code, Status: http.StatusText(code), Header: http.Header{}, Body: http.NoBody}, nil
+	}
+	h.mu.Lock()
+	refuses := h.refuses
+	if refuses {
+		h.refused++
+	}
+	h.mu.Unlock()
+	if refuses {
+		return answer(http.StatusTooManyRequests)
 	}
 	held, ok := replica.Held(ScopeOf(info))
 	if !ok || held.Borrowed() {
@@ -486,6 +497,54 @@ func TestABehindPeerTakesNothingBack(t *testing.T) {
 			t.Errorf("the leader did not learn from its follower: it is at %d of %d", now, at)
 		}
 		leader.truth()
+	})
+}
+
+// TestFollowerOfARestoredCloud: a leader that started anew after the cloud was
+// restored from a backup knows nothing of the lost history, and has nothing to
+// say to a follower that is still there.
+func TestFollowerOfARestoredCloud(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p, leader, follower := shareTwo(t, nil)
+		defer p.stop()
+		backup := p.cloud.at()
+		for range 20 {
+			p.cloud.put("configmaps", "ns", "a", "2", nil)
+		}
+		p.cloud.put("configmaps", "ns", "b", "1", nil)
+		pass(time.Second)
+		leader.hangUp(true)
+		p.cloud.rewind(backup)
+		p.cloud.put("configmaps", "ns", "c", "1", nil)
+		pass(silentAfter + time.Minute)
+		leader.current(leader.held(configMaps))
+		leader.restart()
+		leader.hangUp(false)
+		pass(silentAfter + 2*time.Minute)
+		follower.current(follower.held(configMaps))
+		p.cloud.put("configmaps", "ns", "d", "1", nil)
+		pass(2 * time.Minute)
+		follower.current(follower.held(configMaps))
+	})
+}
+
+// TestLeaderThatServesNothing: a follower does not ask the cloud every few
+// seconds for what its leader lacks.
+func TestLeaderThatServesNothing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p, leader, follower := shareTwo(t, nil)
+		defer p.stop()
+		leader.mu.Lock()
+		leader.refuses = true
+		leader.mu.Unlock()
+		leader.hangUp(false)
+		pass(time.Hour)
+		leader.mu.Lock()
+		defer leader.mu.Unlock()
+		if leader.refused == 0 || leader.refused > 25 {
+			t.Errorf("the leader was asked %d times in an hour", leader.refused)
+		}
+		follower.current(follower.held(configMaps))
 	})
 }
 

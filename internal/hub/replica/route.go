@@ -38,6 +38,13 @@ const (
 	// one whose history does not reach back, for longer.
 	avoidFor     = 5 * time.Second
 	avoidGoneFor = time.Minute
+	// Each time that it fails again at once avoidFor is twice as long, at most
+	// this: the cloud must not be asked for what a leader lacks every few
+	// seconds.
+	avoidMost = 5 * time.Minute
+	// steadyAfter is how long a stream from a peer lasts that did not fail at
+	// once.
+	steadyAfter = time.Minute
 )
 
 var (
@@ -45,6 +52,8 @@ var (
 	errMoved = errors.New("another upstream is to be followed")
 	// errBehind means that a peer has not seen what the set holds.
 	errBehind = errors.New("the peer is behind")
+	// errSilent means that a peer says nothing, not even that nothing happens.
+	errSilent = errors.New("the peer says nothing")
 )
 
 // waitRoute makes the route of the next attempt the stream's own, once its
@@ -176,14 +185,28 @@ func (st *stream) onRoute(ctx context.Context, changed <-chan struct{}, try func
 // failed judges an attempt that a peer did not serve to its end. A peer that
 // is gone is for the router to judge: a short absence moves nobody. One that
 // is there and cannot serve this scope is passed by for it.
-func (st *stream) failed(ctx context.Context, err error, wait *backoff) {
+//
+// One that has no history for the set, or nothing to say to it, may be right:
+// the set may be ahead of a cloud that was restored from a backup. So the cloud
+// is asked where it is before it is followed.
+func (st *stream) failed(ctx context.Context, err error, lasted time.Duration, wait *backoff) {
 	peer := st.route.Peer
+	if lasted >= steadyAfter {
+		delete(st.failures, peer)
+	}
 	switch {
 	case errors.Is(err, errGone):
-		st.tooOld = true
+		st.tooOld, st.doubted = true, true
+		st.avoid(peer, avoidGoneFor)
+	case errors.Is(err, errSilent):
+		st.doubted = true
 		st.avoid(peer, avoidGoneFor)
 	case errors.Is(err, errAnswered), errors.Is(err, errBehind):
-		st.avoid(peer, avoidFor)
+		st.avoid(peer, min(avoidFor<<st.failures[peer], avoidMost))
+		if st.failures == nil {
+			st.failures = map[string]int{}
+		}
+		st.failures[peer] = min(st.failures[peer]+1, maxFailures)
 	}
 	st.log.Debug("stream from a peer ended", "peer", peer, "err", err)
 	wait.sleep(ctx, 0, st.hurried)
@@ -191,6 +214,9 @@ func (st *stream) failed(ctx context.Context, err error, wait *backoff) {
 		wait.n = maxPeerTries
 	}
 }
+
+// maxFailures keeps avoidFor from growing beyond all bounds.
+const maxFailures = 10
 
 // maxPeerTries keeps the pause between two tries of a peer below two seconds.
 const maxPeerTries = 4

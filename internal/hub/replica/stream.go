@@ -105,6 +105,10 @@ type stream struct {
 	route   Route
 	avoided map[string]time.Time
 	tooOld  bool
+	// doubted says that a peer's word makes it doubtful whether the cloud still
+	// is where the set is.
+	doubted  bool
+	failures map[string]int // of a peer, one after the other at once
 
 	pinned bool   // guarded by the replica's mu: never paused
 	owner  string // who opened it; "": the node, or a former life of the hub
@@ -332,7 +336,7 @@ func (st *stream) supervise(ctx context.Context) {
 			continue // the server ended the watch in good order
 		}
 		if st.route.Peer != "" {
-			st.failed(ctx, err, &wait)
+			st.failed(ctx, err, lasted, &wait)
 			continue // who waits for the set waits for another upstream
 		}
 		st.settle(err)
@@ -368,7 +372,7 @@ func (st *stream) judge(ctx context.Context, err error, credential Credential, w
 		st.log.Debug("stream cannot resume", "err", err)
 		st.forget()
 		clear(st.avoided) // a peer's list will do as well
-		st.tooOld = false
+		st.tooOld, st.doubted = false, false
 		if wait.first() {
 			return
 		}
@@ -477,6 +481,12 @@ func (st *stream) follow(ctx context.Context, c Credential, changed <-chan struc
 		if err != nil {
 			return err
 		}
+	}
+	if st.doubted && st.route.Peer == "" {
+		if err := st.compare(ctx, c); err != nil {
+			return err
+		}
+		st.doubted = false
 	}
 	st.settle(nil)
 	return st.onRoute(ctx, changed, func(ctx context.Context) error { return st.watch(ctx, c) })
@@ -917,7 +927,7 @@ func (st *stream) watch(ctx context.Context, c Credential) error {
 		ev, err := events.Read()
 		switch {
 		case silent.Load() && st.route.Peer != "":
-			return fmt.Errorf("watch %s: the peer says nothing", s.id)
+			return fmt.Errorf("watch %s: %w", s.id, errSilent)
 		case silent.Load():
 			return st.compare(ctx, c)
 		case errors.Is(err, io.EOF):
