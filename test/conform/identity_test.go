@@ -136,17 +136,18 @@ func TestVerdicts(t *testing.T) {
 
 // TestImpersonation is about callers for whom the API server must be told who
 // they are, and those who say that they are somebody else.
+// Its caller is in no other test: the rights it gains here others must not see.
 func TestImpersonation(t *testing.T) {
 	t.Parallel()
-	hub, _ := busy.hub(t, "edge-alice")
-	alice, err := busy.Cloud.ClientConfig("alice", "gardeners")
+	hub, _ := busy.hub(t, "edge-rose")
+	rose, err := busy.Cloud.ClientConfig("rose", "florists")
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, edge := busy.pair(t, hub, caller{name: "alice", cfg: alice})
+	_, edge := busy.pair(t, hub, caller{name: "rose", cfg: rose})
 	q := question{"/api/v1/namespaces/conform-a/configmaps", "", inJSON}
 	if a := edge.mustAsk(t, q); a.code != http.StatusForbidden {
-		t.Errorf("alice, whom the hub may not stand for: %d %s", a.code, a.body)
+		t.Errorf("rose, whom the hub may not stand for: %d %s", a.code, a.body)
 	}
 	err = busy.Cloud.Apply(t.Context(), `
 apiVersion: rbac.authorization.k8s.io/v1
@@ -160,36 +161,36 @@ apiVersion: rbac.authorization.k8s.io/v1
 kind: ClusterRoleBinding
 metadata: {name: conform-impersonator}
 roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: conform-impersonator}
-subjects: [{apiGroup: rbac.authorization.k8s.io, kind: User, name: "system:node:edge-alice"}]
+subjects: [{apiGroup: rbac.authorization.k8s.io, kind: User, name: "system:node:edge-rose"}]
 ---
 apiVersion: rbac.authorization.k8s.io/v1
 kind: ClusterRoleBinding
-metadata: {name: conform-gardeners}
+metadata: {name: conform-florists}
 roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: conform-narrow}
-subjects: [{apiGroup: rbac.authorization.k8s.io, kind: Group, name: gardeners}]
+subjects: [{apiGroup: rbac.authorization.k8s.io, kind: Group, name: florists}]
 `)
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
 		ctx := context.WithoutCancel(t.Context())
-		if _, err := busy.Cloud.Kubectl(ctx, "delete", "clusterrolebinding", "conform-impersonator", "conform-gardeners"); err != nil {
+		if _, err := busy.Cloud.Kubectl(ctx, "delete", "clusterrolebinding", "conform-impersonator", "conform-florists"); err != nil {
 			t.Error(err)
 		}
 	})
 	mustAwait(t, func(ctx context.Context) error {
 		a, err := edge.ask(ctx, q)
 		if err == nil && a.code != http.StatusOK {
-			err = fmt.Errorf("alice, whom the hub may stand for: %d %s", a.code, a.body)
+			err = fmt.Errorf("rose, whom the hub may stand for: %d %s", a.code, a.body)
 		}
 		return err
 	})
 	// Her rights count, not the node's.
 	if a := edge.mustAsk(t, question{"/api/v1/nodes/edge-1", "", inJSON}); a.code != http.StatusForbidden {
-		t.Errorf("alice may read a node: %d %s", a.code, a.body)
+		t.Errorf("rose may read a node: %d %s", a.code, a.body)
 	}
 
-	for _, c := range []caller{{name: "alice", cfg: alice}, {name: "reader", token: busy.tokens["reader"]}} {
+	for _, c := range []caller{{name: "rose", cfg: rose}, {name: "reader", token: busy.tokens["reader"]}} {
 		_, edge := busy.pair(t, hub, c)
 		for _, header := range []string{"Impersonate-User", "Impersonate-Group", "Impersonate-Uid", "Impersonate-Extra-Scopes"} {
 			req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, edge.base+q.path+"?resourceVersion=0", nil)
