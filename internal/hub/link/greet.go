@@ -26,7 +26,7 @@ func (l *Link) greet(ctx context.Context, i int, p probing) bool {
 	req.Host = l.servers[i].url.Host
 	s := l.lanes.Load()
 	lane := &s.by[node]
-	resp, err := lane.gates[question].roundTrip(lane.by[question], req, i, &s.registry)
+	resp, err := lane.gates[question].roundTrip(lane.by[question], req, i, s.registry)
 	if err != nil {
 		return false
 	}

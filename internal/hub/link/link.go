@@ -247,7 +247,8 @@ func (l *Link) WaitUp(ctx context.Context) error {
 func (l *Link) ClientChanged() {
 	l.mu.Lock()
 	l.tickets = newTickets(len(l.servers))
-	old := l.lanes.Swap(l.newLanesLocked())
+	old := l.lanes.Load()
+	l.lanes.Store(l.newLanesLocked(old.registry))
 	l.mu.Unlock()
 	old.retire()
 }

@@ -413,28 +413,45 @@ func TestMissingCertificateIsNoCut(t *testing.T) {
 	}
 }
 
+// TestDownEndsStreams cuts the link without a word: what was on the way ends
+// with it, long before a ping would find out. That includes a stream from
+// before the client certificate was renewed.
 func TestDownEndsStreams(t *testing.T) {
 	t.Parallel()
-	ca := newAuthority(t)
-	u := newUpstream(t, ca, func(w http.ResponseWriter, r *http.Request) {
-		_, _ = io.WriteString(w, "event")
-		_ = http.NewResponseController(w).Flush()
-		<-r.Context().Done()
-	})
-	w := newWire(t, u.addr())
-	r := newRig(t, ca, eager, w.addr)
-	r.waitUp(t)
-	resp, err := r.Node().RoundTrip(newRequest(t, "/api/v1/pods?watch=true"))
-	if err != nil {
-		t.Fatal(err)
+	for name, renewed := range map[string]bool{"same certificate": false, "renewed since": true} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			ca := newAuthority(t)
+			u := newUpstream(t, ca, func(w http.ResponseWriter, r *http.Request) {
+				_, _ = io.WriteString(w, "event")
+				_ = http.NewResponseController(w).Flush()
+				<-r.Context().Done()
+			})
+			w := newWire(t, u.addr())
+			r := newRig(t, ca, eager, w.addr)
+			r.waitUp(t)
+			resp, err := r.Node().RoundTrip(newRequest(t, "/api/v1/pods?watch=true"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if renewed {
+				r.ClientChanged()
+			}
+			w.blackhole()
+			r.suspect(0)
+			r.waitDown(t)
+			const soon = userTimeout / 2
+			slow := time.AfterFunc(soon, func() {
+				t.Errorf("the stream goes on %s after the link went down", soon)
+				_ = resp.Body.Close()
+			})
+			defer slow.Stop()
+			body, err := io.ReadAll(resp.Body)
+			if string(body) != "event" || err == nil {
+				t.Errorf("stream ended with %q, %v", body, err)
+			}
+		})
 	}
-	w.blackhole()
-	r.suspect(0)
-	body, err := io.ReadAll(resp.Body)
-	if string(body) != "event" || err == nil {
-		t.Errorf("stream ended with %q, %v", body, err)
-	}
-	r.waitDown(t)
 }
 
 func TestNewRefusesBadConfig(t *testing.T) {

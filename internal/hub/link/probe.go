@@ -173,7 +173,7 @@ func (l *Link) report(i int, started time.Time, f finding) {
 			l.slow.Store(false)
 		}
 		if !state.Up {
-			old = l.lanes.Swap(l.newLanesLocked())
+			old = l.lanes.Swap(l.newLanesLocked(&registry{}))
 		}
 		close(l.changed)
 		l.changed = make(chan struct{})

@@ -36,10 +36,12 @@ func (t *Traffic) Written() int64 { return t.out.Load() }
 
 // lanes are the pooled connections of one generation. A generation ends when
 // the link goes down, and all of it is cut; or when the client certificate
-// changes, and what is on the way may finish.
+// changes, and what is on the way may finish. The next one then shares its
+// registry, so that what goes on in the old one is watched over and ends with
+// the link like the rest.
 type lanes struct {
 	by [2]lane // by credential
-	registry
+	*registry
 }
 
 // lane carries the requests of one credential. Short requests and streams
@@ -188,11 +190,11 @@ func (g *registry) isDead() bool {
 func (l *Link) newLanes() *lanes {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return l.newLanesLocked()
+	return l.newLanesLocked(&registry{})
 }
 
-func (l *Link) newLanesLocked() *lanes {
-	s := &lanes{}
+func (l *Link) newLanesLocked(r *registry) *lanes {
+	s := &lanes{registry: r}
 	for cred := range s.by {
 		d := &dialer{link: l, lanes: s, cred: credential(cred), tickets: l.tickets[cred]}
 		s.by[cred] = lane{
@@ -525,7 +527,7 @@ func (l *Link) send(req *http.Request, cred credential, by way) (*http.Response,
 		var resp *http.Response
 		asked := time.Now()
 		stalled := time.AfterFunc(l.cfg.Budgets.Stall, func() { l.suspect(i) })
-		resp, err = gate.roundTrip(t, req, i, &s.registry)
+		resp, err = gate.roundTrip(t, req, i, s.registry)
 		stalled.Stop()
 		if err == nil {
 			l.tell(resp.Header, asked)
