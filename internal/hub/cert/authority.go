@@ -42,7 +42,7 @@ func (c *Certificates) keepAuthority(ctx context.Context) {
 		return
 	}
 	retry := backoff{min: retryMin, max: retryMax}
-	if c.vouched(ctx) && !sleep(ctx, jitter(authorityInterval)) {
+	if c.vouched(ctx) && !c.awaitNews(ctx, jitter(authorityInterval)) {
 		return
 	}
 	for {
@@ -60,9 +60,30 @@ func (c *Certificates) keepAuthority(ctx context.Context) {
 		} else {
 			wait = retry.next()
 		}
-		if !sleep(ctx, wait) {
+		if !c.awaitNews(ctx, wait) {
 			return
 		}
+	}
+}
+
+// awaitNews is sleep that ends early when there may be news.
+func (c *Certificates) awaitNews(ctx context.Context, wait time.Duration) bool {
+	select {
+	case <-ctx.Done():
+		return false
+	case <-time.After(wait):
+	case <-c.news:
+	}
+	return true
+}
+
+// look has the cluster's authorities asked for soon. A certificate that was
+// just issued may be the first of a new one, and what is asked for hourly may
+// be late for it.
+func (c *Certificates) look() {
+	select {
+	case c.news <- struct{}{}:
+	default:
 	}
 }
 

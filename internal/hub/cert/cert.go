@@ -107,6 +107,7 @@ type Certificates struct {
 	cluster       atomic.Pointer[authority]
 	over          atomic.Pointer[Link]
 	ready         chan struct{} // closed when there is a client certificate
+	news          chan struct{} // holds a token when the authorities shall be looked at
 
 	files sync.Mutex // guards writing of the authority and the bundle
 
@@ -151,7 +152,7 @@ func New(cfg Config) (*Certificates, error) {
 	if err := os.MkdirAll(cfg.Dir, 0o700); err != nil {
 		return nil, fmt.Errorf("keep certificates: %w", err)
 	}
-	c := &Certificates{cfg: cfg, ready: make(chan struct{}), clientChanged: make(chan struct{}), trouble: map[string]trouble{}}
+	c := &Certificates{cfg: cfg, ready: make(chan struct{}), news: make(chan struct{}, 1), clientChanged: make(chan struct{}), trouble: map[string]trouble{}}
 	c.servers.Store(&cfg.Servers)
 	if err := c.loadCluster(); err != nil {
 		return nil, err

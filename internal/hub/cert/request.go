@@ -138,7 +138,8 @@ func (c *Certificates) keep(ctx context.Context, ordered func() order, load func
 		case err == nil:
 			retry.reset()
 			use(pair)
-			last, wait = time.Now(), refreshInterval
+			c.look()
+			last, wait = time.Now(), 0
 			if c.left(o, pair, last) <= 0 {
 				// The cluster's own clock is wrong, perhaps. That must not
 				// flood it with requests.
