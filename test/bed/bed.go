@@ -30,24 +30,42 @@ const Node = "edge-1"
 
 // Bed is a control plane, a hub, and the link between them.
 type Bed struct {
-	Cloud *playground.ControlPlane
-	Link  *Link
-	Hub   *Hub
+	Cloud  *playground.ControlPlane
+	Signer *Signer // nil: the controller manager signs
+	Link   *Link
+	Hub    *Hub
 
 	dir, binary string
 }
 
-// New starts everything and waits until the hub is ready. Close ends it. The
-// flags are given to the API server.
-func New(ctx context.Context, dir string, flags ...string) (*Bed, error) {
-	cloud, err := playground.StartControlPlane(ctx, playground.ControlPlaneConfig{
-		Dir: filepath.Join(dir, "cloud"), ControllerManager: true, APIServerFlags: flags, SANs: network.LoopAddresses(),
-	})
+// Config says how a bed differs from the usual one.
+type Config struct {
+	APIServerFlags []string
+	// CertificateLife is that of nodes' certificates, by a Signer; a year if
+	// zero.
+	CertificateLife time.Duration
+}
+
+// New starts everything and waits until the hub is ready. Close ends it.
+func New(ctx context.Context, dir string, cfg Config) (*Bed, error) {
+	plane := playground.ControlPlaneConfig{
+		Dir: filepath.Join(dir, "cloud"), ControllerManager: true, APIServerFlags: cfg.APIServerFlags, SANs: network.LoopAddresses(),
+	}
+	if cfg.CertificateLife > 0 {
+		WithSigner(&plane)
+	}
+	cloud, err := playground.StartControlPlane(ctx, plane)
 	if err != nil {
 		return nil, err
 	}
 	b := &Bed{Cloud: cloud, dir: dir}
-	if b.binary, err = Build(ctx); err == nil {
+	if cfg.CertificateLife > 0 {
+		b.Signer, err = NewSigner(cloud, cfg.CertificateLife) //nolint:contextcheck // it lives until Close
+	}
+	if err == nil {
+		b.binary, err = Build(ctx)
+	}
+	if err == nil {
 		b.Hub, b.Link, err = b.AddHub(ctx, Node)
 	}
 	if err != nil {
@@ -86,6 +104,9 @@ func (b *Bed) Close() {
 	}
 	if b.Link != nil {
 		b.Link.Close()
+	}
+	if b.Signer != nil {
+		_ = b.Signer.Close() // who needs to know has asked
 	}
 	b.Cloud.Stop()
 }

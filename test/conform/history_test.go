@@ -34,7 +34,7 @@ import (
 func TestHistory(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
-	b, err := bed.New(t.Context(), dir, "--etcd-compaction-interval=3s")
+	b, err := bed.New(t.Context(), dir, bed.Config{APIServerFlags: []string{"--etcd-compaction-interval=3s"}})
 	if err != nil {
 		t.Fatal(err)
 	}

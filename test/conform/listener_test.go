@@ -5,7 +5,9 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/json"
 	"errors"
+	"fmt"
 	"net"
 	"net/netip"
 	"net/url"
@@ -20,7 +22,9 @@ import (
 	certificatesv1 "k8s.io/api/certificates/v1"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
 
+	"github.com/yurt-edge/yurt/api/apps"
 	"github.com/yurt-edge/yurt/playground"
 	"github.com/yurt-edge/yurt/test/bed"
 )
@@ -29,29 +33,75 @@ import (
 // cannot have.
 const podAddress = "127.0.0.2"
 
-// fullHub is a hub with every listener that a hub can have.
+// peerAddress stands for the node's own, where the hubs of its pool come.
+const peerAddress = "127.0.0.3"
+
+// fullHub is a hub with every listener that a hub can have, once it has joined
+// a pool.
 type fullHub struct {
 	*bed.Hub
 	link  *bed.Link
 	plain string // URL of the plain listener
 	pods  string // URL of the listener for pods
+	peers string // URL of the listener for the pool's hubs
 }
 
 func newFullHub(t *testing.T, node string) *fullHub {
 	t.Helper()
-	ports, err := playground.FreePorts(t.Context(), "127.0.0.1", 1)
+	free := func(address string) string {
+		t.Helper()
+		ports, err := playground.FreePorts(t.Context(), address, 1)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return strconv.Itoa(ports[0])
+	}
+	plain, peers := free("127.0.0.1"), free(peerAddress)
+	hub, link := busy.hub(t, node,
+		"--enable-dummy-if", "--dummy-if-ip="+podAddress,
+		"--insecure-loopback", "--proxy-port="+plain,
+		"--node-ip="+peerAddress, "--multiplexer-port="+peers)
+	return &fullHub{
+		Hub: hub, link: link,
+		plain: "http://127.0.0.1:" + plain,
+		pods:  strings.Replace(hub.URL, "127.0.0.1", podAddress, 1),
+		peers: "https://" + net.JoinHostPort(peerAddress, peers),
+	}
+}
+
+// join puts the hub's node, which exists, into a pool with others, and waits
+// until the hub serves them.
+func (h *fullHub) join(t *testing.T, pool string, others ...string) {
+	t.Helper()
+	mustAwait(t, func(ctx context.Context) error {
+		return busy.Cloud.Apply(ctx, fmt.Sprintf(`
+apiVersion: apps.openyurt.io/v1beta2
+kind: NodePool
+metadata: {name: %s}
+spec: {type: Edge, interConnectivity: true}
+`, pool))
+	})
+	// What the manager does.
+	status, err := json.Marshal(map[string]any{"status": map[string]any{"nodes": append(others, h.Node)}})
 	if err != nil {
 		t.Fatal(err)
 	}
-	port := strconv.Itoa(ports[0])
-	hub, link := busy.hub(t, node,
-		"--enable-dummy-if", "--dummy-if-ip="+podAddress,
-		"--insecure-loopback", "--proxy-port="+port)
-	return &fullHub{
-		Hub: hub, link: link,
-		plain: "http://127.0.0.1:" + port,
-		pods:  strings.Replace(hub.URL, "127.0.0.1", podAddress, 1),
+	err = busy.admin.RESTClient().Patch(types.MergePatchType).AbsPath("/apis/apps.openyurt.io/v1beta2/nodepools/" + pool + "/status").
+		Body(status).Do(t.Context()).Error()
+	if err != nil {
+		t.Fatal(err)
 	}
+	label := fmt.Appendf(nil, `{"metadata":{"labels":{%q:%q}}}`, apps.NodePoolLabel, pool)
+	if _, err := busy.admin.CoreV1().Nodes().Patch(t.Context(), h.Node, types.MergePatchType, label, metav1.PatchOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	mustAwait(t, func(ctx context.Context) error {
+		conn, err := new(net.Dialer).DialContext(ctx, "tcp", strings.TrimPrefix(h.peers, "https://"))
+		if err == nil {
+			err = conn.Close()
+		}
+		return err
+	})
 }
 
 // listening returns the addresses at which a process takes connections or
@@ -128,26 +178,37 @@ func TestListeners(t *testing.T) {
 		return "tcp " + u.Host
 	}
 	full := newFullHub(t, "edge-listen")
-	for name, c := range map[string]struct {
-		pid  int
-		want []string
+	all := []string{host(full.URL), host(full.pods), host(full.Health), host(full.plain)}
+	busy.node(t, full.Node)
+	for _, c := range []struct {
+		name   string
+		pid    int
+		want   []string
+		before func() error
 	}{
-		"by default":    {busy.Hub.PID(), []string{host(busy.Hub.URL), host(busy.Hub.Health)}},
-		"with all":      {full.PID(), []string{host(full.URL), host(full.pods), host(full.Health), host(full.plain)}},
-		"with all, cut": {full.PID(), []string{host(full.URL), host(full.pods), host(full.Health), host(full.plain)}},
+		{name: "by default", pid: busy.Hub.PID(), want: []string{host(busy.Hub.URL), host(busy.Hub.Health)}},
+		{name: "with all, in no pool", pid: full.PID(), want: all},
+		{
+			name: "with all", pid: full.PID(), want: append(all, host(full.peers)),
+			before: func() error { full.join(t, "listening"); return nil },
+		},
+		{
+			name: "with all, cut", pid: full.PID(), want: append(all, host(full.peers)),
+			before: func() error { return full.link.Cut(bed.Down) },
+		},
 	} {
-		if strings.HasSuffix(name, "cut") {
-			if err := full.link.Cut(bed.Down); err != nil {
+		if c.before != nil {
+			if err := c.before(); err != nil {
 				t.Fatal(err)
 			}
 		}
 		slices.Sort(c.want)
 		if got := listening(t, c.pid); !slices.Equal(got, c.want) {
-			t.Errorf("%s: the hub listens at %q, want %q", name, got, c.want)
+			t.Errorf("%s: the hub listens at %q, want %q", c.name, got, c.want)
 		}
 		for _, at := range listening(t, c.pid) {
 			if addr := netip.MustParseAddrPort(strings.Fields(at)[1]); !addr.Addr().IsLoopback() {
-				t.Errorf("%s: %s can be reached from elsewhere", name, at)
+				t.Errorf("%s: %s can be reached from elsewhere", c.name, at)
 			}
 		}
 	}

@@ -25,6 +25,7 @@ import (
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
 
+	"github.com/yurt-edge/yurt/api/crds"
 	"github.com/yurt-edge/yurt/test/bed"
 )
 
@@ -78,7 +79,7 @@ func run(m *testing.M) (int, error) {
 	var starting errgroup.Group
 	start := func(w **world, name string, flags ...string) {
 		starting.Go(func() error {
-			b, err := bed.New(ctx, filepath.Join(dir, name), flags...)
+			b, err := bed.New(ctx, filepath.Join(dir, name), bed.Config{APIServerFlags: flags})
 			if err != nil {
 				return err
 			}
@@ -99,6 +100,11 @@ func run(m *testing.M) (int, error) {
 	}()
 	if err := starting.Wait(); err != nil {
 		return 0, err
+	}
+	for _, text := range crds.YAML() {
+		if err := await(ctx, func(ctx context.Context) error { return busy.Cloud.Apply(ctx, string(text)) }); err != nil {
+			return 0, err
+		}
 	}
 	var beating sync.WaitGroup
 	alive, end := context.WithCancel(context.Background())

@@ -182,14 +182,40 @@ var healthColumns = []column{
 	{name: "any other", method: http.MethodGet, path: "/api/v1/pods"},
 }
 
+var peerColumns = []column{
+	{name: "list of services", method: http.MethodGet, path: "/api/v1/services", query: "resourceVersion=0"},
+	{name: "watch", method: http.MethodGet, path: "/api/v1/services", query: "watch=true&resourceVersion=0"},
+	{name: "one service", method: http.MethodGet, path: "/api/v1/namespaces/default/services/kubernetes", query: "resourceVersion=0"},
+	{name: "list of secrets", method: http.MethodGet, path: "/api/v1/secrets", query: "resourceVersion=0"},
+	{name: "create", method: http.MethodPost, path: "/api/v1/namespaces/default/services", query: "dryRun=All", body: `{}`},
+	{name: "/pool/v1/state", method: http.MethodGet, path: "/pool/v1/state"},
+	{name: "/pool/v1/heartbeats", method: http.MethodPost, path: "/pool/v1/heartbeats", body: `[]`},
+	{name: "any other", method: http.MethodGet, path: "/metrics"},
+}
+
 // surface is a listener and who comes to it.
 type surface struct {
 	name, base string
 	columns    []column
 	rows       []credential
 	roots      *x509.CertPool
+	// peer is the node whose certificate the listener must show, where hubs
+	// know each other by name. It may then refuse who calls while the
+	// connection is secured.
+	peer string
 
 	online, offline map[string]int // by row and column
+}
+
+// noTLS stands for a status where there is no answer, because the connection
+// was refused while it was secured.
+const noTLS = 0
+
+func statusText(code int) string {
+	if code == noTLS {
+		return "TLS"
+	}
+	return strconv.Itoa(code)
 }
 
 func cellOf(row credential, c column) string { return row.name + "\x00" + c.name }
@@ -201,8 +227,21 @@ func (s *surface) client(row credential) *http.Client {
 		// Shown whatever authorities the server names.
 		cfg.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return row.cert, nil }
 	}
+	if s.peer != "" {
+		// Nodes' certificates name no address: the name is what counts.
+		cfg.InsecureSkipVerify = true
+		cfg.VerifyConnection = func(state tls.ConnectionState) error {
+			leaf := state.PeerCertificates[0]
+			_, err := leaf.Verify(x509.VerifyOptions{Roots: s.roots, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}})
+			if want := "system:node:" + s.peer; err == nil && leaf.Subject.CommonName != want {
+				err = fmt.Errorf("%s answers, want %s", leaf.Subject.CommonName, want)
+			}
+			return err
+		}
+	}
 	return &http.Client{Timeout: patience, Transport: &http.Transport{
-		TLSClientConfig: cfg, DisableKeepAlives: true,
+		// Peers may not come as often as this table has cells.
+		TLSClientConfig: cfg, DisableKeepAlives: s.peer == "",
 		DialContext: func(ctx context.Context, network, address string) (net.Conn, error) {
 			return dialAs(ctx, row.uid, network, address)
 		},
@@ -248,6 +287,9 @@ func (s *surface) status(ctx context.Context, client *http.Client, row credentia
 	req.Header.Set("Content-Type", "application/json")
 	req.Header.Set("Accept", "application/json")
 	req.Header.Set("User-Agent", marker+row.name)
+	if s.peer != "" {
+		req.Header.Set("User-Agent", marker+asPeer+row.name)
+	}
 	maps.Copy(req.Header, row.header)
 	if token != "" {
 		req.Header.Set("Authorization", "Bearer "+token)
@@ -256,6 +298,9 @@ func (s *surface) status(ctx context.Context, client *http.Client, row credentia
 		req.Host = row.host
 	}
 	resp, err := client.Do(req)
+	if s.peer != "" && refusedInHandshake(err) {
+		return noTLS, nil
+	}
 	if err != nil {
 		return 0, fmt.Errorf("%s: %s: %s: %w", s.name, row.name, c.name, err)
 	}
@@ -278,6 +323,13 @@ func (s *surface) status(ctx context.Context, client *http.Client, row credentia
 	return resp.StatusCode, nil
 }
 
+// refusedInHandshake tells the alert that refuses a certificate, which the end
+// of the connection may overtake.
+func refusedInHandshake(err error) bool {
+	op, ok := errors.AsType[*net.OpError](err)
+	return ok && op.Op == "remote error" || errors.Is(err, unix.ECONNRESET) || errors.Is(err, unix.EPIPE)
+}
+
 // observe fills in the answers of all rows that take pick.
 func (s *surface) observe(t *testing.T, cells map[string]int, offline bool, pick func(credential) bool) {
 	t.Helper()
@@ -292,13 +344,18 @@ func (s *surface) observe(t *testing.T, cells map[string]int, offline bool, pick
 		}
 		ask.Go(func() error {
 			client, token := s.client(row), row.token
+			defer client.CloseIdleConnections()
 			if offline && row.offlineToken != "" {
 				token = row.offlineToken
 			}
+			code := -1
 			for _, c := range s.columns { // in order: what was refused once is known
-				code, err := s.status(t.Context(), client, row, c, token)
-				if err != nil {
-					return err
+				// Who is refused in the handshake does not come to ask.
+				if code != noTLS {
+					var err error
+					if code, err = s.status(t.Context(), client, row, c, token); err != nil {
+						return err
+					}
 				}
 				mu.Lock()
 				cells[cellOf(row, c)] = code
@@ -325,9 +382,9 @@ func (s *surface) table() string {
 		for _, c := range s.columns {
 			online, offline := s.online[cellOf(row, c)], s.offline[cellOf(row, c)]
 			if online == offline {
-				fmt.Fprintf(&b, " %d |", online)
+				b.WriteString(" " + statusText(online) + " |")
 			} else {
-				fmt.Fprintf(&b, " %d / %d |", online, offline)
+				b.WriteString(" " + statusText(online) + " / " + statusText(offline) + " |")
 			}
 		}
 		b.WriteString("\n")
@@ -518,11 +575,25 @@ func TestStatusTables(t *testing.T) {
 		row.name = "process of root, " + row.name
 		plainRows = append(plainRows, row)
 	}
+	caCert, caKey := clusterCA(t)
+	const peer = "certificate of a node of the pool"
+	member := named(peer)[0].cert
+	peerRows := append(slices.Clone(rows),
+		credential{name: peer + ", expired", cert: issue(t, caCert, caKey, "system:node:edge-1", true, "system:nodes")},
+		credential{name: peer + ", of another CA", cert: issue(t, nil, nil, "system:node:edge-1", false, "system:nodes")},
+		credential{name: peer + ", token of a pod", cert: member, token: tokens["allowed"]},
+		credential{name: peer + ", Impersonate-User", cert: member, header: impersonating},
+		credential{name: peer + ", X-Remote-User", cert: member, header: headers("X-Remote-User", "system:admin")},
+	)
+	hub.join(t, "guarded", "edge-1")
+	cluster := x509.NewCertPool()
+	cluster.AddCert(caCert)
 	node := &surface{name: "node", base: hub.URL, columns: apiColumns, rows: rows, roots: bundle}
 	pods := &surface{name: "pods", base: hub.pods, columns: apiColumns, rows: rows, roots: bundle}
 	health := &surface{name: "health", base: hub.Health, columns: healthColumns, rows: withoutCertificates}
 	plain := &surface{name: "plain", base: hub.plain, columns: apiColumns, rows: plainRows}
-	all := []*surface{node, pods, health, plain}
+	peers := &surface{name: "peers", base: hub.peers, columns: peerColumns, rows: peerRows, roots: cluster, peer: hub.Node}
+	all := []*surface{node, pods, health, plain, peers}
 	for _, s := range all {
 		s.online, s.offline = map[string]int{}, map[string]int{}
 	}
@@ -565,7 +636,7 @@ func TestStatusTables(t *testing.T) {
 			t.Errorf("%q: %d / %d to programs on the node, %d / %d to pods", cell, code, node.offline[cell], pods.online[cell], pods.offline[cell])
 		}
 	}
-	compareTables(t, map[string]string{"api": node.table(), "health": health.table(), "plain": plain.table()})
+	compareTables(t, map[string]string{"api": node.table(), "health": health.table(), "plain": plain.table(), "peers": peers.table()})
 	hub.whoTheCloudSees(t, all)
 	hub.whoseRequests(t)
 }
@@ -658,6 +729,9 @@ func compareTables(t *testing.T, tables map[string]string) {
 // it can be told at the API server from what the hub sends by itself.
 const marker = "through-the-hub "
 
+// asPeer follows it in what is sent to the listener for peers.
+const asPeer = "as a peer, "
+
 // auditFlags makes the API server write down every request.
 func auditFlags(dir string) ([]string, error) {
 	policy := filepath.Join(dir, "audit.yaml")
@@ -743,8 +817,8 @@ subjects: [{apiGroup: rbac.authorization.k8s.io, kind: User, name: "system:node:
 		"process of root, token of a pod without rights":              "system:serviceaccount:guarded:powerless",
 	}
 	for _, s := range all {
-		if s.name == "health" {
-			continue
+		if s.name == "health" || s.peer != "" {
+			continue // they pass nothing on; see whoseRequests
 		}
 		for _, row := range s.rows {
 			var got whoami
@@ -817,6 +891,9 @@ func (h *fullHub) whoseRequests(t *testing.T) {
 	me := "system:node:" + h.Node
 	seen := map[string]int{}
 	for _, e := range auditEvents(t) {
+		if strings.HasPrefix(e.UserAgent, marker+asPeer) {
+			t.Errorf("a request of a peer was passed on: %s %s", e.Verb, e.RequestURI)
+		}
 		if e.User.Username != me {
 			if row, ok := strings.CutPrefix(e.UserAgent, marker); ok {
 				seen[row]++
