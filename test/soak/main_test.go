@@ -91,7 +91,7 @@ func run(m *testing.M) (int, error) {
 	if err != nil {
 		return 0, err
 	}
-	b, err := bed.New(ctx, dir)
+	b, err := bed.New(ctx, dir, bed.Config{CertificateLife: bed.Short})
 	if err != nil {
 		return 0, err
 	}
@@ -107,6 +107,7 @@ func run(m *testing.M) (int, error) {
 		return 0, err
 	}
 	code := m.Run()
+	b.Close() // it writes until then
 	if code == 0 {
 		return 0, os.RemoveAll(dir)
 	}

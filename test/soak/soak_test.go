@@ -44,11 +44,16 @@ const ownScopes = 64
 // measured: what is under way is no growth.
 var work sync.RWMutex
 
+// renewEvery is the longest that a renewal of the hub's certificate may take to
+// come: see bed.Short, and the link is cut in between.
+const renewEvery = 20 * time.Second
+
 // TestSoak does in a short time what a node does in a long one: watchers and
 // callers with new tokens come and go, objects change, the link is cut in both
-// ways. Nothing may grow.
+// ways, the hub's certificates are renewed. Nothing may grow.
 func TestSoak(t *testing.T) {
 	ctx := t.Context()
+	renewed := shared.Signer.Signed(bed.Node)
 	token, err := shared.token(ctx)
 	if err != nil {
 		t.Fatal(err)
@@ -132,6 +137,11 @@ func TestSoak(t *testing.T) {
 		fmt.Fprintf(w, "%s\t%.1f\t%.1f\t%.1f\t%.1f\t%.1f\t%s\n", name, values[0], values[len(values)-1], slices.Max(values), grown, growth[name], verdict)
 	}
 	fmt.Fprintf(w, "rounds of watchers, strangers, changes, cuts:\t%d\t%d\t%d\t%d\t\t\n", turns[0].Load(), turns[1].Load(), turns[2].Load(), turns[3].Load())
+	renewed = shared.Signer.Signed(bed.Node) - renewed
+	fmt.Fprintf(w, "certificates of the hub:\t%d\t\t\t\t\t\n", renewed)
+	if least := int(*duration / renewEvery); renewed < least {
+		t.Errorf("the hub's certificate was renewed %d times in %s, at least %d were due", renewed, duration, least)
+	}
 	if err := w.Flush(); err != nil {
 		t.Fatal(err)
 	}
