@@ -10,9 +10,7 @@ TOOL    := go tool -modfile=go.tools.mod
 CMDS    := $(notdir $(patsubst %/main.go,%,$(wildcard cmd/*/main.go)))
 # Packages whose tests must pass under the race detector on every change.
 RACE    ?= ./internal/...
-# How many inputs `make fuzz` tries on each target, and how often `make torture`
-# kills. A number, not a duration: Go 1.26 may fail a target at the end of its
-# time (golang/go#75804).
+# Inputs of each fuzz target, and kills. No durations: golang/go#75804.
 FUZZTIME  ?= 10000x
 CYCLES    ?= 10000
 # What runs on clusters and machines measures, and shares two cores: one package
