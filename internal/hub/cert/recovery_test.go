@@ -317,6 +317,30 @@ func TestRolloverWhileConnected(t *testing.T) {
 	}
 }
 
+// TestNewCertificateBringsNews is signed by an authority that the cluster
+// publishes and the node has not looked for yet: it does so at once.
+func TestNewCertificateBringsNews(t *testing.T) {
+	cluster := newCluster(t)
+	cfg := cluster.config(t)
+	must(t, os.MkdirAll(cfg.Dir, 0o700))
+	cluster.pair(t, filepath.Join(cfg.Dir, clientFile), testUser, time.Minute) // about to end
+	next := newSignerFrom(t, time.Now().Add(-time.Minute))
+	both := append(bytes.Clone(cluster.pem), next.pem...)
+	cluster.set(func() {
+		cluster.roots, cluster.trusted, cluster.signing = both, append(cluster.trusted, next), next
+	})
+	c := open(t, cfg)
+	old := c.ClientCertificate()
+	client, err := c.httpClient(c.Servers()[0], c.ClusterCAs(), credential{certificate: old})
+	must(t, err)
+	c.Over(&shared{Client: client, base: c.Servers()[0]}) // the link is up: there is no hurry
+	run(t, c)
+	until(t, "new authority", func() bool { return len(c.cluster.Load().certs) == 2 })
+	if c.ClientCertificate() == old {
+		t.Error("the authority was looked for before there was a reason")
+	}
+}
+
 // TestRolloverWhileAway finds a cluster that none of the node's authorities
 // vouches for.
 func TestRolloverWhileAway(t *testing.T) {
@@ -505,11 +529,12 @@ func TestRequestsGoOverTheLink(t *testing.T) {
 	must(t, err)
 	link := &shared{Client: client, base: c.Servers()[0]}
 	c.Over(link)
-	run(t, c)
+	stop := run(t, c)
 	until(t, "request", func() bool { return len(cluster.created()) == 1 })
 	until(t, "looks", func() bool { return link.asked.Load() >= 3 })
 	cluster.set(func() { cluster.hold = false })
 	until(t, "server certificate", func() bool { return c.clusterServer.Load() != nil })
+	stop()
 	// Whether an authority vouches for the server is tried without it.
 	before, roots := link.asked.Load(), x509.NewCertPool()
 	roots.AddCert(cluster.cert)
