@@ -32,11 +32,31 @@ const (
 	// judges it, so that neither what somebody kept nor what was signed ahead
 	// is worth anything.
 	Good = 90 * time.Second
-	// MaxCarried is how many heartbeats one node carries.
+	// MaxCarried is how many heartbeats one renewal of a lease carries, and one
+	// message between hubs.
 	MaxCarried = 32
-	// MaxSize bounds one heartbeat as JSON, certificate included.
-	MaxSize = 8 << 10
+	// MaxKept is for how many nodes one node vouches. It carries them in turns.
+	// Kubelets renew their lease four times in its life, and up to 4 % later
+	// than that, so each of them is heard again after 3 * 0.26 = 0.78 of the
+	// life: 31.2 s of 40.
+	MaxKept = Turns * MaxCarried
+	// Turns is in how many of them.
+	Turns = 3
+	// MaxSize bounds one heartbeat as JSON, certificates included, and MaxText
+	// as many of them as one renewal carries. The API server takes 256 KiB of
+	// annotations.
+	MaxSize = 6 << 10
+	MaxText = MaxCarried*(MaxSize+1) + 1
+	// maxChain bounds the authorities between a node's certificate and a root.
+	maxChain = 3
 )
+
+// Due reports whether the cloud should take a heartbeat to renew a lease with
+// that life of which nothing was heard for so long. It is the middle between
+// one turn of the carrier and two: so one of 32 nodes is renewed by every second
+// renewal of the carrier and one of 96 by each that carries it, never by one
+// less for a moment that a clock or a watch is off.
+func Due(silence, life time.Duration) bool { return silence >= life*3/8 }
 
 // purpose begins what is signed, so that nothing else that the key signs can
 // be taken for a heartbeat.
@@ -59,6 +79,17 @@ type Beat struct {
 	Renewed metav1.MicroTime `json:"renewed"`
 	// Ready is the kubelet's own word on its condition Ready.
 	Ready corev1.ConditionStatus `json:"ready"`
+	// To is the only node that may carry it: the one by whose time it was
+	// signed, since the signer does not know the cloud's. Empty: any of the pool.
+	To string `json:"to,omitempty"`
+}
+
+// For reports, as an error, that another node than by is to carry it.
+func (b Beat) For(by string) error {
+	if b.To != "" && b.To != by {
+		return fmt.Errorf("heartbeat of %s was signed by the time of %s, and is for that node to carry", b.Node, b.To)
+	}
+	return nil
 }
 
 // Signed is a heartbeat on its way.
@@ -66,10 +97,15 @@ type Signed struct {
 	Beat        []byte `json:"beat"` // JSON of a Beat
 	Signature   []byte `json:"signature"`
 	Certificate []byte `json:"certificate"` // DER
+	// Chain are the authorities between the certificate and a root, as in TLS.
+	Chain [][]byte `json:"chain,omitempty"`
 }
 
-// Sign signs b with the key of the certificate.
-func Sign(b Beat, certificate []byte, key crypto.Signer) (Signed, error) {
+// Sign signs b with the key of the first certificate of the chain, in DER.
+func Sign(b Beat, chain [][]byte, key crypto.Signer) (Signed, error) {
+	if len(chain) == 0 {
+		return Signed{}, errors.New("sign heartbeat: no certificate")
+	}
 	text, err := json.Marshal(b)
 	if err != nil {
 		return Signed{}, fmt.Errorf("sign heartbeat: %w", err)
@@ -83,7 +119,7 @@ func Sign(b Beat, certificate []byte, key crypto.Signer) (Signed, error) {
 	if err != nil {
 		return Signed{}, fmt.Errorf("sign heartbeat: %w", err)
 	}
-	return Signed{Beat: text, Signature: signature, Certificate: certificate}, nil
+	return Signed{Beat: text, Signature: signature, Certificate: chain[0], Chain: chain[1:]}, nil
 }
 
 func signedBytes(text []byte) []byte { return append([]byte(purpose), text...) }
@@ -96,8 +132,7 @@ func (s Signed) Open(roots *x509.CertPool, now time.Time) (Beat, error) {
 	if err != nil {
 		return b, fmt.Errorf("%w: read certificate: %w", ErrForged, err)
 	}
-	_, err = leaf.Verify(x509.VerifyOptions{Roots: roots, CurrentTime: now, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}})
-	if err != nil {
+	if err := s.verify(leaf, roots, now); err != nil {
 		return b, fmt.Errorf("%w: %w", ErrForged, err)
 	}
 	node, isNode := strings.CutPrefix(leaf.Subject.CommonName, "system:node:")
@@ -118,6 +153,30 @@ func (s Signed) Open(roots *x509.CertPool, now time.Time) (Beat, error) {
 		return b, fmt.Errorf("%w: node %q signed for %q", ErrForged, node, b.Node)
 	}
 	return b, nil
+}
+
+// verify checks that an authority of roots stands behind the certificate.
+func (s Signed) verify(leaf *x509.Certificate, roots *x509.CertPool, now time.Time) error {
+	if roots == nil { // would mean the system's
+		return errors.New("the cluster's certificate authority is not known")
+	}
+	if len(s.Chain) > maxChain {
+		return fmt.Errorf("%d certificates of authorities: want at most %d", len(s.Chain), maxChain)
+	}
+	options := x509.VerifyOptions{
+		Roots: roots, Intermediates: x509.NewCertPool(), CurrentTime: now, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
+	}
+	for _, der := range s.Chain {
+		authority, err := x509.ParseCertificate(der)
+		if err != nil {
+			return fmt.Errorf("read certificate of an authority: %w", err)
+		}
+		options.Intermediates.AddCert(authority)
+	}
+	if _, err := leaf.Verify(options); err != nil {
+		return fmt.Errorf("verify certificate: %w", err)
+	}
+	return nil
 }
 
 // Claimed is what the heartbeat says, proved or not.
@@ -165,15 +224,24 @@ func Split(annotation string) ([]Signed, error) {
 	if annotation == "" {
 		return nil, nil
 	}
-	if len(annotation) > MaxCarried*MaxSize {
-		return nil, fmt.Errorf("heartbeats of %d bytes: want at most %d", len(annotation), MaxCarried*MaxSize)
+	if len(annotation) > MaxText {
+		return nil, fmt.Errorf("heartbeats of %d bytes: want at most %d", len(annotation), MaxText)
 	}
-	var all []Signed
-	if err := json.Unmarshal([]byte(annotation), &all); err != nil {
+	var texts []json.RawMessage
+	if err := json.Unmarshal([]byte(annotation), &texts); err != nil {
 		return nil, fmt.Errorf("read heartbeats: %w", err)
 	}
-	if len(all) > MaxCarried {
-		return nil, fmt.Errorf("%d heartbeats: want at most %d", len(all), MaxCarried)
+	if len(texts) > MaxCarried {
+		return nil, fmt.Errorf("%d heartbeats: want at most %d", len(texts), MaxCarried)
+	}
+	all := make([]Signed, len(texts))
+	for i, text := range texts {
+		if len(text) > MaxSize {
+			return nil, fmt.Errorf("heartbeat of %d bytes: want at most %d", len(text), MaxSize)
+		}
+		if err := json.Unmarshal(text, &all[i]); err != nil {
+			return nil, fmt.Errorf("read heartbeats: %w", err)
+		}
 	}
 	return all, nil
 }

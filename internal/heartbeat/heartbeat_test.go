@@ -86,7 +86,7 @@ func TestSignedByEveryKindOfKey(t *testing.T) {
 	}
 	for _, key := range []crypto.Signer{newKey(t), edwards, old} {
 		want := beat("a")
-		signed, err := Sign(want, ca.issue(t, key, "system:node:a", nil), key)
+		signed, err := Sign(want, [][]byte{ca.issue(t, key, "system:node:a", nil)}, key)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -113,7 +113,7 @@ func TestForged(t *testing.T) {
 	ca, other := newAuthority(t), newAuthority(t)
 	key, stranger := newKey(t), newKey(t)
 	sign := func(node string, cert []byte, key crypto.Signer) Signed {
-		s, err := Sign(beat(node), cert, key)
+		s, err := Sign(beat(node), [][]byte{cert}, key)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -149,6 +149,119 @@ func TestForged(t *testing.T) {
 	if _, err := good.Open(ca.pool, time.Now()); err != nil {
 		t.Errorf("the good one: %v", err)
 	}
+	if _, err := good.Open(nil, time.Now()); !errors.Is(err, ErrForged) {
+		t.Errorf("without an authority: %v", err)
+	}
+}
+
+// TestChain has authorities between the node's certificate and the root.
+func TestChain(t *testing.T) {
+	root := newAuthority(t)
+	key := newKey(t)
+	under := func(parent *authority, edit func(*x509.Certificate)) *authority {
+		a := &authority{key: newKey(t)}
+		der := parent.issue(t, a.key, "ca", func(c *x509.Certificate) {
+			c.IsCA, c.BasicConstraintsValid, c.KeyUsage, c.ExtKeyUsage = true, true, x509.KeyUsageCertSign, nil
+			if edit != nil {
+				edit(c)
+			}
+		})
+		var err error
+		if a.cert, err = x509.ParseCertificate(der); err != nil {
+			t.Fatal(err)
+		}
+		return a
+	}
+	first := under(root, nil)
+	second := under(first, nil)
+	third := under(second, nil)
+	fourth := under(third, nil)
+	servers := under(root, func(c *x509.Certificate) { c.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth} })
+	stranger := under(newAuthority(t), nil)
+	for name, tc := range map[string]struct {
+		chain []*authority // from the node's on
+		ok    bool
+	}{
+		"one":             {[]*authority{first}, true},
+		"three":           {[]*authority{third, second, first}, true},
+		"in any order":    {[]*authority{second, first, stranger}, true},
+		"the root too":    {[]*authority{first, root}, true},
+		"four":            {[]*authority{fourth, third, second, first}, false},
+		"one is left out": {[]*authority{third, first}, false},
+		"for servers":     {[]*authority{servers}, false},
+		"of another root": {[]*authority{stranger}, false},
+		"a node is no authority": {[]*authority{{key: key, cert: func() *x509.Certificate {
+			c, err := x509.ParseCertificate(root.issue(t, key, "system:node:a", nil))
+			if err != nil {
+				t.Fatal(err)
+			}
+			return c
+		}()}}, false},
+	} {
+		certificates := [][]byte{tc.chain[0].issue(t, key, "system:node:a", nil)}
+		for _, a := range tc.chain {
+			certificates = append(certificates, a.cert.Raw)
+		}
+		s, err := Sign(beat("a"), certificates, key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		text, err := Join([]Signed{s})
+		if err != nil {
+			t.Fatal(err)
+		}
+		back, err := Split(text)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := back[0].Open(root.pool, time.Now()); (err == nil) != tc.ok || err != nil && !errors.Is(err, ErrForged) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	broken := Signed{Certificate: first.issue(t, key, "system:node:a", nil), Chain: [][]byte{[]byte("no certificate")}}
+	if _, err := broken.Open(root.pool, time.Now()); !errors.Is(err, ErrForged) {
+		t.Errorf("broken: %v", err)
+	}
+}
+
+// TestLargestFits joins heartbeats as large as one may be.
+func TestLargestFits(t *testing.T) {
+	s := Signed{Beat: []byte("{}")}
+	for {
+		text, err := Join([]Signed{s})
+		if err != nil {
+			t.Fatal(err)
+		}
+		room := MaxSize - (len(text) - len("[]"))
+		if room < 4 {
+			break
+		}
+		s.Certificate = append(s.Certificate, make([]byte, max(3, room/2))...)
+	}
+	text, err := Join(slices.Repeat([]Signed{s}, MaxCarried))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if all, err := Split(text); err != nil || len(all) != MaxCarried {
+		t.Errorf("%d bytes: got %d, %v", len(text), len(all), err)
+	}
+	if most := 256 << 10; MaxText > most*9/10 {
+		t.Errorf("%d bytes: the API server takes %d of all annotations", MaxText, most)
+	}
+}
+
+func TestFor(t *testing.T) {
+	b := beat("a")
+	if err := b.For("b"); err != nil {
+		t.Errorf("for anybody: %v", err)
+	}
+	b.To = "b"
+	if err := b.For("b"); err != nil {
+		t.Errorf("for b: %v", err)
+	}
+	if b.For("c") == nil {
+		t.Error("c may carry what is for b")
+	}
 }
 
 func TestFresh(t *testing.T) {
@@ -172,7 +285,8 @@ func TestBounded(t *testing.T) {
 	}
 	for name, text := range map[string]string{
 		"many":  "[" + strings.TrimSuffix(strings.Repeat("{},", MaxCarried+1), ",") + "]",
-		"long":  `[{"beat":"` + strings.Repeat("A", MaxCarried*MaxSize) + `"}]`,
+		"long":  `[{"beat":"` + strings.Repeat("A", MaxSize) + `"}]`,
+		"huge":  "[" + strings.Repeat(" ", MaxText) + "]",
 		"other": `{"a":1}`,
 	} {
 		if all, err := Split(text); err == nil {
@@ -188,7 +302,7 @@ func TestBounded(t *testing.T) {
 func FuzzOpen(f *testing.F) {
 	ca := newAuthority(f)
 	key := newKey(f)
-	good, err := Sign(beat("a"), ca.issue(f, key, "system:node:a", nil), key)
+	good, err := Sign(beat("a"), [][]byte{ca.issue(f, key, "system:node:a", nil)}, key)
 	if err != nil {
 		f.Fatal(err)
 	}

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"maps"
 	"math/rand/v2"
 	"net/http"
 	"strings"
@@ -22,6 +23,7 @@ import (
 	beats "github.com/yurt-edge/yurt/internal/heartbeat"
 	"github.com/yurt-edge/yurt/internal/hub/pool"
 	"github.com/yurt-edge/yurt/internal/hub/vouch"
+	"github.com/yurt-edge/yurt/internal/hub/wire"
 )
 
 const (
@@ -179,6 +181,7 @@ func (h *Hub) passOn(ctx context.Context, l *coordinationv1.Lease) error {
 		return fmt.Errorf("renew lease: read answer: %w", err)
 	}
 	h.heartbeat.took(renewed.ResourceVersion)
+	h.vouch.Took(renewed.Annotations[apps.Heartbeats])
 	return nil
 }
 
@@ -186,7 +189,7 @@ func (h *Hub) newVouch() *vouch.Vouch {
 	return vouch.New(vouch.Config{
 		Node: h.cfg.NodeName, Certificate: h.certs.ClientCertificate, ClusterCAs: h.certs.ClusterCAs, Clock: h.clock,
 		Online: h.link.Online, Changed: h.link.Changed, Own: h.ownHeartbeat,
-		Member: func(node string) bool { return h.pool.Membership().Has(node) },
+		From: pool.PeerFrom, Member: func(node string) bool { return h.pool.Membership().Has(node) },
 		Peers: func() []string {
 			// Those that say that they have a link come first, and not the
 			// same of them for every hub.
@@ -237,13 +240,25 @@ func (h *Hub) ownHeartbeat() (vouch.Own, error) {
 // an annotation away.
 func (h *Hub) leaseAnnotations() map[string]*string {
 	all := map[string]*string{apps.Heartbeats: nil, apps.DelegateHeartbeat: nil}
-	text, err := beats.Join(h.vouch.Carried())
+	text, err := beats.Join(h.vouch.Turn())
 	if err != nil {
 		h.log.Warn("the heartbeats of peers are not carried", "err", err)
 	} else if text != "" {
 		all[apps.Heartbeats] = &text
 	}
 	return all
+}
+
+// answered takes the lease as the cloud has it, and what it took with a renewal.
+func (h *Hub) answered(answer []byte, renewed bool) {
+	l := &coordinationv1.Lease{}
+	if decode(answer, l) != nil {
+		return
+	}
+	h.heartbeat.set(l, renewed)
+	if renewed {
+		h.vouch.Took(l.Annotations[apps.Heartbeats])
+	}
 }
 
 // renewal reads what the kubelet writes, and adds to it what the hub has to
@@ -256,40 +271,49 @@ func (h *Hub) renewal(r *http.Request, body []byte, into *coordinationv1.Lease) 
 		return nil
 	}
 	h.heartbeat.heard(into)
-	return h.carry(r, into)
+	if err := carry(r, body, into, h.leaseAnnotations()); err != nil {
+		h.log.Warn("the heartbeats of peers are not carried", "err", err)
+	}
+	return nil
 }
 
-// carry puts the heartbeats of peers into the kubelet's own renewal, so that
-// they cost no write of their own and cannot be in its way, and takes away what
-// it repeats from the answer before.
-func (h *Hub) carry(r *http.Request, l *coordinationv1.Lease) error {
+// carry puts annotations into the kubelet's own renewal, so that they cost no
+// write of their own and cannot be in its way, and takes away those that it
+// repeats from the answer before. The kubelet may be newer than this hub: the
+// fields of its lease that are not known here stay.
+func carry(r *http.Request, body []byte, l *coordinationv1.Lease, set map[string]*string) error {
 	changed := false
-	for key, text := range h.leaseAnnotations() {
-		had, has := l.Annotations[key]
+	annotations := maps.Clone(l.Annotations)
+	for key, text := range set {
+		had, has := annotations[key]
 		switch {
 		case text == nil && has:
-			delete(l.Annotations, key)
+			delete(annotations, key)
 			changed = true
 		case text != nil && had != *text:
-			if l.Annotations == nil {
-				l.Annotations = map[string]string{}
+			if annotations == nil {
+				annotations = map[string]string{}
 			}
-			l.Annotations[key] = *text
+			annotations[key] = *text
 			changed = true
 		}
 	}
 	if !changed {
 		return nil
 	}
-	media := runtime.ContentTypeJSON
+	enc := wire.JSON
 	if strings.HasPrefix(r.Header.Get("Content-Type"), runtime.ContentTypeProtobuf) {
-		media = runtime.ContentTypeProtobuf
+		enc = wire.Protobuf
 	}
-	info, _ := runtime.SerializerInfoForMediaType(typed.SupportedMediaTypes(), media)
-	text, err := runtime.Encode(typed.EncoderForVersion(info.Serializer, coordinationv1.SchemeGroupVersion), l)
+	apiVersion, kind, object, err := wire.ReadObject(enc, body)
+	if err == nil {
+		object, err = wire.Annotate(enc, object, set)
+	}
 	if err != nil {
-		return fmt.Errorf("carry heartbeats: %w", err)
+		return err //nolint:wrapcheck // it names the object
 	}
+	text := wire.AppendObject(nil, enc, apiVersion, kind, object)
 	r.Body, r.ContentLength = io.NopCloser(bytes.NewReader(text)), int64(len(text))
+	l.Annotations = annotations
 	return nil
 }

@@ -110,12 +110,7 @@ func (h *Hub) lease(w http.ResponseWriter, r *http.Request, as link.Credential) 
 		if resp.StatusCode/100 != 2 {
 			return nil
 		}
-		return func(answer []byte) {
-			l := &coordinationv1.Lease{}
-			if decode(answer, l) == nil {
-				h.heartbeat.set(l, written)
-			}
-		}
+		return func(answer []byte) { h.answered(answer, written) }
 	}
 	if r.Method != http.MethodPut || !h.link.Weak() {
 		if err = h.link.Try(w, r, as, keep, leaseBudget); err == nil {

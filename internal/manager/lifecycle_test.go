@@ -191,7 +191,7 @@ func (m *machine) beat(edit func(*heartbeat.Beat)) (heartbeat.Signed, error) {
 	if edit != nil {
 		edit(&b)
 	}
-	return heartbeat.Sign(b, m.cert, m.key)
+	return heartbeat.Sign(b, [][]byte{m.cert}, m.key)
 }
 
 // evicted returns which pods of the machines are gone or going.
@@ -500,12 +500,13 @@ func (c *cluster) lies(t *testing.T, carrier, silent, other, moved, good *machin
 	edited, stranger := sign(silent, nil), sign(other, nil)
 	edited.Beat = []byte(strings.Replace(string(edited.Beat), "True", "False", 1))
 	stranger.Certificate = silent.cert
+	meant := sign(silent, func(b *heartbeat.Beat) { b.To = other.name })
 	before := c.lease(t, silent.name)
 	for result, s := range map[string]heartbeat.Signed{
 		"forged": stranger, "stale": sign(silent, aged(heartbeat.Good+time.Minute)), "superseded": sign(good, aged(time.Minute)),
 		"unknown": sign(silent, func(b *heartbeat.Beat) { b.UID = "of another life" }), "other-pool": sign(other, nil),
 	} {
-		carrier.carry([]heartbeat.Signed{s, edited}, good)
+		carrier.carry([]heartbeat.Signed{s, edited, meant}, good)
 		await(t, result, func() error {
 			if !c.metric(t, fmt.Sprintf("yurt_manager_heartbeats_total{result=%q}", result)) {
 				return fmt.Errorf("not counted")

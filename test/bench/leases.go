@@ -130,7 +130,7 @@ func (b *bench) carry(ctx context.Context, site []vouchedNode, after time.Durati
 		now := metav1.NowMicro()
 		var all []heartbeat.Signed
 		for _, n := range site[1:] {
-			s, err := heartbeat.Sign(heartbeat.Beat{Node: n.name, UID: n.uid, Time: now, Renewed: now, Ready: corev1.ConditionTrue}, n.cert, n.key)
+			s, err := heartbeat.Sign(heartbeat.Beat{Node: n.name, UID: n.uid, Time: now, Renewed: now, Ready: corev1.ConditionTrue}, [][]byte{n.cert}, n.key)
 			if err != nil {
 				return err
 			}

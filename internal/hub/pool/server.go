@@ -15,6 +15,7 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
+	"github.com/yurt-edge/yurt/internal/heartbeat"
 	"github.com/yurt-edge/yurt/internal/httpx"
 	"github.com/yurt-edge/yurt/internal/hub/request"
 )
@@ -29,7 +30,7 @@ const (
 
 // What peers may send and have in flight.
 const (
-	maxBody       = 64 << 10
+	maxBody       = heartbeat.MaxText
 	bodyPatience  = 10 * time.Second
 	maxRequests   = 32   // of one peer, other than watches
 	maxWatches    = 256  // of one peer

@@ -5,6 +5,7 @@ package vouch
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto"
 	"crypto/tls"
@@ -14,6 +15,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"math/rand/v2"
 	"net/http"
 	"slices"
@@ -22,7 +24,6 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
-	"golang.org/x/time/rate"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -42,18 +43,16 @@ const (
 	// soon bounds the pause before the first time after the link went down,
 	// so that a pool that is cut does not speak in one voice.
 	soon = time.Second
-	// patience is how long one peer may take, tries how many are asked.
+	// patience is how long one peer may take, for all that is handed to it,
+	// and tries how many are asked.
 	patience = 3 * time.Second
 	tries    = 4
-	// held is how long a heartbeat is carried, at most, and no longer than
-	// three quarters of the life of a lease. By then there is a newer one.
+	// held is how long a heartbeat is kept, at most, and no longer than three
+	// quarters of the life of a lease. By then there is a newer one.
 	held = 30 * time.Second
 	// drift is how much a clock that heard the cloud may be wrong after a
 	// long cut. Further it is not set by a peer.
 	drift = heartbeat.Good / 2
-	// perSecond is how many deliveries are looked at, and burst at once: each
-	// holds signatures that cost time.
-	perSecond, burst = 50, 100
 	// maxAnswer bounds what a peer answers.
 	maxAnswer = 32 << 10
 )
@@ -90,6 +89,8 @@ type Config struct {
 	// Own is asked for each heartbeat.
 	Own func() (Own, error)
 
+	// From is the node whose hub a request is of.
+	From func(context.Context) string
 	// Member reports whether a node is of this one's pool, and Peers are
 	// those of them that can be reached by Transport, at URL Path.
 	Member    func(node string) bool
@@ -104,9 +105,9 @@ type Config struct {
 // Vouch speaks for its node, and for others. Use New. It is safe for
 // concurrent use.
 type Vouch struct {
-	cfg   Config
-	sent  *prometheus.CounterVec
-	limit *rate.Limiter
+	cfg  Config
+	sent *prometheus.CounterVec
+	gate *gate
 
 	mu      sync.Mutex    // guards the following
 	life    time.Duration // of leases; 0: not known yet
@@ -114,44 +115,71 @@ type Vouch struct {
 	last    time.Time     // of the heartbeats that were signed
 	ahead   time.Duration // of the clock, as a peer says
 	carrier string        // the peer that took the last one
+	places  int           // that were given in the queue
 }
 
 type kept struct {
 	signed heartbeat.Signed
 	time   time.Time // of the heartbeat
 	at     time.Time // when it came
+	place  int       // of the node in the queue to be carried
 }
 
 // New returns a Vouch that carries nothing.
 func New(cfg Config) *Vouch {
 	v := &Vouch{
-		cfg: cfg, kept: map[string]kept{}, limit: rate.NewLimiter(perSecond, burst),
+		cfg: cfg, kept: map[string]kept{}, gate: newGate(),
 		sent: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "node_yurthub_heartbeats_total", Help: "Heartbeats handed to peers while the link was down, by result.",
 		}, []string{"result"}),
 	}
 	cfg.Registerer.MustRegister(v.sent, prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 		Name: "node_yurthub_vouched_nodes", Help: "Nodes of the pool whose heartbeats this hub carries.",
-	}, func() float64 { return float64(len(v.Carried())) }))
+	}, func() float64 { return float64(len(v.Carries())) }))
 	return v
 }
 
-// Carried returns the heartbeats that are still worth something, in the order
-// of nodes' names.
-func (v *Vouch) Carried() []heartbeat.Signed {
+// Turn returns what the next renewal carries: the heartbeats at the head of the
+// queue.
+func (v *Vouch) Turn() []heartbeat.Signed {
+	all := v.queue()
+	return all[:min(len(all), heartbeat.MaxCarried)]
+}
+
+// queue returns the heartbeats that are still worth something, those first
+// whose nodes wait longest.
+func (v *Vouch) queue() []heartbeat.Signed {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	v.dropLocked()
-	var nodes []string
-	for node := range v.kept {
-		nodes = append(nodes, node)
-	}
-	slices.Sort(nodes)
+	nodes := slices.SortedFunc(maps.Keys(v.kept), func(a, b string) int {
+		return cmp.Compare(v.kept[a].place, v.kept[b].place)
+	})
 	all := make([]heartbeat.Signed, len(nodes))
 	for i, node := range nodes {
 		all[i] = v.kept[node].signed
 	}
 	return all
+}
+
+// Took takes note of the heartbeats in an annotation that the cloud took with
+// a renewal: their nodes go to the end of the queue. A renewal that did not get
+// through is no turn. So whoever is kept is carried in one of three turns,
+// whoever comes and goes.
+func (v *Vouch) Took(annotation string) {
+	all, err := heartbeat.Split(annotation)
+	if err != nil {
+		return // not of this hub
+	}
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	for _, s := range all {
+		node := s.Claimed().Node
+		if k, ok := v.kept[node]; ok {
+			k.place = v.placeLocked()
+			v.kept[node] = k
+		}
+	}
 }
 
 func (v *Vouch) dropLocked() {
@@ -164,6 +192,12 @@ func (v *Vouch) dropLocked() {
 			delete(v.kept, node)
 		}
 	}
+}
+
+// placeLocked is the end of the queue.
+func (v *Vouch) placeLocked() int {
+	v.places++
+	return v.places
 }
 
 // answer is what a hub says to who brought heartbeats.
@@ -180,10 +214,12 @@ type answer struct {
 // ServeHTTP takes heartbeats of nodes of the pool: the sender's own, and those
 // that it keeps while it has no link.
 func (v *Vouch) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	if !v.limit.Allow() {
-		httpx.WriteStatus(w, r, apierrors.NewTooManyRequests("this hub takes no more heartbeats in this second", 1))
+	leave, err := v.gate.enter(v.cfg.From(r.Context()))
+	if err != nil {
+		httpx.WriteStatus(w, r, err)
 		return
 	}
+	defer leave()
 	body, err := io.ReadAll(r.Body) // its size is limited
 	if err != nil {
 		httpx.WriteStatus(w, r, apierrors.NewBadRequest(fmt.Sprintf("read heartbeats: %v", err)))
@@ -229,6 +265,9 @@ func (v *Vouch) keep(b heartbeat.Beat, s heartbeat.Signed) error {
 	if !v.cfg.Member(b.Node) {
 		return errors.New("not a node of this pool")
 	}
+	if err := b.For(v.cfg.Node); err != nil {
+		return err //nolint:wrapcheck // it says all
+	}
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	v.dropLocked()
@@ -236,10 +275,13 @@ func (v *Vouch) keep(b heartbeat.Beat, s heartbeat.Signed) error {
 	if known && !b.Time.After(k.time) {
 		return nil
 	}
-	if !known && len(v.kept) >= heartbeat.MaxCarried {
-		return fmt.Errorf("this hub carries %d heartbeats already", heartbeat.MaxCarried)
+	if !known && len(v.kept) >= heartbeat.MaxKept {
+		return fmt.Errorf("this hub vouches for %d nodes already", heartbeat.MaxKept)
 	}
-	v.kept[b.Node] = kept{s, b.Time.Time, time.Now()}
+	if !known {
+		k.place = v.placeLocked()
+	}
+	v.kept[b.Node] = kept{s, b.Time.Time, time.Now(), k.place}
 	return nil
 }
 
@@ -255,6 +297,8 @@ func (v *Vouch) Run(ctx context.Context) error {
 			v.expect(own.Life)
 			if !v.cfg.Online() || own.overdue() {
 				v.speak(ctx, own)
+			} else {
+				v.forgetPeersTime()
 			}
 		}
 		select {
@@ -345,24 +389,46 @@ func (v *Vouch) order() []string {
 	return peers
 }
 
-// tell sends the node's heartbeat and those of others that are kept here while
-// nothing can be carried.
+// tell sends the node's heartbeat and, while nothing can be carried here, those
+// of others that are kept.
 func (v *Vouch) tell(ctx context.Context, peer string, own Own) (answer, error) {
-	var a answer
-	signed, err := v.sign(own)
+	signed, err := v.sign(own, peer)
 	if err != nil {
-		return a, err
+		return answer{}, err
 	}
 	all := []heartbeat.Signed{signed}
 	if !v.cfg.Online() {
-		all = append(all, v.Carried()...)
-	}
-	text, err := heartbeat.Join(all)
-	if err != nil {
-		return a, err
+		for _, s := range v.queue() {
+			if s.Claimed().For(peer) == nil {
+				all = append(all, s)
+			}
+		}
 	}
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
+	var first *answer // which judges the node's own
+	for part := range slices.Chunk(all, heartbeat.MaxCarried) {
+		a, err := v.post(ctx, peer, part)
+		if err != nil {
+			return answer{}, err
+		}
+		if first == nil {
+			first = &a
+		}
+		if first.Refused[v.cfg.Node] != "" {
+			break // it is told again
+		}
+	}
+	return *first, nil
+}
+
+// post sends at most MaxCarried heartbeats.
+func (v *Vouch) post(ctx context.Context, peer string, part []heartbeat.Signed) (answer, error) {
+	var a answer
+	text, err := heartbeat.Join(part)
+	if err != nil {
+		return a, err
+	}
 	req, err := http.NewRequestWithContext(ctx, http.MethodPost, "https://"+peer+v.cfg.Path, strings.NewReader(text))
 	if err != nil {
 		return a, fmt.Errorf("hand over heartbeat: %w", err)
@@ -386,7 +452,9 @@ func (v *Vouch) tell(ctx context.Context, peer string, own Own) (answer, error) 
 	return a, nil
 }
 
-func (v *Vouch) sign(own Own) (heartbeat.Signed, error) {
+// sign signs for a peer. If the time is a peer's it is for that one only: one
+// that lies about the time gets nothing that another could use later.
+func (v *Vouch) sign(own Own, peer string) (heartbeat.Signed, error) {
 	pair := v.cfg.Certificate()
 	if pair == nil {
 		return heartbeat.Signed{}, errors.New("sign heartbeat: the hub has no certificate yet")
@@ -395,20 +463,32 @@ func (v *Vouch) sign(own Own) (heartbeat.Signed, error) {
 	if !ok {
 		return heartbeat.Signed{}, fmt.Errorf("sign heartbeat: a key of type %T signs nothing", pair.PrivateKey)
 	}
-	b := heartbeat.Beat{Node: v.cfg.Node, UID: own.UID, Time: metav1.NewMicroTime(v.next()), Renewed: own.Renewed, Ready: own.Ready}
-	return heartbeat.Sign(b, pair.Certificate[0], key)
+	now, told := v.next()
+	b := heartbeat.Beat{Node: v.cfg.Node, UID: own.UID, Time: metav1.NewMicroTime(now), Renewed: own.Renewed, Ready: own.Ready}
+	if told {
+		b.To = peer
+	}
+	return heartbeat.Sign(b, pair.Certificate, key)
 }
 
-// next returns the time of a heartbeat, later than that of the one before.
-func (v *Vouch) next() time.Time {
+// next returns the time of a heartbeat, later than that of the one before, and
+// whether a peer told it.
+func (v *Vouch) next() (now time.Time, told bool) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	now := v.timeLocked().Truncate(time.Microsecond)
+	now = v.timeLocked().Truncate(time.Microsecond)
 	if !now.After(v.last) && v.last.Sub(now) < heartbeat.Good {
 		now = v.last.Add(time.Microsecond)
 	}
 	v.last = now
-	return now
+	return now, v.ahead != 0
+}
+
+// forgetPeersTime goes back to the clock, which hears the cloud now.
+func (v *Vouch) forgetPeersTime() {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.ahead = 0
 }
 
 func (v *Vouch) timeLocked() time.Time {

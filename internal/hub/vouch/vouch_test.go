@@ -9,11 +9,13 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"math/big"
+	mrand "math/rand/v2"
 	"net/http"
 	"net/http/httptest"
 	"slices"
@@ -119,11 +121,11 @@ func (w *world) add(name string, skew time.Duration, heard bool) *hub {
 			defer h.mu.Unlock()
 			return h.own, nil
 		},
-		Member: func(node string) bool { return w.hubs[node] != nil },
+		From: from, Member: func(node string) bool { return w.hubs[node] != nil },
 		Peers: func() []string {
 			return slices.DeleteFunc(slices.Clone(w.names), func(n string) bool { return n == name })
 		},
-		Transport: func(node string) http.RoundTripper { return way{w.hubs[node]} },
+		Transport: func(node string) http.RoundTripper { return way{name, w.hubs[node]} },
 		Path:      "/beats", Log: slog.New(slog.DiscardHandler), Registerer: prometheus.NewRegistry(),
 	})
 	w.hubs[name] = h
@@ -131,8 +133,19 @@ func (w *world) add(name string, skew time.Duration, heard bool) *hub {
 	return h
 }
 
-// way leads to a hub.
-type way struct{ to *hub }
+type senderKey struct{}
+
+// from is whose hub a request is of.
+func from(ctx context.Context) string {
+	name, _ := ctx.Value(senderKey{}).(string)
+	return name
+}
+
+// way leads from a hub to another.
+type way struct {
+	from string
+	to   *hub
+}
 
 func (t way) RoundTrip(req *http.Request) (*http.Response, error) {
 	t.to.asked.Add(1)
@@ -141,7 +154,7 @@ func (t way) RoundTrip(req *http.Request) (*http.Response, error) {
 		return nil, context.Cause(req.Context())
 	}
 	rec := httptest.NewRecorder()
-	t.to.ServeHTTP(rec, req)
+	t.to.ServeHTTP(rec, req.WithContext(context.WithValue(req.Context(), senderKey{}, t.from)))
 	return rec.Result(), nil
 }
 
@@ -168,7 +181,7 @@ func (h *hub) renew(taken bool) {
 func (w *world) carries(h *hub) string {
 	w.t.Helper()
 	var out []string
-	for _, s := range h.Carried() {
+	for _, s := range h.queue() {
 		b, err := s.Open(w.roots, time.Now())
 		if err != nil {
 			w.t.Error(err)
@@ -178,6 +191,7 @@ func (w *world) carries(h *hub) string {
 		}
 		out = append(out, b.Node)
 	}
+	slices.Sort(out)
 	return strings.Join(out, " ")
 }
 
@@ -352,7 +366,7 @@ func TestHandler(t *testing.T) {
 		if edit != nil {
 			edit(&own)
 		}
-		s, err := h.sign(own)
+		s, err := h.sign(own, "b")
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -363,8 +377,8 @@ func TestHandler(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		rec := httptest.NewRecorder()
-		b.ServeHTTP(rec, httptest.NewRequest(http.MethodPost, "/", strings.NewReader(text)))
+		rec, r := httptest.NewRecorder(), httptest.NewRequest(http.MethodPost, "/", strings.NewReader(text))
+		b.ServeHTTP(rec, r.WithContext(context.WithValue(r.Context(), senderKey{}, all[0].Claimed().Node)))
 		return rec.Code, rec.Body.String()
 	}
 	stranger := w.add("x", 0, true)
@@ -377,8 +391,8 @@ func TestHandler(t *testing.T) {
 		"of another pool":    {sign(stranger, nil), `"x":"not a node of this pool"`},
 		"of this one":        {sign(b, nil), `{"link":false,"time":`},
 	} {
-		if code, body := post(tc.beat); code != http.StatusOK || !strings.Contains(body, tc.want) || len(b.Carried()) != 0 {
-			t.Errorf("%s: got %d %s, carrying %d", name, code, body, len(b.Carried()))
+		if code, body := post(tc.beat); code != http.StatusOK || !strings.Contains(body, tc.want) || len(b.queue()) != 0 {
+			t.Errorf("%s: got %d %s, carrying %d", name, code, body, len(b.queue()))
 		}
 	}
 	first, second := sign(a, nil), sign(a, nil)
@@ -386,7 +400,7 @@ func TestHandler(t *testing.T) {
 		if code, body := post(s); code != http.StatusOK || strings.Contains(body, "refused") {
 			t.Errorf("got %d %s", code, body)
 		}
-		if all := b.Carried(); len(all) != 1 || !bytes.Equal(all[0].Beat, second.Beat) {
+		if all := b.queue(); len(all) != 1 || !bytes.Equal(all[0].Beat, second.Beat) {
 			t.Errorf("carrying %v, want the later one", all)
 		}
 	}
@@ -402,26 +416,295 @@ func TestHandler(t *testing.T) {
 	if rec.Code != http.StatusBadRequest {
 		t.Errorf("a body that breaks off: got %d", rec.Code)
 	}
-	// There is room for so many nodes.
-	for i := range heartbeat.MaxCarried + 2 {
-		post(sign(w.add(fmt.Sprint("n", i), 0, true), nil))
+	bound, err := func() (heartbeat.Signed, error) {
+		a.ahead = time.Second
+		defer a.forgetPeersTime()
+		return a.sign(a.own, "c")
+	}()
+	if err != nil {
+		t.Fatal(err)
 	}
-	if n := len(b.Carried()); n != heartbeat.MaxCarried {
+	if code, body := post(bound); code != http.StatusOK || !strings.Contains(body, "is for that node to carry") {
+		t.Errorf("signed by another's time: got %d %s", code, body)
+	}
+	// There is room for so many nodes.
+	var many []heartbeat.Signed
+	for i := range heartbeat.MaxKept + 2 {
+		many = append(many, sign(w.add(fmt.Sprint("n", i), 0, true), nil))
+	}
+	for part := range slices.Chunk(many, heartbeat.MaxCarried) {
+		post(part...)
+	}
+	if n := len(b.queue()); n != heartbeat.MaxKept {
+		t.Errorf("vouching for %d nodes", n)
+	}
+	if n := len(b.Turn()); n != heartbeat.MaxCarried {
 		t.Errorf("carrying %d heartbeats", n)
 	}
 }
 
-func TestFloodIsBounded(t *testing.T) {
-	w := newWorld(t)
-	b := w.add("b", 0, true)
-	codes := map[int]int{}
-	for range 2 * burst {
-		rec := httptest.NewRecorder()
-		b.ServeHTTP(rec, httptest.NewRequest(http.MethodPost, "/", strings.NewReader("[]")))
-		codes[rec.Code]++
+// TestSilentNodesStayVouchedFor lets one hub carry for as many as it may, and
+// counts by the manager's rule how long the cloud hears nothing of each.
+func TestSilentNodesStayVouchedFor(t *testing.T) {
+	t.Parallel()
+	for _, tc := range []struct {
+		silent, lose int // one renewal of so many; 0: none
+		most         time.Duration
+	}{
+		{heartbeat.MaxCarried, 0, 21 * time.Second},
+		{heartbeat.MaxCarried + 1, 0, 32 * time.Second}, // a turn too early counts for nothing
+		{2 * heartbeat.MaxCarried, 0, 21 * time.Second},
+		{heartbeat.MaxKept, 0, 32 * time.Second},
+		{heartbeat.MaxKept, 4, 42 * time.Second},
+	} {
+		t.Run(fmt.Sprint(tc.silent, " silent, 1 lost of ", tc.lose), func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				w := newWorld(t)
+				carrier := w.add("carrier", 0, true)
+				carrier.online.Store(true)
+				for i := range tc.silent {
+					w.add(fmt.Sprintf("n%02d", i), 0, true).cfg.Peers = func() []string { return []string{"carrier"} }
+				}
+				defer w.run()()
+				heard := map[string]time.Time{} // by the cloud
+				var longest time.Duration
+				next := time.Now()
+				for i := range 16 {
+					next = next.Add(10*time.Second + mrand.N(400*time.Millisecond)) // as kubelets do
+					time.Sleep(time.Until(next))
+					for _, h := range w.hubs {
+						h.renew(h.online.Load())
+					}
+					if tc.lose > 0 && i%tc.lose == tc.lose-1 {
+						_ = carrier.Turn()
+						continue
+					}
+					text, err := heartbeat.Join(carrier.Turn())
+					if err != nil {
+						t.Fatal(err)
+					}
+					carrier.Took(text)
+					for _, s := range split(t, text) {
+						node := s.Claimed().Node
+						silence := time.Since(heard[node])
+						if !heartbeat.Due(silence, 40*time.Second) {
+							continue
+						}
+						if !heard[node].IsZero() {
+							longest = max(longest, silence)
+						}
+						heard[node] = time.Now()
+					}
+				}
+				for node, last := range heard {
+					if silence := time.Since(last); silence > tc.most {
+						t.Errorf("%s is silent for %s", node, silence)
+					}
+				}
+				if len(heard) != tc.silent || longest > tc.most {
+					t.Errorf("%d nodes are vouched for, the longest silence is %s", len(heard), longest)
+				}
+			})
+		})
 	}
-	if codes[http.StatusOK] < burst || codes[http.StatusTooManyRequests] == 0 {
-		t.Errorf("got %v", codes)
+}
+
+func split(t *testing.T, text string) []heartbeat.Signed {
+	t.Helper()
+	all, err := heartbeat.Split(text)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return all
+}
+
+// TestTurnsAreFair has nodes come and go at random: none that stays waits for
+// more than three turns.
+func TestTurnsAreFair(t *testing.T) {
+	w := newWorld(t)
+	v := w.add("carrier", 0, true)
+	names := make([]string, 200)
+	for i := range names {
+		names[i] = fmt.Sprint("n", i)
+		w.hubs[names[i]] = nil // a member
+		v.cfg.Member = func(string) bool { return true }
+	}
+	waited := map[string]int{}
+	for turn := range 500 {
+		for range mrand.IntN(64) {
+			name := names[mrand.IntN(len(names))]
+			if mrand.IntN(2) == 0 {
+				delete(v.kept, name)
+				delete(waited, name)
+				continue
+			}
+			b := heartbeat.Beat{Node: name, Time: metav1.NewMicroTime(time.Unix(int64(turn), 0))}
+			text, err := json.Marshal(b)
+			if err != nil {
+				t.Fatal(err)
+			}
+			_ = v.keep(b, heartbeat.Signed{Beat: text}) // there may be no room
+		}
+		text, err := heartbeat.Join(v.Turn())
+		if err != nil {
+			t.Fatal(err)
+		}
+		for name := range v.kept {
+			waited[name]++
+		}
+		if turn%5 == 0 { // is lost
+			for name := range waited {
+				waited[name]--
+			}
+			continue
+		}
+		v.Took(text)
+		for _, s := range split(t, text) {
+			waited[s.Claimed().Node] = 0
+		}
+		for name, turns := range waited {
+			if turns >= heartbeat.Turns {
+				t.Fatalf("turn %d: %s was left out %d times, of %d", turn, name, turns, len(v.kept))
+			}
+		}
+	}
+}
+
+// TestManyWithoutLink hands on more than one message holds.
+func TestManyWithoutLink(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		middle, end := w.add("middle", 0, true), w.add("end", 0, true)
+		end.online.Store(true)
+		middle.cfg.Peers = func() []string { return []string{"end"} }
+		for i := range heartbeat.MaxKept - 1 {
+			w.add(fmt.Sprintf("n%02d", i), 0, true).cfg.Peers = func() []string { return []string{"middle"} }
+		}
+		defer w.run()()
+		w.live(time.Minute)
+		if n := len(end.Carries()); n != heartbeat.MaxKept {
+			t.Errorf("%d of %d are vouched for", n, heartbeat.MaxKept)
+		}
+	})
+}
+
+// TestOneTooMany finds another peer for what the first one has no room for.
+func TestOneTooMany(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		b, c := w.add("b", 0, true), w.add("c", 0, true)
+		b.online.Store(true)
+		c.online.Store(true)
+		for i := range heartbeat.MaxKept + 3 {
+			w.add(fmt.Sprintf("n%02d", i), 0, true).cfg.Peers = func() []string { return []string{"b", "c"} }
+		}
+		defer w.run()()
+		w.live(time.Minute)
+		if nb, nc := len(b.Carries()), len(c.Carries()); nb != heartbeat.MaxKept || nc != 3 {
+			t.Errorf("b vouches for %d nodes, c for %d", nb, nc)
+		}
+	})
+}
+
+// TestPeersTimeIsForThatPeer: what a node signs by a peer's word on the time is
+// for that peer, and nobody else takes it.
+func TestPeersTimeIsForThatPeer(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		a, b, c := w.add("a", -5*time.Hour, false), w.add("b", 0, true), w.add("c", 0, true)
+		c.online.Store(true)
+		a.cfg.Peers = func() []string { return []string{"b"} }
+		a.speak(t.Context(), a.own)
+		kept := b.queue()
+		if len(kept) != 1 || kept[0].Claimed().To != "b" {
+			t.Fatalf("b keeps %d", len(kept))
+		}
+		b.speak(t.Context(), b.own)
+		if got := w.carries(c); got != "b" {
+			t.Errorf("c carries %q", got)
+		}
+		// Its link is back, and goes: it knows the time itself.
+		a.clock.Hear(time.Now(), 0)
+		a.online.Store(true)
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan struct{})
+		go func() { _ = a.Run(ctx); close(done) }()
+		synctest.Wait()
+		cancel()
+		<-done
+		if s, err := a.sign(a.own, "b"); err != nil || s.Claimed().To != "" {
+			t.Errorf("signed for %q, %v", s.Claimed().To, err)
+		}
+	})
+}
+
+// TestFloodIsBounded: who delivers too much is refused, and nobody else for it.
+func TestFloodIsBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		b := w.add("b", 0, true)
+		deliver := func(peer string) int {
+			rec := httptest.NewRecorder()
+			r := httptest.NewRequest(http.MethodPost, "/", strings.NewReader("[]"))
+			b.ServeHTTP(rec, r.WithContext(context.WithValue(r.Context(), senderKey{}, peer)))
+			return rec.Code
+		}
+		codes := map[int]int{}
+		for range 10 * burst {
+			codes[deliver("bad")]++
+		}
+		if codes[http.StatusOK] != burstOfPeer || codes[http.StatusTooManyRequests] != 10*burst-burstOfPeer {
+			t.Errorf("one peer: got %v", codes)
+		}
+		if code := deliver("good"); code != http.StatusOK {
+			t.Errorf("another peer: got %d", code)
+		}
+		time.Sleep(recovery)
+		if code := deliver("bad"); code != http.StatusOK {
+			t.Errorf("later: got %d", code)
+		}
+		// All of them together.
+		codes = map[int]int{}
+		for i := range 2 * burst {
+			codes[deliver(fmt.Sprint("p", i))]++
+		}
+		if codes[http.StatusOK] >= burst+perSecond || codes[http.StatusTooManyRequests] == 0 {
+			t.Errorf("many peers: got %v", codes)
+		}
+		time.Sleep(recovery)
+		for i := range maxSenders + 1 {
+			deliver(fmt.Sprint("q", i))
+		}
+		if n := len(b.gate.senders); n > maxSenders {
+			t.Errorf("%d peers are remembered", n)
+		}
+		time.Sleep(recovery)
+		if code := deliver("new"); code != http.StatusOK || len(b.gate.senders) != 1 {
+			t.Errorf("after that: got %d, %d peers are remembered", code, len(b.gate.senders))
+		}
+	})
+}
+
+// TestOneDeliveryAtATime: a peer whose body does not come holds its own place
+// and no more.
+func TestOneDeliveryAtATime(t *testing.T) {
+	g := newGate()
+	leave, err := g.enter("a")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := g.enter("a"); err == nil {
+		t.Error("a second one of the same peer")
+	}
+	other, err := g.enter("b")
+	if err != nil {
+		t.Errorf("one of another: %v", err)
+	}
+	leave()
+	other()
+	if _, err := g.enter("a"); err != nil || g.busy != 1 {
+		t.Errorf("the next one: %v, %d under way", err, g.busy)
 	}
 }
 

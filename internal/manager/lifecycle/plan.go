@@ -60,7 +60,8 @@ func isDead(node *corev1.Node) bool {
 // silent longest. One at a time, as Kubernetes does it, since many at once are
 // more often a broken network than dead machines.
 func dying(members []member, v voice, grace time.Duration) *corev1.Node {
-	if crowded(members, v, grace) {
+	wait, ok := patience(members, v, grace)
+	if !ok {
 		return nil
 	}
 	var first *member
@@ -70,7 +71,7 @@ func dying(members []member, v voice, grace time.Duration) *corev1.Node {
 			continue
 		}
 		others := v.last.Sub(later(v.since, m.any)) // for how long they were heard while it was not
-		if others < grace {
+		if others < wait {
 			continue
 		}
 		if first == nil || m.any.Before(first.any) || m.any.Equal(first.any) && m.node.Name < first.node.Name {
@@ -83,16 +84,24 @@ func dying(members []member, v voice, grace time.Duration) *corev1.Node {
 	return first.node
 }
 
-// crowded reports whether more nodes of the pool are silent than those that are
-// heard can vouch for: then that nobody vouches for a node proves nothing.
-func crowded(members []member, v voice, grace time.Duration) bool {
+// patience is how long a node must be silent to be dead: as many times grace as
+// those that are heard need turns to vouch for those that are not. If these are
+// more than they can vouch for, that nobody vouches for one proves nothing.
+func patience(members []member, v voice, grace time.Duration) (wait time.Duration, ok bool) {
 	speaking := 0
 	for i := range members {
 		if own := members[i].own; !own.IsZero() && v.last.Sub(own) < grace {
 			speaking++
 		}
 	}
-	return len(members)-speaking > speaking*heartbeat.MaxCarried
+	silent, turn := len(members)-speaking, speaking*heartbeat.MaxCarried
+	turns := 1
+	for silent > turns*turn {
+		if turns++; turns > heartbeat.Turns {
+			return 0, false
+		}
+	}
+	return time.Duration(turns) * grace, true
 }
 
 func later(a, b time.Time) time.Time {

@@ -59,7 +59,7 @@ func TestDying(t *testing.T) {
 	bury(buried, now)
 	speaks := member{node: ready, own: now, any: now}
 	crowd := []member{speaks}
-	for i := range heartbeat.MaxCarried + 1 {
+	for i := range heartbeat.MaxKept + 1 {
 		crowd = append(crowd, member{node: silent(fmt.Sprintf("c%02d", i), now), any: ago(time.Hour)})
 	}
 	for name, tc := range map[string]struct {
@@ -77,6 +77,9 @@ func TestDying(t *testing.T) {
 		"the longest silent first":   {[]member{{node: silent("a", now), any: ago(time.Minute)}, speaks, {node: silent("b", now), any: ago(time.Hour)}}, voice{epoch, now}, "b"},
 		"as many as are vouched for": {crowd[:len(crowd)-1], voice{epoch, now}, "c00"},
 		"more than can be":           {crowd, voice{epoch, now}, ""},
+		"in two turns, too early":    {crowd[:heartbeat.MaxCarried+2], voice{ago(2*grace - 1), now}, ""},
+		"in two turns":               {crowd[:heartbeat.MaxCarried+2], voice{ago(2 * grace), now}, "c00"},
+		"in one turn":                {crowd[:heartbeat.MaxCarried+1], voice{ago(grace), now}, "c00"},
 	} {
 		got := ""
 		if n := dying(tc.members, tc.v, grace); n != nil {

@@ -159,6 +159,9 @@ func (c *listener) take(ctx context.Context, voucher *corev1.Node, s heartbeat.S
 	if why = b.Fresh(now); why != nil {
 		return stale, fmt.Errorf("heartbeat of %s: %w", b.Node, why), nil
 	}
+	if why = b.For(voucher.Name); why != nil {
+		return foreign, why, nil
+	}
 	var node corev1.Node
 	if err := c.read.Get(ctx, types.NamespacedName{Name: b.Node}, &node); err != nil {
 		return unknown, nil, client.IgnoreNotFound(err)

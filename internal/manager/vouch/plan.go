@@ -60,7 +60,7 @@ const (
 	superseded verdict = "superseded" // the node was heard later than that, or it is one that was seen
 	forged     verdict = "forged"     // not signed by the node
 	stale      verdict = "stale"      // from another time
-	foreign    verdict = "other-pool" // carried by a node that may not
+	foreign    verdict = "other-pool" // carried by a node that may not, of this pool or another
 	unknown    verdict = "unknown"    // there is no such node, or no longer
 	unreadable verdict = "unreadable" // no heartbeats at all
 )
@@ -74,7 +74,7 @@ func worth(lease *coordinationv1.Lease, b heartbeat.Beat, heard Heard, now time.
 	switch {
 	case !b.Time.After(Remembered(lease).Time.Time) || !b.Time.After(heard.Own):
 		return superseded
-	case now.Sub(heard.Any) < durationOf(lease)/2:
+	case !heartbeat.Due(now.Sub(heard.Any), durationOf(lease)):
 		return notYet
 	}
 	return renewed

@@ -1,0 +1,120 @@
+package wire
+
+import (
+	"encoding/json"
+	"fmt"
+
+	"google.golang.org/protobuf/encoding/protowire"
+)
+
+// Annotate returns object data with some of its annotations set, and those
+// whose value is nil taken away. Everything else stays, known or not.
+func Annotate(enc Encoding, object []byte, set map[string]*string) ([]byte, error) {
+	edit := annotateJSON
+	if enc == Protobuf {
+		edit = annotateProto
+	}
+	out, err := edit(object, set)
+	if err != nil {
+		return nil, fmt.Errorf("annotate: %w", err)
+	}
+	return out, nil
+}
+
+func annotateProto(object []byte, set map[string]*string) ([]byte, error) {
+	var meta, rest []byte
+	for len(object) > 0 {
+		num, typ, b, _, n := field(object)
+		switch {
+		case n < 0:
+			return nil, malformed("object: %v", protowire.ParseError(n))
+		case num == fieldMetadata && typ == protowire.BytesType:
+			kept, err := withoutAnnotations(b, set)
+			if err != nil {
+				return nil, err
+			}
+			meta = append(meta, kept...) // two parts of one message merge so
+		default:
+			rest = append(rest, object[:n]...)
+		}
+		object = object[n:]
+	}
+	for key, value := range set {
+		if value != nil {
+			entry := appendStringField(appendStringField(nil, 1, key), 2, *value)
+			meta = appendBytesField(meta, fieldAnnotations, entry)
+		}
+	}
+	return append(appendBytesField(nil, fieldMetadata, meta), rest...), nil
+}
+
+// withoutAnnotations returns metadata without the annotations of these names.
+func withoutAnnotations(meta []byte, names map[string]*string) (out []byte, err error) {
+	for len(meta) > 0 {
+		num, typ, b, _, n := field(meta)
+		if n < 0 {
+			return nil, malformed("metadata: %v", protowire.ParseError(n))
+		}
+		drop := false
+		if num == fieldAnnotations && typ == protowire.BytesType {
+			key, _, err := mapEntry(b)
+			if err != nil {
+				return nil, err
+			}
+			_, drop = names[string(key)]
+		}
+		if !drop {
+			out = append(out, meta[:n]...)
+		}
+		meta = meta[n:]
+	}
+	return out, nil
+}
+
+func annotateJSON(object []byte, set map[string]*string) ([]byte, error) {
+	return inMember(object, "metadata", func(meta []byte) ([]byte, error) {
+		return inMember(meta, "annotations", func(annotations []byte) ([]byte, error) {
+			members, err := membersOf(annotations)
+			if err != nil {
+				return nil, err
+			}
+			for key, value := range set {
+				if value == nil {
+					delete(members, key)
+				} else {
+					members[key] = appendJSONString(nil, *value)
+				}
+			}
+			return json.Marshal(members)
+		})
+	})
+}
+
+// inMember replaces a member of an object, which f gets as text, nil if the
+// object lacks it.
+func inMember(object []byte, name string, f func(text []byte) ([]byte, error)) ([]byte, error) {
+	members, err := membersOf(object)
+	if err != nil {
+		return nil, err
+	}
+	if members[name], err = f(members[name]); err != nil {
+		return nil, err
+	}
+	return json.Marshal(members)
+}
+
+// membersOf returns the members of an object, each as it is written. No text,
+// or null, has none.
+func membersOf(object []byte) (map[string]json.RawMessage, error) {
+	members := map[string]json.RawMessage{}
+	if object == nil {
+		return members, nil
+	}
+	if err := json.Unmarshal(object, &members); err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrMalformed, err)
+	}
+	if members == nil {
+		members = map[string]json.RawMessage{}
+	}
+	return members, nil
+}
