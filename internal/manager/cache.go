@@ -19,6 +19,7 @@ import (
 	"github.com/yurt-edge/yurt/api/apps/v1alpha1"
 	"github.com/yurt-edge/yurt/api/apps/v1beta1"
 	"github.com/yurt-edge/yurt/api/apps/v1beta2"
+	networkv1alpha1 "github.com/yurt-edge/yurt/api/network/v1alpha1"
 	"github.com/yurt-edge/yurt/internal/manager/hubleader"
 	"github.com/yurt-edge/yurt/internal/manager/webhookcert"
 )
@@ -28,7 +29,7 @@ func newScheme() *runtime.Scheme {
 	s := runtime.NewScheme()
 	for _, add := range []func(*runtime.Scheme) error{
 		clientgoscheme.AddToScheme, apiextensionsv1.AddToScheme,
-		v1alpha1.AddToScheme, v1beta1.AddToScheme, v1beta2.AddToScheme,
+		v1alpha1.AddToScheme, v1beta1.AddToScheme, v1beta2.AddToScheme, networkv1alpha1.AddToScheme,
 	} {
 		utilruntime.Must(add(s))
 	}
@@ -36,12 +37,12 @@ func newScheme() *runtime.Scheme {
 }
 
 // readRules are what the caches read everywhere; readIn what they read in the
-// working namespace and readInDefault in namespace default. They say what
-// cacheOptions does.
+// working namespace. They say what cacheOptions does.
 var (
 	readRules = []rbacv1.PolicyRule{
-		{APIGroups: []string{""}, Resources: []string{"nodes", "pods"}, Verbs: []string{"list", "watch"}},
+		{APIGroups: []string{""}, Resources: []string{"nodes", "pods", "services"}, Verbs: []string{"list", "watch"}},
 		{APIGroups: []string{"apps.openyurt.io"}, Resources: []string{"nodepools", "nodebuckets"}, Verbs: []string{"list", "watch"}},
+		{APIGroups: []string{"network.openyurt.io"}, Resources: []string{"poolservices"}, Verbs: []string{"list", "watch"}},
 		{APIGroups: []string{"certificates.k8s.io"}, Resources: []string{"certificatesigningrequests"}, Verbs: []string{"list", "watch"}},
 		{
 			APIGroups: []string{rbacv1.GroupName}, Resources: []string{"clusterroles"}, ResourceNames: []string{hubleader.Multiplexer},
@@ -59,9 +60,6 @@ var (
 	readLeases = []rbacv1.PolicyRule{ // in kube-node-lease
 		{APIGroups: []string{coordinationv1.GroupName}, Resources: []string{"leases"}, Verbs: []string{"list", "watch"}},
 	}
-	readInDefault = []rbacv1.PolicyRule{
-		{APIGroups: []string{""}, Resources: []string{"services"}, ResourceNames: []string{"kubernetes"}, Verbs: []string{"list", "watch"}},
-	}
 )
 
 // cacheOptions keeps what the controllers read and no more.
@@ -78,7 +76,7 @@ func cacheOptions(namespace string) cache.Options {
 			&coordinationv1.Lease{}: {Namespaces: map[string]cache.Config{corev1.NamespaceNodeLease: {}}},
 			&corev1.ConfigMap{}:     {Namespaces: map[string]cache.Config{namespace: {LabelSelector: followed}}},
 			&corev1.Secret{}:        {Namespaces: map[string]cache.Config{namespace: {FieldSelector: named(webhookcert.Secret)}}},
-			&corev1.Service{}:       {Namespaces: map[string]cache.Config{metav1.NamespaceDefault: {FieldSelector: named("kubernetes")}}},
+			&corev1.Service{}:       {Transform: slimService},
 			&rbacv1.ClusterRole{}: {
 				Field: named(hubleader.Multiplexer),
 			},
@@ -98,4 +96,18 @@ func slimPod(obj any) (any, error) {
 	pod.Spec = corev1.PodSpec{NodeName: pod.Spec.NodeName, Tolerations: pod.Spec.Tolerations}
 	pod.Status = corev1.PodStatus{}
 	return pod, nil
+}
+
+// slimService keeps what csrapprover and loadbalancerset read of a Service.
+func slimService(obj any) (any, error) {
+	s, ok := obj.(*corev1.Service)
+	if !ok {
+		return obj, nil
+	}
+	s.ManagedFields = nil
+	s.Spec = corev1.ServiceSpec{
+		Type: s.Spec.Type, LoadBalancerClass: s.Spec.LoadBalancerClass, ClusterIP: s.Spec.ClusterIP, ClusterIPs: s.Spec.ClusterIPs,
+	}
+	s.Status = corev1.ServiceStatus{LoadBalancer: s.Status.LoadBalancer}
+	return s, nil
 }

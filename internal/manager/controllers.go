@@ -14,6 +14,7 @@ import (
 	"github.com/yurt-edge/yurt/internal/manager/csr"
 	"github.com/yurt-edge/yurt/internal/manager/hubleader"
 	"github.com/yurt-edge/yurt/internal/manager/lifecycle"
+	"github.com/yurt-edge/yurt/internal/manager/loadbalancerset"
 	"github.com/yurt-edge/yurt/internal/manager/nodebucket"
 	"github.com/yurt-edge/yurt/internal/manager/nodepool"
 	"github.com/yurt-edge/yurt/internal/manager/podbinding"
@@ -70,6 +71,10 @@ var parts = []part{
 	{
 		name: "hubleaderrbac-controller", alias: "hubleaderrbac", rules: hubleader.PermitRules,
 		setup: func(s *site) error { return hubleader.SetupPermit(s.mgr, s.write, s.options) },
+	},
+	{
+		name: "load-balancer-set-controller", alias: "loadbalancerset", rules: loadbalancerset.Rules,
+		setup: func(s *site) error { return loadbalancerset.Setup(s.mgr, s.write, s.options) },
 	},
 	{
 		name: "node-bucket-controller", alias: "nodebucket", rules: nodebucket.Rules,
