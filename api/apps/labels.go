@@ -5,6 +5,9 @@ package apps
 const (
 	// NodePoolLabel on a node names its pool.
 	NodePoolLabel = "apps.openyurt.io/nodepool"
+	// DesiredNodePoolLabel on a node in no pool names the pool that it is put
+	// into. It is an older way to join one.
+	DesiredNodePoolLabel = "apps.openyurt.io/desired-nodepool"
 	// EdgeWorkerLabel on a node is "true" where a hub serves it.
 	EdgeWorkerLabel = "openyurt.io/is-edge-worker"
 	// HostNetworkLabel on a node is "true" in a pool with hostNetwork.

@@ -228,8 +228,8 @@ func TestChartHasWhatItMust(t *testing.T) {
 	}
 	for kind, want := range map[string]int{
 		"Deployment": 1, "PodDisruptionBudget": 1, "Service": 1, "CustomResourceDefinition": len(crds.YAML()),
-		"ServiceAccount": len(parts) + 2, "ValidatingAdmissionPolicy": 5, "ValidatingAdmissionPolicyBinding": 5,
-		"MutatingAdmissionPolicy": 1, "MutatingAdmissionPolicyBinding": 1,
+		"ServiceAccount": len(parts) + 2, "ValidatingAdmissionPolicy": 6, "ValidatingAdmissionPolicyBinding": 6,
+		"MutatingAdmissionPolicy": 2, "MutatingAdmissionPolicyBinding": 2,
 	} {
 		if count[kind] != want {
 			t.Errorf("%s: got %d, want %d", kind, count[kind], want)

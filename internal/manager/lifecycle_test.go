@@ -8,6 +8,7 @@ import (
 	"io"
 	"maps"
 	"net/http"
+	"os"
 	"slices"
 	"strings"
 	"sync"
@@ -352,6 +353,7 @@ func TestLinkLossEvictsNobody(t *testing.T) {
 	if !passed {
 		return
 	}
+	t.Run("the manager is uninstalled", func(t *testing.T) { c.uninstall(t, joins) })
 	if err := c.startManagers(1, "--node-monitor-grace-period=5s"); err != nil {
 		t.Fatal(err)
 	}
@@ -535,6 +537,25 @@ func (c *cluster) lies(t *testing.T, carrier, silent, other, moved, good *machin
 		}
 		return nil
 	})
+}
+
+// uninstall runs what the guide says for when no manager runs any more.
+func (c *cluster) uninstall(t *testing.T, was *machine) {
+	guide, err := os.ReadFile("../../docs/guide/pools.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, command, ok := strings.Cut(string(guide), "helm uninstall yurt --namespace kube-system\nkubectl ")
+	if !ok {
+		t.Fatal("the guide does not say how to uninstall")
+	}
+	command, _, _ = strings.Cut(command, "\n")
+	c.patch(t, &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: was.name}},
+		`{"spec":{"taints":[{"key":"mine","effect":"NoSchedule"},{"key":"`+apps.UnschedulableTaint+`","effect":"NoSchedule"}]}}`)
+	out, err := c.cp.Kubectl(t.Context(), strings.Fields(command)...)
+	if n := c.get(t, was.name); has(n, apps.UnschedulableTaint, corev1.TaintEffectNoSchedule) || !has(n, "mine", corev1.TaintEffectNoSchedule) {
+		t.Errorf("taints %v after kubectl %s: %s, %v", n.Spec.Taints, command, out, err)
+	}
 }
 
 // TestOnlyTheManagerCallsANodeDead tries the mark as others.

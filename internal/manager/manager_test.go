@@ -472,10 +472,15 @@ func TestNodesCannotForge(t *testing.T) {
 	c := theCluster(t)
 	c.pool(t, "forge", v1beta2.NodePoolSpec{})
 	c.node(t, "forger", "forge", "10.9.5.1")
+	c.label(t, "forger", apps.EdgeWorkerLabel, "true")
 	node := c.as(t, "system:node:forger", "system:nodes", "system:authenticated")
-	for what, text := range map[string]string{
-		"is written by yurt-manager only":         `{"metadata":{"annotations":{"nodepool.openyurt.io/previous-attributes":"{\"taints\":[]}"}}}`,
-		"a node cannot change its pool by itself": `{"metadata":{"labels":{"apps.openyurt.io/nodepool":"other"}}}`,
+	for text, what := range map[string]string{
+		`{"metadata":{"annotations":{"nodepool.openyurt.io/previous-attributes":"{\"taints\":[]}"}}}`: "is written by yurt-manager only",
+		`{"metadata":{"labels":{"apps.openyurt.io/nodepool":"other"}}}`:                               "a node cannot change its pool by itself",
+		`{"metadata":{"labels":{"apps.openyurt.io/nodepool":null}}}`:                                  "a node cannot change its pool by itself",
+		`{"metadata":{"labels":{"apps.openyurt.io/desired-nodepool":"other"}}}`:                       "a node cannot change its pool by itself",
+		`{"metadata":{"labels":{"openyurt.io/is-edge-worker":"false"}}}`:                              "a node cannot change openyurt.io/is-edge-worker",
+		`{"metadata":{"labels":{"openyurt.io/is-edge-worker":null}}}`:                                 "a node cannot change openyurt.io/is-edge-worker",
 	} {
 		n := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "forger"}}
 		patch := client.RawPatch("application/merge-patch+json", []byte(text))
@@ -490,6 +495,104 @@ func TestNodesCannotForge(t *testing.T) {
 	err := node.Status().Patch(t.Context(), n, client.RawPatch("application/merge-patch+json", []byte(`{"metadata":{"annotations":{"a":"b"}}}`)))
 	if err != nil {
 		t.Errorf("a node's own annotation: %v", err)
+	}
+	// It cannot go and come back either, but it says what it is when it joins.
+	if err := node.Delete(t.Context(), n); !apierrors.IsForbidden(err) {
+		t.Errorf("a node's own deletion: got %v", err)
+	}
+	joins := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "joiner", Labels: map[string]string{apps.NodePoolLabel: "forge", apps.EdgeWorkerLabel: "true"}}}
+	if err := c.as(t, "system:node:joiner", "system:nodes", "system:authenticated").Create(t.Context(), joins); err != nil {
+		t.Fatalf("a node that joins: %v", err)
+	}
+	if err := c.Delete(t.Context(), joins); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestDesiredNodePool joins a pool in the older way.
+func TestDesiredNodePool(t *testing.T) {
+	c := theCluster(t)
+	c.node(t, "desires", "", "10.9.5.9")
+	in := func(pool, site string) {
+		t.Helper()
+		await(t, "in pool "+pool, func() error {
+			if l := c.get(t, "desires").Labels; l[apps.NodePoolLabel] != pool || l["site"] != site {
+				return fmt.Errorf("labels %v", l)
+			}
+			return nil
+		})
+	}
+	c.label(t, "desires", apps.DesiredNodePoolLabel, "desired")
+	in("desired", "")
+	c.pool(t, "desired", v1beta2.NodePoolSpec{Labels: map[string]string{"site": "one"}})
+	in("desired", "one")
+	c.pool(t, "desired-other", v1beta2.NodePoolSpec{Labels: map[string]string{"site": "two"}})
+	c.label(t, "desires", apps.DesiredNodePoolLabel, "desired-other")
+	c.label(t, "desires", apps.NodePoolLabel, "")
+	in("desired-other", "two")
+	c.label(t, "desires", apps.NodePoolLabel, "desired") // it counts for a node in no pool
+	in("desired", "one")
+	c.label(t, "desires", apps.DesiredNodePoolLabel, "")
+	c.label(t, "desires", apps.NodePoolLabel, "")
+	in("", "")
+}
+
+// TestPoolShowsWhatItShares: whatever a user lists.
+func TestPoolShowsWhatItShares(t *testing.T) {
+	c := theCluster(t)
+	services, slices := metav1.GroupVersionResource{Version: "v1", Resource: "services"}, metav1.GroupVersionResource{Group: "discovery.k8s.io", Version: "v1", Resource: "endpointslices"}
+	own := metav1.GroupVersionResource{Group: "example.com", Version: "v1", Resource: "recipes"}
+	pool := c.pool(t, "shares", v1beta2.NodePoolSpec{PoolScopeMetadata: []metav1.GroupVersionResource{own}})
+	shows := func(want ...metav1.GroupVersionResource) {
+		t.Helper()
+		var p v1beta2.NodePool
+		if err := c.Get(t.Context(), client.ObjectKeyFromObject(pool), &p); err != nil {
+			t.Fatal(err)
+		}
+		if !reflect.DeepEqual(p.Spec.PoolScopeMetadata, want) || len(p.Shared()) != len(want) {
+			t.Errorf("got %v, want %v, sharing %v", p.Spec.PoolScopeMetadata, want, p.Shared())
+		}
+	}
+	shows(own, services, slices)
+	c.patch(t, pool, `{"spec":{"poolScopeMetadata":[{"group":"","version":"v1","resource":"services"},{"group":"example.com","version":"v1","resource":"recipes"}]}}`)
+	shows(services, own, slices)
+	c.patch(t, pool, `{"spec":{"poolScopeMetadata":[]}}`)
+	shows(services, slices)
+	c.patch(t, pool, `{"spec":{"poolScopeMetadata":null}}`)
+	shows(services, slices)
+	old := &v1beta1.NodePool{ObjectMeta: metav1.ObjectMeta{Name: "shares-old"}, Spec: v1beta1.NodePoolSpec{Type: "Edge"}}
+	if err := c.Create(t.Context(), old); err != nil {
+		t.Fatal(err)
+	}
+	defer c.Delete(t.Context(), old)
+	pool = &v1beta2.NodePool{ObjectMeta: metav1.ObjectMeta{Name: "shares-old"}}
+	shows(services, slices)
+}
+
+// TestNodePoolAccountWritesNothingElse: RBAC lets it patch NodePools, and the
+// policy their label of type.
+func TestNodePoolAccountWritesNothingElse(t *testing.T) {
+	c := theCluster(t)
+	pool := c.pool(t, "narrow", v1beta2.NodePoolSpec{Type: v1beta2.Cloud})
+	await(t, "the label", func() error {
+		var p v1beta2.NodePool
+		if err := c.Get(t.Context(), client.ObjectKeyFromObject(pool), &p); err != nil || p.Labels[apps.NodePoolTypeLabel] != "cloud" {
+			return fmt.Errorf("labels %v, %w", p.Labels, err)
+		}
+		return nil
+	})
+	account := c.as(t, "system:serviceaccount:kube-system:yurt-manager-nodepool-controller")
+	c.patch(t, pool, `{"metadata":{"labels":{"mine":"1"}}}`)
+	for _, text := range []string{
+		`{"spec":{"enableLeaderElection":true}}`, `{"spec":{"poolScopeMetadata":[{"group":"","version":"v1","resource":"configmaps"}]}}`,
+		`{"metadata":{"labels":{"other":"1"}}}`, `{"metadata":{"labels":{"mine":"2"}}}`, `{"metadata":{"labels":{"mine":null}}}`,
+		`{"metadata":{"labels":{"nodepool.openyurt.io/type":"edge"}}}`, `{"metadata":{"annotations":{"a":"b"}}}`, `{"metadata":{"finalizers":["a/b"]}}`,
+	} {
+		p := &v1beta2.NodePool{ObjectMeta: metav1.ObjectMeta{Name: "narrow"}}
+		err := account.Patch(t.Context(), p, client.RawPatch("application/merge-patch+json", []byte(text)))
+		if err == nil || !strings.Contains(err.Error(), "and nothing else") {
+			t.Errorf("%s: got %v", text, err)
+		}
 	}
 }
 

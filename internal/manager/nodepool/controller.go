@@ -10,7 +10,6 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
-	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/types"
 	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/builder"
@@ -103,22 +102,18 @@ func (c *nodes) Reconcile(ctx context.Context, req reconcile.Request) (reconcile
 	if err := c.read.Get(ctx, req.NamespacedName, &node); err != nil {
 		return reconcile.Result{}, client.IgnoreNotFound(err)
 	}
-	var pool *v1beta2.NodePool
-	if name := node.Labels[apps.NodePoolLabel]; name != "" {
-		pool = &v1beta2.NodePool{}
-		err := c.read.Get(ctx, types.NamespacedName{Name: name}, pool)
-		if apierrors.IsNotFound(err) {
-			// Not there, or not yet: its coming is an event of its own.
-			return reconcile.Result{}, nil
-		}
-		if err != nil {
-			return reconcile.Result{}, fmt.Errorf("read pool of node: %w", err)
-		}
-	}
 	was := node.DeepCopy()
-	changed, err := dress(&node, wanted(pool))
+	changed := join(&node)
+	pool, there, err := c.poolOf(ctx, &node)
 	if err != nil {
-		return reconcile.Result{}, reconcile.TerminalError(err)
+		return reconcile.Result{}, err
+	}
+	if there {
+		dressed, err := dress(&node, wanted(pool))
+		if err != nil {
+			return reconcile.Result{}, reconcile.TerminalError(err)
+		}
+		changed = changed || dressed
 	}
 	if !changed {
 		return reconcile.Result{}, nil
@@ -130,6 +125,22 @@ func (c *nodes) Reconcile(ctx context.Context, req reconcile.Request) (reconcile
 		return reconcile.Result{}, fmt.Errorf("patch node: %w", err)
 	}
 	return reconcile.Result{}, nil
+}
+
+// poolOf returns the pool of the node, nil for a node in none. A pool that is
+// not there, or not yet, leaves the node as it is: its coming is an event of
+// its own.
+func (c *nodes) poolOf(ctx context.Context, node *corev1.Node) (pool *v1beta2.NodePool, there bool, err error) {
+	name := node.Labels[apps.NodePoolLabel]
+	if name == "" {
+		return nil, true, nil
+	}
+	pool = &v1beta2.NodePool{}
+	err = c.read.Get(ctx, types.NamespacedName{Name: name}, pool)
+	if client.IgnoreNotFound(err) != nil {
+		return nil, false, fmt.Errorf("read pool of node: %w", err)
+	}
+	return pool, err == nil, nil
 }
 
 // label lets pools be selected by their type.

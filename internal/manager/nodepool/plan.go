@@ -41,6 +41,17 @@ func wanted(pool *v1beta2.NodePool) attributes {
 	return a
 }
 
+// join puts a node into the pool that it names as the one desired, if it is in
+// none, and reports whether it did.
+func join(node *corev1.Node) bool {
+	desired := node.Labels[apps.DesiredNodePoolLabel]
+	if desired == "" || node.Labels[apps.NodePoolLabel] != "" {
+		return false
+	}
+	node.Labels[apps.NodePoolLabel] = desired
+	return true
+}
+
 // dress puts on the node what its pool wants, and takes off what a pool put
 // there before and nobody changed since. It reports whether the node changed.
 func dress(node *corev1.Node, want attributes) (bool, error) {
