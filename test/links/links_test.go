@@ -97,11 +97,20 @@ func TestBadLinks(t *testing.T) {
 				t.Fatal(err)
 			}
 			for _, how := range bed.Readings() {
-				g, i := out.Good[how].Quantile(0.99), out.Ill[how].Quantile(0.99)
-				t.Logf("%s: p99 %s, good link %s", how, i, g)
+				q := 0.99
+				if how == bed.LatestGet || how == bed.LatestList {
+					// Who meets the cut first waits for the cloud, once, and
+					// no longer than the hub's budget for that.
+					q = 0.9
+					if slowest := out.Ill[how].Quantile(1); slowest > 3*time.Second {
+						t.Errorf("%s: the slowest took %s", how, slowest)
+					}
+				}
+				g, i := out.Good[how].Quantile(q), out.Ill[how].Quantile(q)
+				t.Logf("%s: p%.0f %s, good link %s", how, 100*q, i, g)
 				// The reads of this machine's other tests are in both.
 				if i > 4*g+20*time.Millisecond {
-					t.Errorf("%s: p99 is %s, %s over a good link", how, i, g)
+					t.Errorf("%s: p%.0f is %s, %s over a good link", how, 100*q, i, g)
 				}
 			}
 			t.Logf("status p50 %s, lease %s, %d turns, forwarded %s and caught up %s after the return",
