@@ -87,8 +87,9 @@ func (h *Hub) keepPool(ctx context.Context) error {
 				h.log.Warn("the node's pool cannot be read", "pool", name, "err", err)
 			}
 		}
-		// A node that has just joined is in no list yet.
-		joining := name != "" && held && !member.Has(h.cfg.NodeName)
+		// A node that has just joined is in no list yet, and a hub that has just
+		// started has none.
+		joining := name != "" && !member.Has(h.cfg.NodeName)
 		h.pool.Set(member, h.address(node), !joining)
 		h.sharePool() //nolint:contextcheck // a scope outlives whoever asked for it
 		h.countPool(name)
@@ -327,7 +328,13 @@ func (h *Hub) servePeer(w http.ResponseWriter, r *http.Request, info request.Inf
 	if status := apierrors.APIStatus(nil); errors.As(err, &status) {
 		return err
 	}
-	return apierrors.NewServiceUnavailable("yurthub: " + err.Error())
+	unavailable := apierrors.NewServiceUnavailable("yurthub: " + err.Error())
+	if errors.Is(err, context.DeadlineExceeded) {
+		// It is on its way. A peer that went to the cloud for it would only make
+		// it come later.
+		unavailable.ErrStatus.Details = &metav1.StatusDetails{RetryAfterSeconds: 1}
+	}
+	return unavailable
 }
 
 func (q *query) share() error {

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"maps"
@@ -12,6 +13,7 @@ import (
 	"net/http"
 	"slices"
 	"sync"
+	"syscall"
 	"time"
 )
 
@@ -74,7 +76,7 @@ func (p *Pool) decide(begun time.Time, link bool) (wait time.Duration) {
 				others = append(others, node)
 			}
 		}
-		m.setPool(now, leaders, others)
+		m.setPool(now, p.member.Pool, leaders, others)
 	}
 	before := m.current
 	upstream, ok, wait := m.decide(now)
@@ -204,6 +206,9 @@ func (p *Pool) poll(ctx context.Context) {
 	polls.Wait()
 }
 
+// errRefused is an answer that is none.
+var errRefused = errors.New("refused")
+
 func (p *Pool) ask(ctx context.Context, node string) (State, error) {
 	ctx, cancel := context.WithTimeout(ctx, pollPatience)
 	defer cancel()
@@ -218,7 +223,7 @@ func (p *Pool) ask(ctx context.Context, node string) (State, error) {
 	defer resp.Body.Close()
 	text, err := io.ReadAll(io.LimitReader(resp.Body, maxState))
 	if err == nil && resp.StatusCode != http.StatusOK {
-		err = fmt.Errorf("%s: %.200q", resp.Status, text)
+		err = fmt.Errorf("%w: %s: %.200q", errRefused, resp.Status, text)
 	}
 	var s State
 	if err == nil {
@@ -238,7 +243,9 @@ func (p *Pool) hear(node string, asked time.Time, s State, err error) {
 	defer p.mu.Unlock()
 	if err != nil {
 		p.log.Debug("peer does not answer", "peer", node, "err", err)
-		p.machine.failedOf(now, node)
+		// A machine that is up and a hub that is not; or a hub that does not
+		// know its pool yet.
+		p.machine.failedOf(now, node, errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, errRefused))
 		return
 	}
 	p.machine.heard(now, node, s)

@@ -24,9 +24,15 @@ const (
 	returnAfter  = 20 * time.Second
 	returnSpread = 40 * time.Second
 
-	// startPatience is how long a hub that follows nobody yet waits for the
-	// first word of those it would rather follow than the cloud.
-	startPatience = 2 * time.Second
+	// A hub that follows nobody yet waits so long for those it would rather
+	// follow than the cloud: all hubs of a site may start in one moment. Leaders
+	// wait for less, so that the others find one that has decided. A hub whose
+	// machine does not answer is not waited for.
+	leaderStart = 3 * time.Second
+	memberStart = 4 * time.Second
+	startSpread = 2 * time.Second
+	// startPoll is how often they are asked meanwhile.
+	startPoll = 500 * time.Millisecond
 
 	// maxVia bounds the hubs between one and the cloud.
 	maxVia = 8
@@ -55,6 +61,7 @@ type State struct {
 type peer struct {
 	heard  time.Time // when it last said how it does
 	failed time.Time // when it last did not answer
+	there  bool      // its machine did, then
 	said   State
 }
 
@@ -77,7 +84,9 @@ type member struct {
 	link bool
 
 	known    bool                 // the pool is known, or that there is none
-	since    time.Time            // since when it is
+	pool     string               // its name
+	since    time.Time            // since when it is known
+	patience time.Duration        // of the start
 	chosen   bool                 // current counts
 	current  string               // who is followed; cloud, or a peer
 	good     map[string]time.Time // since when those who are good are so
@@ -92,11 +101,16 @@ func newMember(self string, seed uint64) *member {
 	}
 }
 
-// setPool tells who is in the pool; others are hubs beside the leaders whose
-// address is known.
-func (m *member) setPool(now time.Time, leaders, others []string) {
-	if !m.known {
-		m.known, m.since = true, now
+// setPool tells who is in the pool, which is empty if there is none; others are
+// hubs beside the leaders whose address is known. In another pool the hub
+// chooses anew, at once.
+func (m *member) setPool(now time.Time, pool string, leaders, others []string) {
+	if !m.known || pool != m.pool {
+		m.known, m.pool, m.chosen = true, pool, false
+		m.since, m.patience = now, leaderStart
+		if !slices.Contains(leaders, m.self) {
+			m.patience = memberStart + m.draw(startSpread)
+		}
 	}
 	m.leaders = leaders
 	in := map[string]bool{}
@@ -134,10 +148,10 @@ func (m *member) heard(now time.Time, node string, s State) {
 	}
 }
 
-// failedOf is told that a peer did not answer.
-func (m *member) failedOf(now time.Time, node string) {
+// failedOf is told that a peer did not answer; there: its machine did.
+func (m *member) failedOf(now time.Time, node string, there bool) {
 	if p := m.peers[node]; p != nil {
-		p.failed = now
+		p.failed, p.there = now, there
 	}
 }
 
@@ -258,19 +272,13 @@ func (m *member) first(now time.Time, order []string, best int) (upstream string
 	if !m.known {
 		return cloud, false, time.Second
 	}
-	waited := now.Sub(m.since) >= startPatience
+	left := m.patience - now.Sub(m.since)
 	for i, node := range order {
-		if i == best {
-			break
+		if i == best || node == cloud {
+			break // what comes after it is no reason to wait
 		}
-		if p := m.peers[node]; node == cloud || p == nil || !p.heard.IsZero() || !p.failed.IsZero() {
-			if node == cloud {
-				break // what comes after it is no reason to wait
-			}
-			continue
-		}
-		if !waited {
-			return cloud, false, startPatience - now.Sub(m.since) // a better one may be about to answer
+		if left > 0 && m.mayStart(node) {
+			return cloud, false, min(left, startPoll)
 		}
 	}
 	if best >= 0 {
@@ -282,6 +290,20 @@ func (m *member) first(now time.Time, order []string, best int) (upstream string
 		m.choose(node)
 	}
 	return m.current, true, time.Second
+}
+
+// mayStart reports whether a peer that is not good yet may be so soon.
+func (m *member) mayStart(node string) bool {
+	p := m.peers[node]
+	switch {
+	case p == nil:
+		return false
+	case p.failed.After(p.heard):
+		return p.there
+	case p.heard.IsZero():
+		return true // it is being asked
+	}
+	return !m.loops(node)
 }
 
 // anyAlive returns the first hub that answers and does not follow this one.

@@ -29,6 +29,7 @@ type simulated struct {
 	dead     bool
 	version  uint64
 	polled   time.Time
+	wait     time.Duration // until the next poll
 	switches int
 }
 
@@ -40,7 +41,7 @@ func newWorld(seed uint64, nodes, leaders int) *world {
 	for i := range nodes {
 		node := fmt.Sprintf("n%d", i)
 		w.nodes = append(w.nodes, node)
-		w.hubs[node] = &simulated{machine: newMember(node, seed+uint64(i)), polled: w.now.Add(-time.Duration(w.rand.Int64N(int64(pollEvery))))}
+		w.hubs[node] = &simulated{machine: newMember(node, seed+uint64(i)), polled: w.now.Add(-time.Duration(w.rand.Int64N(int64(pollEvery)))), wait: pollEvery}
 	}
 	w.elect(w.nodes[:leaders])
 	return w
@@ -49,14 +50,16 @@ func newWorld(seed uint64, nodes, leaders int) *world {
 func (w *world) elect(leaders []string) {
 	w.leaders = slices.Clone(leaders)
 	for _, h := range w.hubs {
-		h.machine.setPool(w.now, w.leaders, slices.DeleteFunc(slices.Clone(w.nodes), func(n string) bool { return slices.Contains(w.leaders, n) }))
+		h.machine.setPool(w.now, "pool", w.leaders, slices.DeleteFunc(slices.Clone(w.nodes), func(n string) bool { return slices.Contains(w.leaders, n) }))
 	}
 }
 
 // passes reports whether packets go from one to another, and back.
 func (w *world) passes(a, b string) bool {
-	return !w.cut[[2]string{a, b}] && !w.cut[[2]string{b, a}] && (b == cloud || !w.hubs[b].dead)
+	return w.way(a, b) && (b == cloud || !w.hubs[b].dead)
 }
+
+func (w *world) way(a, b string) bool { return !w.cut[[2]string{a, b}] && !w.cut[[2]string{b, a}] }
 
 const tick = 250 * time.Millisecond
 
@@ -72,11 +75,11 @@ func (w *world) step(t *testing.T) {
 			continue
 		}
 		h.machine.setLink(w.passes(node, cloud))
-		if w.now.Sub(h.polled) >= pollEvery {
+		if w.now.Sub(h.polled) >= min(h.wait, pollEvery) {
 			h.polled = w.now
 			for _, other := range h.machine.asked(w.now) {
 				if !w.passes(node, other) {
-					h.machine.failedOf(w.now, other)
+					h.machine.failedOf(w.now, other, w.hubs[other].dead && w.way(node, other))
 					continue
 				}
 				s := State{Node: other}
@@ -90,6 +93,9 @@ func (w *world) step(t *testing.T) {
 		upstream, ok, wait := h.machine.decide(w.now)
 		if wait <= 0 {
 			t.Fatalf("%s: %s waits for %s", w.now, node, wait)
+		}
+		if h.wait = pollEvery; !ok {
+			h.wait = wait
 		}
 		if was && upstream != before {
 			h.switches++
@@ -302,6 +308,51 @@ func TestSwitchesAreSpread(t *testing.T) {
 	}
 }
 
+// TestFirstStartAsksTheCloudOnce starts all hubs of a pool within two seconds,
+// in any order: one of them takes the cloud and all others wait for it, unless
+// they cannot reach it.
+func TestFirstStartAsksTheCloudOnce(t *testing.T) {
+	t.Parallel()
+	for seed := range uint64(40) {
+		w := newWorld(seed, 2+int(seed)%40, 1+int(seed%2))
+		begin, apart := map[string]time.Time{}, w.nodes[len(w.nodes)-1]
+		for _, h := range w.hubs {
+			h.dead = true
+		}
+		for _, node := range w.nodes {
+			begin[node] = w.now.Add(time.Duration(w.rand.Int64N(int64(2 * time.Second))))
+		}
+		if seed%4 == 0 && len(w.nodes) > 2 {
+			w.cut[[2]string{apart, "n0"}], w.cut[[2]string{apart, "n1"}] = true, true
+		}
+		asked := map[string]time.Duration{}
+		for range int(10 * time.Second / tick) {
+			for _, node := range w.nodes {
+				if h := w.hubs[node]; h.dead && !w.now.Before(begin[node]) {
+					h.dead, h.machine = false, newMember(node, w.rand.Uint64())
+					w.elect(w.leaders)
+				}
+			}
+			w.step(t)
+			for _, node := range w.nodes {
+				if h := w.hubs[node]; h.machine.chosen && h.machine.current == cloud && asked[node] == 0 {
+					asked[node] = w.now.Sub(begin[node])
+				}
+			}
+		}
+		delete(asked, "n0")
+		if w.cut[[2]string{apart, "n0"}] {
+			if took, ok := asked[apart]; !ok || took > pollEvery {
+				t.Errorf("seed %d: who cannot reach the leaders took the cloud after %s, %v", seed, took, ok)
+			}
+			delete(asked, apart)
+		}
+		if len(asked) > 0 {
+			t.Errorf("seed %d: the cloud was asked by %v too", seed, asked)
+		}
+	}
+}
+
 func TestJoiningWaitsForTheLeader(t *testing.T) {
 	t.Parallel()
 	now := time.Unix(1e9, 0)
@@ -310,8 +361,8 @@ func TestJoiningWaitsForTheLeader(t *testing.T) {
 	if _, ok, _ := m.decide(now); ok {
 		t.Error("decided before the pool was known")
 	}
-	m.setPool(now, []string{"a"}, nil)
-	if _, ok, wait := m.decide(now); ok || wait > startPatience {
+	m.setPool(now, "pool", []string{"a"}, nil)
+	if _, ok, wait := m.decide(now); ok || wait > startPoll {
 		t.Errorf("decided before the leader could answer: %v, %v", ok, wait)
 	}
 	m.heard(now, "a", State{Live: true})
@@ -320,14 +371,29 @@ func TestJoiningWaitsForTheLeader(t *testing.T) {
 	}
 	m = newMember("b", 1)
 	m.setLink(true)
-	m.setPool(now, []string{"a"}, nil)
-	m.decide(now)
-	if got, ok, _ := m.decide(now.Add(startPatience)); !ok || got != cloud {
-		t.Errorf("the leader does not answer: follows %q, %v", got, ok)
+	m.setPool(now, "pool", []string{"a"}, nil)
+	m.failedOf(now, "a", true)
+	if _, ok, _ := m.decide(now.Add(memberStart - time.Millisecond)); ok {
+		t.Error("decided while the leader's hub could start")
+	}
+	if got, ok, _ := m.decide(now.Add(memberStart + startSpread)); !ok || got != cloud {
+		t.Errorf("the leader's hub does not start: follows %q, %v", got, ok)
 	}
 	m = newMember("b", 1)
 	m.setLink(true)
-	m.setPool(now, nil, nil)
+	m.setPool(now, "pool", []string{"a"}, nil)
+	m.failedOf(now, "a", false)
+	if got, ok, _ := m.decide(now); !ok || got != cloud {
+		t.Errorf("the leader's machine does not answer: follows %q, %v", got, ok)
+	}
+	m.setPool(now.Add(time.Minute), "another", []string{"c"}, nil)
+	m.heard(now.Add(time.Minute), "c", State{Live: true})
+	if got, ok, _ := m.decide(now.Add(time.Minute)); !ok || got != "c" {
+		t.Errorf("in another pool: follows %q, %v", got, ok)
+	}
+	m = newMember("b", 1)
+	m.setLink(true)
+	m.setPool(now, "", nil, nil)
 	if got, ok, _ := m.decide(now); !ok || got != cloud {
 		t.Errorf("without a pool: follows %q, %v", got, ok)
 	}

@@ -157,7 +157,9 @@ func (h *hubs) ask(t *testing.T, cert *tls.Certificate, address, method, path, b
 	if cert != nil {
 		cfg.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return cert, nil }
 	}
-	client := http.Client{Transport: &http.Transport{TLSClientConfig: cfg, DisableKeepAlives: true}, Timeout: 20 * time.Second}
+	client := http.Client{Transport: &http.Transport{
+		TLSClientConfig: cfg, DisableKeepAlives: true, ExpectContinueTimeout: 20 * time.Second,
+	}, Timeout: 20 * time.Second}
 	req, err := http.NewRequestWithContext(t.Context(), method, h.url(address)+path, strings.NewReader(body))
 	if err != nil {
 		t.Fatal(err)
@@ -277,7 +279,7 @@ func TestOnlyPeersAreServed(t *testing.T) {
 		{http.MethodGet, list, "", []string{"X-Remote-User", "admin"}, 403},
 		{http.MethodGet, list, "body", nil, 413},
 		{http.MethodPost, HeartbeatsPath, "I live", nil, 200},
-		{http.MethodPost, HeartbeatsPath, strings.Repeat("x", maxBody+1), nil, 413},
+		{http.MethodPost, HeartbeatsPath, strings.Repeat("x", maxBody+1), []string{"Expect", "100-continue"}, 413},
 		{http.MethodGet, HeartbeatsPath, "", nil, 405},
 		{http.MethodPost, HeartbeatsPath + "/x", "", nil, 405},
 	} {

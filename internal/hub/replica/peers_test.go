@@ -1,13 +1,14 @@
 package replica
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
 	"net/http"
-	"net/http/httptest"
+	"runtime"
 	"strings"
 	"sync"
 	"testing"
@@ -55,6 +56,10 @@ type sharing struct {
 	refuses bool // it serves nothing
 	refused int
 	lies    bool // it lists what it has, whatever it is asked for
+	syncing bool // it says that it does not hold anything yet
+	// garbage is what it answers instead, of what type.
+	garbage func(info request.Info) (media string, body []byte)
+	onWire  func(n int) // is told of bytes that it serves
 	calls   map[*call]struct{}
 	listed  int // lists that it has served to others
 	expired int // watches that it had no history for
@@ -166,51 +171,49 @@ func (p peerOf) RoundTrip(r *http.Request) (*http.Response, error) {
 	if err != nil {
 		h.t.Fatal(err)
 	}
-	answer := func(code int) (*http.Response, error) {
+	answer := func(code int, header http.Header, body io.Reader) (*http.Response, error) {
 		end()
-		return &http.Response{StatusCode: code, Status: http.StatusText(code), Header: http.Header{}, Body: http.NoBody}, nil
+		return &http.Response{StatusCode: code, Status: http.StatusText(code), Header: header, Body: io.NopCloser(body)}, nil
 	}
 	h.mu.Lock()
-	refuses := h.refuses
-	if refuses {
+	refuses, syncing, garbage, onWire := h.refuses, h.syncing, h.garbage, h.onWire
+	if refuses || syncing || garbage != nil {
 		h.refused++
 	}
 	h.mu.Unlock()
-	if refuses {
-		return answer(http.StatusTooManyRequests)
+	switch {
+	case refuses:
+		return answer(http.StatusTooManyRequests, http.Header{}, http.NoBody)
+	case syncing:
+		return answer(http.StatusServiceUnavailable, http.Header{"Retry-After": {"1"}}, http.NoBody)
+	case garbage != nil:
+		media, body := garbage(info)
+		return answer(http.StatusOK, http.Header{"Content-Type": {media}}, bytes.NewReader(body))
 	}
 	held, ok := replica.Held(ScopeOf(info))
 	if !ok || held.Borrowed() {
-		return answer(http.StatusServiceUnavailable)
+		return answer(http.StatusServiceUnavailable, http.Header{}, http.NoBody)
 	}
 	held = held.Base()
 	enc := held.stream.set.encoding()
-	header := http.Header{"Content-Type": {form{Format: request.Format{Encoding: enc}}.contentType(info.Verb == "watch")}}
-	formats := []request.Format{formatOf(enc)}
-	if info.Verb == "list" {
-		if v := info.Options.ResourceVersion; v != "" {
-			var least uint64
-			if _, err := fmt.Sscan(v, &least); err != nil {
-				h.t.Fatal(err)
-			}
-			if !lies && held.Await(ctx, least) != nil {
-				return answer(http.StatusGatewayTimeout)
-			}
-		}
-		w := httptest.NewRecorder()
-		if held.List(w, r, formats) != nil {
-			return answer(http.StatusServiceUnavailable)
+	if info.Verb != "watch" {
+		h.t.Errorf("a peer was asked for %s", r.URL)
+	}
+	if info.Options.SendInitialEvents != nil {
+		if lies {
+			info.Options.ResourceVersion = ""
 		}
 		h.mu.Lock()
 		h.listed++
 		h.mu.Unlock()
-		end()
-		return &http.Response{StatusCode: http.StatusOK, Header: header, Body: io.NopCloser(w.Body)}, nil
 	}
 	pr, pw := io.Pipe()
+	began := make(chan error, 2)
+	w := &announced{&pipeWriter{header: http.Header{}, PipeWriter: pw}, began, onWire}
 	go func() {
 		defer end()
-		err := held.Watch(&pipeWriter{header: http.Header{}, PipeWriter: pw}, r, info, formats)
+		err := held.Watch(w, r, info, []request.Format{formatOf(enc)})
+		began <- err
 		if errors.Is(err, ErrExpired) {
 			h.mu.Lock()
 			h.expired++
@@ -218,10 +221,33 @@ func (p peerOf) RoundTrip(r *http.Request) (*http.Response, error) {
 			gone := apierrors.NewResourceExpired(err.Error())
 			_, _ = pw.Write(wire.AppendStatusEvent(nil, enc, &gone.ErrStatus))
 		}
-		_ = pw.CloseWithError(errors.Join(io.EOF, ctx.Err()))
+		_ = pw.CloseWithError(ctx.Err()) // nil: in good order
 	}()
 	context.AfterFunc(ctx, func() { _ = pr.CloseWithError(context.Canceled) })
+	switch err := <-began; {
+	case errors.Is(err, ErrAhead):
+		return answer(http.StatusGatewayTimeout, http.Header{}, http.NoBody)
+	case err != nil && !errors.Is(err, ErrExpired):
+		return answer(http.StatusServiceUnavailable, http.Header{}, http.NoBody)
+	}
+	header := http.Header{"Content-Type": {form{Format: request.Format{Encoding: enc}}.contentType(true)}}
 	return &http.Response{StatusCode: http.StatusOK, Header: header, Body: pr}, nil
+}
+
+// announced tells when an answer begins, and how large it is.
+type announced struct {
+	*pipeWriter
+	began  chan<- error
+	onWire func(n int)
+}
+
+func (w *announced) WriteHeader(int) { w.began <- nil }
+
+func (w *announced) Write(b []byte) (int, error) {
+	if w.onWire != nil {
+		w.onWire(len(b))
+	}
+	return w.pipeWriter.Write(b)
 }
 
 func (p *peers) run() {
@@ -546,6 +572,170 @@ func TestLeaderThatServesNothing(t *testing.T) {
 		}
 		follower.current(follower.held(configMaps))
 	})
+}
+
+// TestLeaderThatServesGarbage: what cannot be read counts as not served, be it
+// the first list or a watch, and nothing of it stays.
+func TestLeaderThatServesGarbage(t *testing.T) {
+	const protobuf = "application/vnd.kubernetes.protobuf;stream=watch"
+	good := (&thing{resource: "configmaps", namespace: "ns", name: "never", uid: "x", version: 1 << 40}).data(t)
+	nameless := (&thing{resource: "configmaps", version: 1 << 40}).data(t)
+	event := func(typ, apiVersion, kind string, object []byte) []byte {
+		return wire.AppendEvent(nil, wire.Protobuf, typ, apiVersion, kind, object)
+	}
+	added := event("ADDED", "v1", "ConfigMap", good)
+	failure := apierrors.NewInternalError(errors.New("broken"))
+	end := wire.AppendBookmark(nil, wire.Protobuf, "v1", "ConfigMap", 1<<41, true)
+	for name, answer := range map[string]struct {
+		media string
+		body  []byte
+	}{
+		"a page for people":              {"text/html", []byte("<html>")},
+		"no type":                        {"", added},
+		"nothing":                        {protobuf, nil},
+		"noise":                          {protobuf, bytes.Repeat([]byte("noise"), 1000)},
+		"a frame beyond all bounds":      {protobuf, []byte{0xff, 0xff, 0xff, 0xff}},
+		"half a frame":                   {protobuf, added[:len(added)/2]},
+		"a good one and half a frame":    {protobuf, append(bytes.Clone(added), added[:9]...)},
+		"another kind":                   {protobuf, append(event("ADDED", "v1", "Secret", good), end...)},
+		"another group":                  {protobuf, append(event("ADDED", "apps/v1", "ConfigMap", good), end...)},
+		"an object that cannot be read":  {protobuf, append(event("ADDED", "v1", "ConfigMap", []byte("noise")), end...)},
+		"an object without a name":       {protobuf, append(event("ADDED", "v1", "ConfigMap", nameless), end...)},
+		"an event of no known type":      {protobuf, append(event("CHANGED", "v1", "ConfigMap", good), end...)},
+		"a bookmark that cannot be read": {protobuf, event("BOOKMARK", "v1", "ConfigMap", []byte("noise"))},
+		"an error":                       {protobuf, wire.AppendStatusEvent(nil, wire.Protobuf, &failure.ErrStatus)},
+		"an error that cannot be read":   {protobuf, event("ERROR", "v1", "Status", []byte("noise"))},
+		"text where there was none":      {"application/json;stream=watch", []byte("{}")},
+	} {
+		for _, first := range []bool{true, false} {
+			t.Run(fmt.Sprintf("%s, first list %v", name, first), func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					p := newPeers(t, 1)
+					p.hubs[2].stop()
+					p.hubs = p.hubs[:2]
+					defer p.stop()
+					leader, follower := p.hubs[0], p.hubs[1]
+					p.cloud.put("configmaps", "ns", "a", "1", nil)
+					pin(leader.bed, configMaps)
+					follower.moveTo(leader.name)
+					if !first {
+						pin(follower.bed, configMaps)
+					}
+					serve := func(garbage func(request.Info) (string, []byte)) {
+						leader.mu.Lock()
+						leader.garbage = garbage
+						leader.mu.Unlock()
+						leader.hangUp(false)
+					}
+					serve(func(info request.Info) (string, []byte) {
+						if info.Options.SendInitialEvents == nil {
+							return answer.media, bytes.TrimPrefix(answer.body, added) // would be a lie
+						}
+						return answer.media, answer.body
+					})
+					if first {
+						pin(follower.bed, configMaps)
+					}
+					p.cloud.put("configmaps", "ns", "b", "1", nil)
+					pass(time.Minute)
+					follower.current(follower.held(configMaps))
+					pass(time.Hour)
+					leader.mu.Lock()
+					if leader.refused == 0 || leader.refused > 25 {
+						t.Errorf("the leader was asked %d times in an hour", leader.refused)
+					}
+					leader.mu.Unlock()
+					serve(nil)
+					pass(avoidMost * 3 / 2)
+					leader.mu.Lock()
+					if len(leader.calls) != 1 {
+						t.Errorf("the leader is well again, and serves %d streams", len(leader.calls))
+					}
+					leader.mu.Unlock()
+					p.cloud.put("configmaps", "ns", "c", "1", nil)
+					pass(time.Second)
+					follower.current(follower.held(configMaps))
+				})
+			})
+		}
+	}
+}
+
+// TestFollowerWaitsForALeaderThatSyncs: what a leader is about to hold is not
+// fetched from the cloud a second time, unless it never comes.
+func TestFollowerWaitsForALeaderThatSyncs(t *testing.T) {
+	for _, forever := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			p := newPeers(t, 1)
+			p.hubs[2].stop()
+			p.hubs = p.hubs[:2]
+			defer p.stop()
+			leader, follower := p.hubs[0], p.hubs[1]
+			p.cloud.put("configmaps", "ns", "a", "1", nil)
+			pin(leader.bed, configMaps)
+			leader.syncing = true
+			follower.moveTo(leader.name)
+			if err := follower.Pin(configMaps); err != nil {
+				t.Fatal(err)
+			}
+			pass(syncPatience - time.Second)
+			if _, ok := follower.Held(configMaps); ok {
+				t.Fatal("the follower did not wait for its leader")
+			}
+			if !forever {
+				leader.mu.Lock()
+				leader.syncing = false
+				leader.mu.Unlock()
+			}
+			pass(syncPatience + 30*time.Second)
+			follower.current(follower.held(configMaps))
+			if lists, _ := p.cloud.counts(); (lists > 1) != forever {
+				t.Errorf("a leader that syncs for ever: %v; the cloud was listed %d times", forever, lists)
+			}
+		})
+	}
+}
+
+// TestFirstSyncFromAPeerTakesLittleMemory: neither end holds more of what a
+// peer sends than a few pieces.
+func TestFirstSyncFromAPeerTakesLittleMemory(t *testing.T) {
+	const objects, size, most = 4000, 12 << 10, 5 * saveEvery
+	p := newPeers(t, 1)
+	p.hubs[2].stop()
+	p.hubs = p.hubs[:2]
+	defer p.stop()
+	leader, follower := p.hubs[0], p.hubs[1]
+	value := strings.Repeat("value ", size/6)
+	for i := range objects {
+		p.cloud.put("configmaps", "ns", fmt.Sprintf("object-%05d", i), value, nil)
+	}
+	if err := leader.Pin(configMaps); err != nil {
+		t.Fatal(err)
+	}
+	leader.sync(configMaps)
+	live := func() int {
+		runtime.GC()
+		var m runtime.MemStats
+		runtime.ReadMemStats(&m)
+		return int(m.HeapAlloc)
+	}
+	sent, seen, before, peak := 0, 0, live(), 0
+	leader.onWire = func(n int) { // called by one at a time: there is one scope
+		if sent += n; sent-seen > saveEvery/4 {
+			seen, peak = sent, max(peak, live()-before)
+		}
+	}
+	follower.moveTo(leader.name)
+	if err := follower.Pin(configMaps); err != nil {
+		t.Fatal(err)
+	}
+	if got := follower.sync(configMaps).Len(); got != objects || sent < objects*size {
+		t.Fatalf("%d objects came, %d bytes", got, sent)
+	}
+	t.Logf("%d MB came, %d KB were held at most", sent>>20, peak>>10)
+	if peak > most {
+		t.Errorf("of %d MB %d KB were held at a time, more than %d KB", sent>>20, peak>>10, most>>10)
+	}
 }
 
 // TestPeersAreNotShownARelist: in the midst of what a relist found a set is

@@ -3,7 +3,6 @@ package replica
 import (
 	"context"
 	"errors"
-	"fmt"
 	"maps"
 	"math/rand/v2"
 	"sync"
@@ -45,6 +44,9 @@ const (
 	// steadyAfter is how long a stream from a peer lasts that did not fail at
 	// once.
 	steadyAfter = time.Minute
+	// syncPatience, and up to as much again, is how long a stream that holds
+	// nothing yet waits for a peer that says that it is about to.
+	syncPatience = 2 * time.Minute
 )
 
 var (
@@ -52,8 +54,16 @@ var (
 	errMoved = errors.New("another upstream is to be followed")
 	// errBehind means that a peer has not seen what the set holds.
 	errBehind = errors.New("the peer is behind")
-	// errSilent means that a peer says nothing, not even that nothing happens.
-	errSilent = errors.New("the peer says nothing")
+	// errSilent means that an upstream says nothing, not even that nothing
+	// happens.
+	errSilent = errors.New("the upstream says nothing")
+	// errAnswered means that a peer is there, and does not serve the scope, or
+	// serves what cannot be read.
+	errAnswered = errors.New("the peer does not serve it")
+	// errSyncing means that a peer is about to hold the scope.
+	errSyncing = errors.New("the peer does not hold it yet")
+	// errAtOnce means that a watch has ended as soon as it began.
+	errAtOnce = errors.New("the watch ended at once")
 )
 
 // waitRoute makes the route of the next attempt the stream's own, once its
@@ -201,7 +211,8 @@ func (st *stream) failed(ctx context.Context, err error, lasted time.Duration, w
 	case errors.Is(err, errSilent):
 		st.doubted = true
 		st.avoid(peer, avoidGoneFor)
-	case errors.Is(err, errAnswered), errors.Is(err, errBehind):
+	case errors.Is(err, errSyncing) && st.mayWait():
+	case errors.Is(err, errAnswered), errors.Is(err, errBehind), errors.Is(err, errSyncing), errors.Is(err, errAtOnce) && wait.n >= maxPeerTries:
 		st.avoid(peer, min(avoidFor<<st.failures[peer], avoidMost))
 		if st.failures == nil {
 			st.failures = map[string]int{}
@@ -215,14 +226,25 @@ func (st *stream) failed(ctx context.Context, err error, lasted time.Duration, w
 	}
 }
 
+// mayWait reports whether the stream should go on waiting for a peer that is
+// about to hold the scope: the narrower the link, the longer it takes the peer,
+// and the more it would cost the same link to be asked a second time.
+func (st *stream) mayWait() bool {
+	if st.set.isSynced() {
+		return false // to follow the cloud for a while costs nothing but the changes
+	}
+	now := time.Now()
+	if st.waits.IsZero() {
+		st.waits = now.Add(syncPatience + rand.N(syncPatience))
+	}
+	return now.Before(st.waits)
+}
+
 // maxFailures keeps avoidFor from growing beyond all bounds.
 const maxFailures = 10
 
 // maxPeerTries keeps the pause between two tries of a peer below two seconds.
 const maxPeerTries = 4
-
-// errAnswered means that a peer is there, and does not serve the scope.
-var errAnswered = errors.New("the peer does not serve it")
 
 // provedLocked notes that what the set holds was just proved current, by the cloud
 // or by a peer that says when the cloud did so. It is called under mu.
@@ -234,8 +256,4 @@ func (s *set) provedLocked() {
 	if at.After(s.contact) {
 		s.contact = at
 	}
-}
-
-func behind(have, got uint64) error {
-	return fmt.Errorf("the peer is at %d, the replica at %d: %w", got, have, errBehind)
 }

@@ -606,6 +606,15 @@ func (sl *Slice) Watch(w http.ResponseWriter, r *http.Request, info request.Info
 	out := newWriter(w, f)
 	out.start(true)
 	watcher := &watcher{slice: sl, out: out, bookmarks: info.Options.AllowWatchBookmarks}
+	// What happens while it is sent what there is waits for it too.
+	s.mu.Lock()
+	s.window.taken[watcher] = start.seq
+	s.mu.Unlock()
+	defer func() {
+		s.mu.Lock()
+		delete(s.window.taken, watcher)
+		s.mu.Unlock()
+	}()
 	err = watcher.initial(r.Context(), start)
 	if start.view != nil {
 		start.view.Close()
@@ -832,11 +841,6 @@ func (w *watcher) follow(ctx context.Context, start watchStart, end <-chan time.
 	w.ahead = start.ahead
 	bookmarks := time.NewTicker(bookmarkEvery - rand.N(bookmarkEvery/4))
 	defer bookmarks.Stop()
-	defer func() {
-		s.mu.Lock()
-		delete(s.window.taken, w)
-		s.mu.Unlock()
-	}()
 	for {
 		events, shown, version, changed, held, ok := w.next(seq, start)
 		if !ok {

@@ -16,7 +16,6 @@ import (
 	"slices"
 	"strconv"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"golang.org/x/time/rate"
@@ -109,6 +108,7 @@ type stream struct {
 	// is where the set is.
 	doubted  bool
 	failures map[string]int // of a peer, one after the other at once
+	waits    time.Time      // until when a peer that syncs is waited for; zero: none was yet
 
 	pinned bool   // guarded by the replica's mu: never paused
 	owner  string // who opened it; "": the node, or a former life of the hub
@@ -324,7 +324,7 @@ func (st *stream) supervise(ctx context.Context) {
 		}
 		lasted := time.Since(started)
 		if err == nil && lasted < shortFollow {
-			err = errors.New("the watch ended at once")
+			err = errAtOnce
 		}
 		if !errors.Is(err, errForbidden) {
 			denied = time.Time{}
@@ -394,7 +394,7 @@ func (st *stream) attempted(ctx context.Context, c Credential, changed <-chan st
 		if cause := recover(); cause != nil {
 			st.log.Error("stream panicked", "cause", daemon.PanicCause(cause), "stack", string(debug.Stack()))
 			st.forget()
-			err = fmt.Errorf("follow %s: panic: %s", st.set.id, daemon.PanicCause(cause))
+			err = st.unread(fmt.Errorf("follow %s: panic: %s", st.set.id, daemon.PanicCause(cause)))
 		}
 	}()
 	return st.follow(ctx, c, changed)
@@ -473,12 +473,10 @@ func (st *stream) follow(ctx context.Context, c Credential, changed <-chan struc
 		if err := st.lists.Wait(ctx); err != nil {
 			return fmt.Errorf("wait for the turn to list: %w", err)
 		}
-		listing := changed
-		if st.route.Peer == "" {
-			listing = nil
+		if st.route.Peer != "" {
+			return st.onRoute(ctx, changed, func(ctx context.Context) error { return st.watchList(ctx, c) })
 		}
-		err := st.onRoute(ctx, listing, func(ctx context.Context) error { return st.list(ctx, c) })
-		if err != nil {
+		if err := st.list(ctx, c); err != nil {
 			return err
 		}
 	}
@@ -523,11 +521,13 @@ func (st *stream) do(ctx context.Context, c Credential, query url.Values) (*http
 	cause := errors.New("unexpected answer")
 	if st.route.Peer != "" {
 		cause = errAnswered // a peer's word on rights is not the cloud's
-		switch resp.StatusCode {
-		case http.StatusGone:
+		switch {
+		case resp.StatusCode == http.StatusGone:
 			cause = errGone
-		case http.StatusGatewayTimeout:
+		case resp.StatusCode == http.StatusGatewayTimeout:
 			cause = errBehind
+		case resp.StatusCode == http.StatusServiceUnavailable && resp.Header.Get("Retry-After") != "":
+			cause = errSyncing
 		}
 		return nil, fmt.Errorf("ask for %s: %w: %s: %.200q", st.set.id, cause, resp.Status, text)
 	}
@@ -591,7 +591,6 @@ type relist struct {
 	direct bool
 	// credential is that of the first page; another may not go on with it.
 	credential Credential
-	peer       string // whose list it is; empty: the cloud's
 	next       string // the continue token of the next page
 	limit      int    // objects of the next page
 	// replace is set when what the set holds cannot be compared with the
@@ -604,8 +603,8 @@ type relist struct {
 	changes []change
 }
 
-// list fetches the whole scope page by page. What broke off goes on after the
-// last page that came, as long as the cloud knows its token.
+// list fetches the whole scope from the cloud, page by page. What broke off goes
+// on after the last page that came, as long as the cloud knows its token.
 func (st *stream) list(ctx context.Context, c Credential) error {
 	s := st.set
 	st.mu.Lock()
@@ -613,7 +612,7 @@ func (st *stream) list(ctx context.Context, c Credential) error {
 	st.anew = false
 	st.mu.Unlock()
 	if r == nil || anew || r.credential != c {
-		r = &relist{credential: c, peer: st.route.Peer, limit: pageSize, seen: map[string]struct{}{}}
+		r = &relist{credential: c, limit: pageSize, seen: map[string]struct{}{}}
 		st.metrics.relists.Inc()
 	}
 	var saving sync.WaitGroup // of the page before, while the next one comes
@@ -621,12 +620,7 @@ func (st *stream) list(ctx context.Context, c Credential) error {
 	for r.pages == 0 || r.next != "" {
 		st.begun = r
 		query := s.scope.query()
-		if at := s.at(); r.peer == "" {
-			query.Set("limit", strconv.Itoa(r.limit))
-		} else if at > 0 {
-			query.Set("resourceVersion", strconv.FormatUint(at, 10))
-			query.Set("resourceVersionMatch", "NotOlderThan")
-		}
+		query.Set("limit", strconv.Itoa(r.limit))
 		if r.next != "" {
 			query.Set("continue", r.next)
 		}
@@ -648,9 +642,6 @@ func (st *stream) list(ctx context.Context, c Credential) error {
 			// stored: nothing would tell when they change.
 			return fmt.Errorf("list %s: it has no resource version: %w", s.id, errAbsent)
 		}
-		if r.peer != "" && page.Continue != "" {
-			return fmt.Errorf("list %s: a peer sends pages: %w", s.id, errAnswered)
-		}
 		r.next = page.Continue
 		saving.Wait()
 		if err := s.take(r, page, enc); err != nil {
@@ -662,7 +653,13 @@ func (st *stream) list(ctx context.Context, c Credential) error {
 	}
 	st.begun = nil
 	saving.Wait()
-	objects, gone := s.finish(r)
+	st.listed(ctx, r)
+	return nil
+}
+
+// listed makes the set what a list that has come to its end says.
+func (st *stream) listed(ctx context.Context, r *relist) {
+	objects, gone := st.set.finish(r)
 	// Whoever waits for the scope may count on it from then on, also when
 	// the power goes. Lists are rare enough to pay for that; changes are not.
 	st.save(ctx)
@@ -674,7 +671,6 @@ func (st *stream) list(ctx context.Context, c Credential) error {
 	} else {
 		st.log.Info("stream relisted", "objects", objects, "changed", len(r.changes), "gone", gone)
 	}
-	return nil
 }
 
 // save writes what the set has to write, now. What cannot be written stays on
@@ -692,9 +688,7 @@ func (s *set) take(r *relist, page wire.List, enc wire.Encoding) error {
 	defer s.mu.Unlock()
 	r.pages++
 	if r.pages == 1 {
-		if err := s.beginLocked(r, page, enc); err != nil {
-			return err
-		}
+		s.beginLocked(r, Kind{APIVersion: page.APIVersion, Kind: itemKind(page), Encoding: enc}, page.Version)
 	}
 	if enc != r.kind.Encoding {
 		return fmt.Errorf("page %d is %s, the first was %s", r.pages, enc, r.kind.Encoding)
@@ -717,31 +711,37 @@ func (s *set) take(r *relist, page wire.List, enc wire.Encoding) error {
 		if err != nil {
 			return err
 		}
-		key := keyOf(meta.Namespace, meta.Name)
-		r.seen[key] = struct{}{}
-		if base, ok := s.baseLocked(key); ok && base.version >= meta.Version && (r.direct || !r.replace) {
-			continue
-		}
-		object := slices.Clone(item) // the page is large and goes
-		if r.direct {
-			s.applyLocked(watch.Added, &meta, object, meta.Version)
-		} else {
-			r.changes = append(r.changes, change{watch.Modified, meta, object})
+		if s.wantsLocked(r, &meta) {
+			s.takeLocked(r, &meta, slices.Clone(item)) // the page is large and goes
 		}
 	}
 	return nil
 }
 
-// beginLocked compares the first page with what the set holds.
-func (s *set) beginLocked(r *relist, page wire.List, enc wire.Encoding) error {
-	rewound := page.Version < s.version
-	if rewound && r.peer != "" {
-		return behind(s.version, page.Version)
+// wantsLocked takes note of an object of a list, and reports whether the set
+// lacks it.
+func (s *set) wantsLocked(r *relist, meta *wire.Meta) bool {
+	key := keyOf(meta.Namespace, meta.Name)
+	r.seen[key] = struct{}{}
+	base, ok := s.baseLocked(key)
+	return !ok || base.version < meta.Version || (r.replace && !r.direct)
+}
+
+// takeLocked takes an object of a list that the set lacks.
+func (s *set) takeLocked(r *relist, meta *wire.Meta, object []byte) {
+	if r.direct {
+		s.applyLocked(watch.Added, meta, object, meta.Version)
+	} else {
+		r.changes = append(r.changes, change{watch.Modified, *meta, object})
 	}
-	reencoded := s.index.Len() > 0 && s.kind.Encoding != enc
-	r.direct, r.replace = !s.synced, rewound || reencoded
-	r.kind = Kind{APIVersion: page.APIVersion, Kind: itemKind(page), Encoding: enc}
-	return nil
+}
+
+// beginLocked compares what a list begins with, and the version that it will
+// have, with what the set holds.
+func (s *set) beginLocked(r *relist, kind Kind, version uint64) {
+	rewound := version < s.version
+	reencoded := s.index.Len() > 0 && s.kind.Encoding != kind.Encoding
+	r.direct, r.replace, r.kind = !s.synced, rewound || reencoded, kind
 }
 
 // finish applies what a list found and makes the set current. It returns how
@@ -835,18 +835,19 @@ func readBody(resp *http.Response, limit int64) ([]byte, error) {
 	return data, err
 }
 
-// moving is a body that tells of each piece that comes.
+// moving is a body that tells of each piece that comes, and how it ended.
 type moving struct {
 	io.ReadCloser
 	moved func()
+	err   error
 }
 
-func (m moving) Read(p []byte) (int, error) {
-	n, err := m.ReadCloser.Read(p)
+func (m *moving) Read(p []byte) (n int, err error) {
+	n, m.err = m.ReadCloser.Read(p)
 	if n > 0 {
 		m.moved()
 	}
-	return n, err
+	return n, m.err
 }
 
 func (st *stream) page(ctx context.Context, c Credential, query url.Values) (wire.List, wire.Encoding, error) {
@@ -859,21 +860,21 @@ func (st *stream) page(ctx context.Context, c Credential, query url.Values) (wir
 		return wire.List{}, 0, err
 	}
 	defer resp.Body.Close()
-	resp.Body = moving{resp.Body, func() { stalled.Reset(pageStall) }}
+	resp.Body = &moving{ReadCloser: resp.Body, moved: func() { stalled.Reset(pageStall) }}
 	body, err := readBody(resp, maxPage)
 	if err != nil {
 		return wire.List{}, 0, fmt.Errorf("read list of %s: %w", st.set.id, err)
 	}
 	enc, err := encodingOf(resp.Header)
 	if err != nil {
-		return wire.List{}, 0, fmt.Errorf("read list of %s: %w", st.set.id, err)
+		return wire.List{}, 0, fmt.Errorf("read list of %s: %w", st.set.id, st.unread(err))
 	}
 	page, err := wire.ReadList(enc, body)
 	if err == nil && page.Version == 0 {
 		err = errors.New("a list without a resource version cannot be followed")
 	}
 	if err != nil {
-		return wire.List{}, 0, fmt.Errorf("read list of %s: %w", st.set.id, err)
+		return wire.List{}, 0, fmt.Errorf("read list of %s: %w", st.set.id, st.unread(err))
 	}
 	return page, enc, nil
 }
@@ -888,22 +889,19 @@ func (st *stream) watch(ctx context.Context, c Credential) error {
 	version := s.version
 	s.mu.Unlock()
 	query := s.scope.query()
-	query.Set("watch", "true")
-	query.Set("allowWatchBookmarks", "true")
 	query.Set("resourceVersion", strconv.FormatUint(version, 10))
-	query.Set("timeoutSeconds", strconv.Itoa(1800+rand.IntN(1800)))
-	watching, cancel := context.WithCancel(ctx)
-	defer cancel()
+	f, err := st.feed(ctx, c, query)
+	if err != nil {
+		return err
+	}
+	defer f.close()
+	return st.changes(ctx, c, f, version)
+}
+
+// changes follows a watch that goes on after a version.
+func (st *stream) changes(ctx context.Context, c Credential, f *feed, version uint64) error {
+	s := st.set
 	defer s.unfollowed()
-	resp, err := st.do(watching, c, query)
-	if err != nil {
-		return err
-	}
-	defer resp.Body.Close()
-	enc, err := encodingOf(resp.Header)
-	if err != nil {
-		return err
-	}
 	s.mu.Lock()
 	s.followed = true
 	known := s.kind.Encoding
@@ -913,31 +911,26 @@ func (st *stream) watch(ctx context.Context, c Credential) error {
 	streams := st.metrics.streams.WithLabelValues(st.route.Kind)
 	streams.Inc()
 	defer streams.Dec()
-	if enc != known {
-		return fmt.Errorf("watch %s: encoding changed: %w", s.id, errGone)
+	if f.enc != known {
+		cause := errGone
+		if st.route.Peer != "" {
+			cause = errAnswered
+		}
+		return fmt.Errorf("watch %s: it is %s, the replica is %s: %w", s.id, f.enc, known, cause)
 	}
-	var silent atomic.Bool
-	silence := time.AfterFunc(silentAfter, func() {
-		silent.Store(true)
-		cancel()
-	})
-	defer silence.Stop()
-	events := wire.NewEventReader(resp.Body, enc, maxFrame)
+	f.patience = silentAfter
 	for {
-		ev, err := events.Read()
+		ev, err := f.next()
 		switch {
-		case silent.Load() && st.route.Peer != "":
-			return fmt.Errorf("watch %s: %w", s.id, errSilent)
-		case silent.Load():
+		case errors.Is(err, errSilent) && st.route.Peer == "":
 			return st.compare(ctx, c)
 		case errors.Is(err, io.EOF):
 			return nil
-		case err != nil:
-			return fmt.Errorf("watch %s: %w", s.id, err)
+		case err == nil:
+			st.metrics.events.Inc()
+			err = st.event(f.enc, ev, version)
 		}
-		silence.Reset(silentAfter)
-		st.metrics.events.Inc()
-		if err := st.event(enc, ev, version); err != nil {
+		if err != nil {
 			return fmt.Errorf("watch %s: %w", s.id, err)
 		}
 	}
@@ -947,28 +940,40 @@ func (st *stream) watch(ctx context.Context, c Credential) error {
 func (st *stream) event(enc wire.Encoding, ev wire.Event, began uint64) error {
 	switch typ := watch.EventType(ev.Type); typ {
 	case watch.Added, watch.Modified, watch.Deleted:
+		if err := st.fits(enc, ev); err != nil {
+			return err
+		}
 		st.learnKind(ev)
 		return st.set.apply(typ, ev.Object)
 	case watch.Bookmark:
 		version, _, err := wire.ReadBookmark(enc, ev.Object)
 		if err != nil {
-			return err
+			return st.unread(err)
 		}
 		if version < began {
 			return fmt.Errorf("bookmark at %d after %d: %w", version, began, errGone)
 		}
 		st.set.advance(version)
 	case watch.Error:
-		status, err := wire.ReadStatus(enc, ev.Object)
-		if err != nil {
-			return err
+		return st.refusal(enc, ev)
+	default:
+		if st.route.Peer != "" {
+			return fmt.Errorf("event of type %q: %w", ev.Type, errAnswered)
 		}
-		if status.Code == http.StatusGone {
-			return fmt.Errorf("%s: %w", status.Message, errGone)
-		}
-		return errors.New(status.Message)
 	}
 	return nil
+}
+
+// refusal is what an ERROR event says.
+func (st *stream) refusal(enc wire.Encoding, ev wire.Event) error {
+	status, err := wire.ReadStatus(enc, ev.Object)
+	if err != nil {
+		return st.unread(err)
+	}
+	if status.Code == http.StatusGone {
+		return fmt.Errorf("%s: %w", status.Message, errGone)
+	}
+	return st.unread(errors.New(status.Message))
 }
 
 // compare looks whether the upstream still is where the set is. A cloud that
