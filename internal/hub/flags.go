@@ -30,6 +30,7 @@ type Flags struct {
 	runDir                                string
 	healthPort, proxyPort, insecurePort   int
 	poolPort                              int
+	poolGrace, poolReturn                 time.Duration
 	decisionAge                           time.Duration
 	gentle                                GentleConfig
 	keys                                  keyFlags
@@ -52,6 +53,8 @@ func (f *Flags) Add(fs *pflag.FlagSet) {
 	fs.BoolVar(&f.insecure, "insecure-loopback", false, "serve plain HTTP at --proxy-port to processes of root on this node")
 	fs.IntVar(&f.insecurePort, "proxy-port", 10261, "port of the plain HTTP proxy, if --insecure-loopback is given")
 	fs.IntVar(&f.poolPort, "multiplexer-port", pool.DefaultPort, "port on the node's address for hubs of the same pool; alike in all of a pool")
+	fs.DurationVar(&f.poolGrace, "pool-grace", pool.DefaultGrace, "how long what this hub follows in its pool must be of no use before it is left, and up to as long again; leaders wait for less")
+	fs.DurationVar(&f.poolReturn, "pool-return", pool.DefaultReturn, "how long a better one must have been good before the hub comes back to it, and up to twice as long again")
 	fs.BoolVar(&f.dummy, "enable-dummy-if", true, "serve pods at --dummy-if-ip")
 	fs.StringVar(&f.dummyIP, "dummy-if-ip", "169.254.2.1", "link-local address at which pods reach the hub")
 	fs.StringVar(&f.dummyName, "dummy-if-name", "hub-dummy0", "interface of --dummy-if-ip; lo where the kernel has no dummy type")
@@ -139,7 +142,13 @@ func (f *Flags) listeners(cfg *Config) error {
 	if f.poolPort < 1 || f.poolPort > 65535 {
 		return fmt.Errorf("--multiplexer-port %d is not a port: give one between 1 and 65535", f.poolPort)
 	}
-	cfg.PoolPort = f.poolPort
+	if f.poolGrace < time.Second || f.poolGrace > 10*time.Minute {
+		return fmt.Errorf("--pool-grace %s is not within a second and ten minutes: give a time, as 8s", f.poolGrace)
+	}
+	if f.poolReturn < time.Second || f.poolReturn > time.Hour {
+		return fmt.Errorf("--pool-return %s is not within a second and an hour: give a time, as 20s", f.poolReturn)
+	}
+	cfg.PoolPort, cfg.PoolGrace, cfg.PoolReturn = f.poolPort, f.poolGrace, f.poolReturn
 	if !f.dummy || f.dummyIP == "" {
 		return nil
 	}

@@ -101,7 +101,9 @@ type Config struct {
 	// InsecurePort is that of the plain HTTP proxy for root's processes on
 	// this node; 0: there is none.
 	InsecurePort int
-	PoolPort     int    // for hubs of the same pool, on the node's address: 10269
+	PoolPort     int           // for hubs of the same pool, on the node's address: 10269
+	PoolGrace    time.Duration // see pool.Config
+	PoolReturn   time.Duration
 	DummyIP      net.IP // where pods reach the hub; nil: nowhere
 	DummyName    string // interface that holds it, where the kernel has the type
 

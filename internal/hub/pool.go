@@ -42,7 +42,7 @@ var poolsResource = schema.GroupVersionResource{
 
 func (h *Hub) newPool() *pool.Pool {
 	return pool.New(pool.Config{
-		Node: h.cfg.NodeName, Port: h.cfg.PoolPort,
+		Node: h.cfg.NodeName, Port: h.cfg.PoolPort, Grace: h.cfg.PoolGrace, Return: h.cfg.PoolReturn,
 		Certificate: h.certs.ClientCertificate, ClusterCAs: h.certs.ClusterCAs, Clock: h.clock,
 		Link: func() (bool, <-chan struct{}) {
 			changed := h.link.Changed()

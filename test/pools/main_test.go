@@ -44,6 +44,7 @@ rules:
 - {apiGroups: [apps.openyurt.io], resources: [nodepools], verbs: [get, list, watch]}
 - {apiGroups: [""], resources: [services], verbs: [get, list, watch]}
 - {apiGroups: [discovery.k8s.io], resources: [endpointslices], verbs: [get, list, watch]}
+- {apiGroups: [pools.test], resources: [widgets], verbs: [get, list, watch]}
 ---
 apiVersion: rbac.authorization.k8s.io/v1
 kind: ClusterRoleBinding
@@ -151,7 +152,8 @@ type site struct {
 	name string
 	port int
 	hubs []*hub
-	seq  int // of the last write, see write
+	args []string // of all hubs, beside those that they need
+	seq  int      // of the last write, see write
 }
 
 // hub is one of a site.
@@ -256,17 +258,22 @@ func (w *way) set(from string, cut bool) {
 
 var network byte // the last that a site has taken; tests run one after the other
 
-// newSite makes a pool with so many nodes, and no hub yet.
-func newSite(t *testing.T, name string, nodes int) *site {
+// newSite makes a pool with so many nodes, and no hub yet. It shares the named
+// resources of group and version pools.test/v1 too.
+func newSite(t *testing.T, name string, nodes int, shares ...string) *site {
 	t.Helper()
 	network++
 	s := &site{name: name, port: freePort(t)}
+	var more []string
+	for _, resource := range shares {
+		more = append(more, "{group: pools.test, version: v1, resource: "+resource+"}")
+	}
 	pool := fmt.Sprintf(`
 apiVersion: apps.openyurt.io/v1beta2
 kind: NodePool
 metadata: {name: %s}
-spec: {type: Edge, interConnectivity: true, enableLeaderElection: true, leaderReplicas: 2}
-`, name)
+spec: {type: Edge, interConnectivity: true, enableLeaderElection: true, leaderReplicas: 2, poolScopeMetadata: [%s]}
+`, name, strings.Join(more, ", "))
 	await(t, "node pool", func() error { return shared.cloud.Apply(t.Context(), pool) })
 	for i := range nodes {
 		h := &hub{address: fmt.Sprintf("127.%d.0.%d", 20+network, i+1)}
@@ -332,6 +339,7 @@ func (s *site) start(t *testing.T, i int) *hub {
 		t.Fatal(err)
 	}
 	h.Args = []string{"--nodepool-name=" + s.name, "--node-ip=" + h.address, "--multiplexer-port=" + strconv.Itoa(s.port)}
+	h.Args = append(h.Args, s.args...)
 	t.Cleanup(h.Kill)
 	if err := h.Start(t.Context()); err != nil {
 		t.Fatal(err)

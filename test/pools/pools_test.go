@@ -25,6 +25,7 @@ import (
 // by a watch that never ends.
 func TestPool(t *testing.T) {
 	s := newSite(t, "hangzhou", 4)
+	s.args = []string{"--pool-grace=3s", "--pool-return=3s"}
 	s.elect(t, 2)
 	for range s.names() {
 		s.write(t)

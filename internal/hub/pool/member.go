@@ -6,23 +6,17 @@ import (
 	"time"
 )
 
-// What a hub waits for before it moves its shared streams. A hiccup shorter
-// than the least of these moves nobody. Each hub draws its own wait from the
-// range, so that those who lost the same leader do not leave it together; and
-// leaders are quicker, so that the others find them settled.
+// What a hub waits for before it moves its shared streams.
 const (
 	// silentFor is how long a peer counts as alive after it was last heard.
 	silentFor = 6 * time.Second
 
-	leaderGrace  = 5 * time.Second
-	leaderSpread = 2 * time.Second
-	memberGrace  = 8 * time.Second
-	memberSpread = 9 * time.Second
-
-	// returnAfter is how long a better upstream must have been good before a
+	// DefaultGrace is how long an upstream must be of no use before a hub
+	// leaves it. A hiccup that is shorter than what leaders wait moves nobody.
+	DefaultGrace = 8 * time.Second
+	// DefaultReturn is how long a better upstream must have been good before a
 	// hub that has a good one comes back to it.
-	returnAfter  = 20 * time.Second
-	returnSpread = 40 * time.Second
+	DefaultReturn = 20 * time.Second
 
 	// A hub that follows nobody yet waits so long for those it would rather
 	// follow than the cloud: all hubs of a site may start in one moment. Leaders
@@ -37,6 +31,15 @@ const (
 	// maxVia bounds the hubs between one and the cloud.
 	maxVia = 8
 )
+
+// patience is what a hub's waits are drawn from. Each hub draws its own, so that
+// those who lost the same leader do not leave it together; and leaders are
+// quicker, so that the others find them settled.
+type patience struct{ grace, comeback time.Duration }
+
+func (p patience) ofLeader() (least, spread time.Duration) { return p.grace * 5 / 8, p.grace / 4 }
+func (p patience) ofMember() (least, spread time.Duration) { return p.grace, p.grace }
+func (p patience) toReturn() (least, spread time.Duration) { return p.comeback, 2 * p.comeback }
 
 // cloud is the upstream that is no peer.
 const cloud = ""
@@ -76,6 +79,7 @@ type peer struct {
 type member struct {
 	self string
 	rand *rand.Rand
+	patience
 
 	leaders []string // all, in order
 	others  []string // the pool's other hubs whose address is known, in an order of this hub's own
@@ -83,21 +87,21 @@ type member struct {
 
 	link bool
 
-	known    bool                 // the pool is known, or that there is none
-	pool     string               // its name
-	since    time.Time            // since when it is known
-	patience time.Duration        // of the start
-	chosen   bool                 // current counts
-	current  string               // who is followed; cloud, or a peer
-	good     map[string]time.Time // since when those who are good are so
-	bad      time.Time            // since when current is not good; zero: it is
-	grace    time.Duration        // drawn when current went bad
-	comeback time.Duration        // drawn when current was chosen
+	known   bool                 // the pool is known, or that there is none
+	pool    string               // its name
+	since   time.Time            // since when it is known
+	start   time.Duration        // how long it waits then
+	chosen  bool                 // current counts
+	current string               // who is followed; cloud, or a peer
+	good    map[string]time.Time // since when those who are good are so
+	bad     time.Time            // since when current is not good; zero: it is
+	leave   time.Duration        // after that; drawn when current went bad
+	back    time.Duration        // when to leave it for a better one; drawn when it was chosen
 }
 
-func newMember(self string, seed uint64) *member {
+func newMember(self string, seed uint64, p patience) *member {
 	return &member{
-		self: self, rand: rand.New(rand.NewPCG(seed, 1)), peers: map[string]*peer{}, good: map[string]time.Time{},
+		patience: p, self: self, rand: rand.New(rand.NewPCG(seed, 1)), peers: map[string]*peer{}, good: map[string]time.Time{},
 	}
 }
 
@@ -107,9 +111,9 @@ func newMember(self string, seed uint64) *member {
 func (m *member) setPool(now time.Time, pool string, leaders, others []string) {
 	if !m.known || pool != m.pool {
 		m.known, m.pool, m.chosen = true, pool, false
-		m.since, m.patience = now, leaderStart
+		m.since, m.start = now, leaderStart
 		if !slices.Contains(leaders, m.self) {
-			m.patience = memberStart + m.draw(startSpread)
+			m.start = m.draw(memberStart, startSpread)
 		}
 	}
 	m.leaders = leaders
@@ -237,7 +241,7 @@ func (m *member) decide(now time.Time) (upstream string, ok bool, wait time.Dura
 	if _, fine := m.good[m.current]; fine && at >= 0 {
 		m.bad = time.Time{}
 		for _, node := range order[:at] {
-			if since, ok := m.good[node]; ok && now.Sub(since) >= m.comeback {
+			if since, ok := m.good[node]; ok && now.Sub(since) >= m.back {
 				m.choose(node)
 				break
 			}
@@ -247,13 +251,13 @@ func (m *member) decide(now time.Time) (upstream string, ok bool, wait time.Dura
 	if m.bad.IsZero() {
 		m.bad = now
 		if slices.Contains(m.leaders, m.self) {
-			m.grace = leaderGrace + m.draw(leaderSpread)
+			m.leave = m.draw(m.ofLeader())
 		} else {
-			m.grace = memberGrace + m.draw(memberSpread)
+			m.leave = m.draw(m.ofMember())
 		}
 	}
-	if now.Sub(m.bad) < m.grace {
-		return m.current, true, min(again, m.grace-now.Sub(m.bad))
+	if now.Sub(m.bad) < m.leave {
+		return m.current, true, min(again, m.leave-now.Sub(m.bad))
 	}
 	switch {
 	case best >= 0:
@@ -272,7 +276,7 @@ func (m *member) first(now time.Time, order []string, best int) (upstream string
 	if !m.known {
 		return cloud, false, time.Second
 	}
-	left := m.patience - now.Sub(m.since)
+	left := m.start - now.Sub(m.since)
 	for i, node := range order {
 		if i == best || node == cloud {
 			break // what comes after it is no reason to wait
@@ -317,11 +321,11 @@ func (m *member) anyAlive(now time.Time, order []string) (string, bool) {
 
 func (m *member) choose(node string) {
 	m.chosen, m.current, m.bad = true, node, time.Time{}
-	m.comeback = returnAfter + m.draw(returnSpread)
+	m.back = m.draw(m.toReturn())
 }
 
-func (m *member) draw(spread time.Duration) time.Duration {
-	return time.Duration(m.rand.Int64N(int64(spread)))
+func (m *member) draw(least, spread time.Duration) time.Duration {
+	return least + time.Duration(m.rand.Int64N(int64(spread)))
 }
 
 // live reports whether the hub itself hears the cloud, and through whom.

@@ -41,7 +41,7 @@ func newWorld(seed uint64, nodes, leaders int) *world {
 	for i := range nodes {
 		node := fmt.Sprintf("n%d", i)
 		w.nodes = append(w.nodes, node)
-		w.hubs[node] = &simulated{machine: newMember(node, seed+uint64(i)), polled: w.now.Add(-time.Duration(w.rand.Int64N(int64(pollEvery)))), wait: pollEvery}
+		w.hubs[node] = &simulated{machine: newMember(node, seed+uint64(i), defaults), polled: w.now.Add(-time.Duration(w.rand.Int64N(int64(pollEvery)))), wait: pollEvery}
 	}
 	w.elect(w.nodes[:leaders])
 	return w
@@ -60,6 +60,8 @@ func (w *world) passes(a, b string) bool {
 }
 
 func (w *world) way(a, b string) bool { return !w.cut[[2]string{a, b}] && !w.cut[[2]string{b, a}] }
+
+var defaults = patience{DefaultGrace, DefaultReturn}
 
 const tick = 250 * time.Millisecond
 
@@ -148,7 +150,8 @@ func (w *world) reachable(node string) bool {
 // bound is how long a hub may be without news while there is a way to the
 // cloud. Each hub on the way may take its grace, one after the other.
 func bound(hops int) time.Duration {
-	return time.Duration(hops) * (memberGrace + memberSpread + silentFor + 2*pollEvery)
+	least, spread := defaults.ofMember()
+	return time.Duration(hops) * (least + spread + silentFor + 2*pollEvery)
 }
 
 // TestNobodyIsStuck lets hubs die and ways break at random, and stops at some
@@ -197,7 +200,7 @@ func (w *world) disturb() {
 		h := w.hubs[node]
 		h.dead = !h.dead
 		if !h.dead { // it starts anew, with what it had
-			h.machine = newMember(node, w.rand.Uint64())
+			h.machine = newMember(node, w.rand.Uint64(), defaults)
 			w.elect(w.leaders)
 		}
 	case 6:
@@ -225,7 +228,8 @@ func TestHiccupsMoveNobody(t *testing.T) {
 			}
 			w.cut[way] = true
 			// What a peer does not answer it is asked again two seconds later.
-			for range int((leaderGrace - pollEvery) / tick) {
+			least, _ := defaults.ofLeader()
+			for range int((least - pollEvery) / tick) {
 				w.step(t)
 			}
 			delete(w.cut, way)
@@ -329,7 +333,7 @@ func TestFirstStartAsksTheCloudOnce(t *testing.T) {
 		for range int(10 * time.Second / tick) {
 			for _, node := range w.nodes {
 				if h := w.hubs[node]; h.dead && !w.now.Before(begin[node]) {
-					h.dead, h.machine = false, newMember(node, w.rand.Uint64())
+					h.dead, h.machine = false, newMember(node, w.rand.Uint64(), defaults)
 					w.elect(w.leaders)
 				}
 			}
@@ -356,7 +360,7 @@ func TestFirstStartAsksTheCloudOnce(t *testing.T) {
 func TestJoiningWaitsForTheLeader(t *testing.T) {
 	t.Parallel()
 	now := time.Unix(1e9, 0)
-	m := newMember("b", 1)
+	m := newMember("b", 1, defaults)
 	m.setLink(true)
 	if _, ok, _ := m.decide(now); ok {
 		t.Error("decided before the pool was known")
@@ -369,7 +373,7 @@ func TestJoiningWaitsForTheLeader(t *testing.T) {
 	if got, ok, _ := m.decide(now); !ok || got != "a" {
 		t.Errorf("follows %q, %v", got, ok)
 	}
-	m = newMember("b", 1)
+	m = newMember("b", 1, defaults)
 	m.setLink(true)
 	m.setPool(now, "pool", []string{"a"}, nil)
 	m.failedOf(now, "a", true)
@@ -379,7 +383,7 @@ func TestJoiningWaitsForTheLeader(t *testing.T) {
 	if got, ok, _ := m.decide(now.Add(memberStart + startSpread)); !ok || got != cloud {
 		t.Errorf("the leader's hub does not start: follows %q, %v", got, ok)
 	}
-	m = newMember("b", 1)
+	m = newMember("b", 1, defaults)
 	m.setLink(true)
 	m.setPool(now, "pool", []string{"a"}, nil)
 	m.failedOf(now, "a", false)
@@ -391,7 +395,7 @@ func TestJoiningWaitsForTheLeader(t *testing.T) {
 	if got, ok, _ := m.decide(now.Add(time.Minute)); !ok || got != "c" {
 		t.Errorf("in another pool: follows %q, %v", got, ok)
 	}
-	m = newMember("b", 1)
+	m = newMember("b", 1, defaults)
 	m.setLink(true)
 	m.setPool(now, "", nil, nil)
 	if got, ok, _ := m.decide(now); !ok || got != cloud {

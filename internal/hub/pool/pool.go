@@ -12,6 +12,7 @@
 package pool
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -62,6 +63,13 @@ func (m Membership) leader(node string) bool {
 type Config struct {
 	Node string
 	Port int // of all hubs of the pool; 0 means DefaultPort
+
+	// Grace is how long an upstream must be of no use before this hub leaves it,
+	// and as long again at most: each hub draws its own time. Leaders wait for
+	// 5/8 to 7/8 of it. Return is how long a better one must have been good before
+	// the hub comes back to it, and up to twice as long again. 0 means the
+	// defaults.
+	Grace, Return time.Duration
 
 	// Certificate is the node's own, and ClusterCAs are the authorities that
 	// vouch for those of peers; they are asked for each connection.
@@ -122,7 +130,7 @@ func New(cfg Config) *Pool {
 	}
 	return &Pool{
 		cfg: cfg, log: cfg.Log, metrics: newMetrics(cfg.Registerer),
-		changed: make(chan struct{}), moved: make(chan struct{}), machine: newMember(cfg.Node, rand.Uint64()), book: map[string]*entry{}, inFlight: map[*inFlight]*entry{},
+		changed: make(chan struct{}), moved: make(chan struct{}), machine: newMember(cfg.Node, rand.Uint64(), patience{cmp.Or(cfg.Grace, DefaultGrace), cmp.Or(cfg.Return, DefaultReturn)}), book: map[string]*entry{}, inFlight: map[*inFlight]*entry{},
 	}
 }
 
