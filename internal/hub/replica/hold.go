@@ -1,6 +1,7 @@
 package replica
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"slices"
@@ -14,9 +15,12 @@ import (
 // Hold delays what local watchers of a scope learn of an absence: of what
 // changed in the cloud while it could not be heard.
 //
-// The set itself is current at once, in memory and on disk, and so are lists.
-// It is each watcher that stands still before a change that is held, as a slow
-// one would, and is told of it, and of all that came after, when it is let go.
+// The set itself is current at once, in memory and on disk. It is each watcher
+// that stands still before a change that is held, as a slow one would, and is
+// told of it, and of all that came after, when it is let go. A list shows what
+// is, but that objects with such a change are as they were before it; who
+// watches from there is told of each when it is let go, and waits for nothing
+// else.
 type Hold struct {
 	Scope Scope
 	// After is how long the cloud must have been away; 0: nothing is held.
@@ -109,4 +113,106 @@ func (st *stream) returned(ctx context.Context, c Credential) error {
 	defer s.mu.Unlock()
 	s.returnedLocked(page.Version)
 	return nil
+}
+
+// kept is an object as it was before a change that is held.
+type kept struct {
+	key      string
+	entry    *entry
+	meta     *wire.Meta
+	object   []byte
+	seq      uint64          // of the change
+	position uint64          // of the change
+	held     <-chan struct{} // closed when the change may be seen
+	seen     uint64          // where the set was when that was noticed; 0: it was not yet
+}
+
+// keepBackLocked keeps what a change that is held changes.
+func (s *set) keepBackLocked(e *event, old []byte) {
+	if e.held == nil || e.prev == nil || old == nil {
+		return
+	}
+	if k, ok := s.kept[e.key]; ok && k.seen == 0 {
+		return // that is what clients have
+	}
+	if s.kept == nil {
+		s.kept = map[string]*kept{}
+	}
+	s.kept[e.key] = &kept{
+		key: e.key, entry: newEntry(e.prev.Version, old), meta: e.prev, object: old, seq: e.seq, position: e.position, held: e.held,
+	}
+}
+
+// owedLocked returns what clients at a version may know only as it was before a
+// change that is held, or was when they listed; in the order of the changes.
+func (s *set) owedLocked(version uint64) []*kept {
+	var out []*kept
+	for key, k := range s.kept {
+		if k.seen == 0 {
+			select {
+			case <-k.held:
+				k.seen = s.version
+			default:
+			}
+		}
+		switch {
+		case k.seen > 0 && k.seen < s.window.start:
+			delete(s.kept, key) // who could need it must list
+		case k.position <= version && (k.seen == 0 || version <= k.seen):
+			out = append(out, k)
+		}
+	}
+	slices.SortFunc(out, func(a, b *kept) int { return cmp.Compare(a.seq, b.seq) })
+	return out
+}
+
+// showKept makes the view that of a local reader: what is held has not happened.
+func (v *view) showKept() {
+	s := v.set
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, k := range s.owedLocked(v.version) {
+		if k.seen == 0 {
+			v.index.Set(k.key, k.entry)
+			v.owed = append(v.owed, k)
+		}
+	}
+}
+
+// payLocked returns events that show what has become of objects of which the
+// client, which is at a version, was owed the change, and a channel that is
+// closed when there are more; nil: it is owed nothing.
+func (w *watcher) payLocked(version uint64) (out []*event, more <-chan struct{}) {
+	for len(w.owed) > 0 {
+		k := w.owed[0]
+		select {
+		case <-k.held:
+		default:
+			return out, k.held
+		}
+		w.owed = w.owed[1:]
+		out = append(out, w.slice.stream.set.becameLocked(k, version)...)
+	}
+	return out, nil
+}
+
+// becameLocked returns events that lead from what was kept to what is.
+func (s *set) becameLocked(k *kept, version uint64) []*event {
+	var (
+		now    *wire.Meta
+		object []byte
+	)
+	if _, ok := s.index.Get(k.key); ok {
+		now, object, _ = s.shownLocked(k.key)
+	}
+	if now != nil && now.UID == k.meta.UID {
+		e := newEvent(watch.Modified, k.key, now, k.meta, s.kind, object)
+		e.left = s.leftLocked(k.key, k.meta, now, k.object)
+		return []*event{e}
+	}
+	out := []*event{s.goneLocked(k.key, k.meta, k.object, version)}
+	if now != nil {
+		out = append(out, newEvent(watch.Added, k.key, now, nil, s.kind, object))
+	}
+	return out
 }

@@ -72,6 +72,7 @@ func TestHold(t *testing.T) {
 				wantLog(t, c.settled(), fmt.Sprintf("DELETED ns/other@%d", gone))
 				wantLog(t, k.asked())
 
+				was := b.cloud.state(pods, b.cloud.at())
 				b.cloud.cut()
 				pass(2 * time.Minute)
 				before := put("z", "here Running")
@@ -94,20 +95,30 @@ func TestHold(t *testing.T) {
 					wantLog(t, k.asked(), "ADDED z", "DELETED a", "MODIFIED e", "DELETED b")
 					wantLog(t, c.settled(), fmt.Sprintf("ADDED ns/z@%d", before))
 				}
-				b.current(b.held(pods))
 				wantLog(t, m.settled(), fmt.Sprintf("DELETED ns/a@%d", mg))
+				// A list shows what is, but what is held has not happened.
+				shows := func(who string, got map[string]string, held ...string) {
+					t.Helper()
+					want := b.cloud.state(pods, b.cloud.at())
+					for _, name := range held {
+						want["ns/"+name] = was["ns/"+name]
+					}
+					b.equals(who, got, want)
+				}
+				listed, _, err := list(t, b.held(pods))
+				if err != nil {
+					t.Fatal(err)
+				}
+				shows("a list", listed, "a", "b")
 
 				// What happens now waits its turn, and is not asked for.
 				dc := remove("c")
 				synctest.Wait()
-				// Who watches from where it was goes on as it would have. Who
-				// lists sees what is.
+				// Who watches from where it was goes on as it would have.
 				late := b.watch(b.held(pods), before)
-				fresh := b.inform(b.held(pods))
 				if compacted {
 					late.end() // from the midst of a relist it must list
 				}
-				wantLog(t, fresh.settled())
 				wantLog(t, c.settled())
 
 				// A watch does not end by time while it stands still.
@@ -115,7 +126,21 @@ func TestHold(t *testing.T) {
 				if c.isClosed() {
 					t.Fatal("the watch ended")
 				}
+				// Who lists waits for nothing but what is held.
+				fresh, initial := b.inform(b.held(pods)), b.watch(b.held(pods), 0)
+				synctest.Wait()
+				shows("who lists", fresh.has(), "a", "b")
+				shows("who watches from nothing", initial.has(), "a", "b")
+				_, version, err := list(t, b.held(pods))
+				if err != nil {
+					t.Fatal(err)
+				}
 				k.letGo()
+				between := b.watch(b.held(pods), version) // it has listed before
+				wantLog(t, between.settled(), fmt.Sprintf("DELETED ns/a@%d", version))
+				wantLog(t, fresh.settled(), fmt.Sprintf("DELETED ns/a@%d", version))
+				initial.settled()
+				shows("who watches from nothing", initial.has(), "b")
 				if compacted {
 					wantLog(t, c.settled(), fmt.Sprintf("DELETED ns/a@%d", mg-1))
 				} else {
@@ -129,9 +154,15 @@ func TestHold(t *testing.T) {
 				}
 				wantLog(t, c.settled(), fmt.Sprintf("DELETED ns/b@%d", db), fmt.Sprintf("DELETED ns/c@%d", dc))
 				wantLog(t, k.asked())
-				b.equals("watcher", c.has(), b.cloud.state(pods, b.cloud.at()))
+				wantLog(t, between.settled(), fmt.Sprintf("DELETED ns/b@%d", version))
+				wantLog(t, fresh.settled(), fmt.Sprintf("DELETED ns/b@%d", version))
+				for _, client := range []*client{c, fresh, initial} {
+					shows("a watcher", client.has())
+				}
 				late.end()
 				fresh.end()
+				initial.end()
+				between.end()
 
 				// All is as ever.
 				dd := remove("d")

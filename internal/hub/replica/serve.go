@@ -431,7 +431,7 @@ func (sl *Slice) List(w http.ResponseWriter, r *http.Request, formats []request.
 		return err
 	}
 	defer v.Close()
-	v.cloud = sl.base
+	sl.adapt(v)
 	f, err := chooseForm(r, v.kind, formats, request.Metadata)
 	if err != nil {
 		return err
@@ -477,6 +477,13 @@ func (sl *Slice) List(w http.ResponseWriter, r *http.Request, formats []request.
 	}
 	out.buf = wire.AppendListEnd(out.buf, f.Encoding, header)
 	return out.last()
+}
+
+// adapt makes a view that of the slice's readers.
+func (sl *Slice) adapt(v *view) {
+	if v.cloud = sl.base; !sl.base {
+		v.showKept()
+	}
 }
 
 // piece sends what was collected of a longer answer, if it is enough.
@@ -574,6 +581,8 @@ type watchStart struct {
 	seq   uint64
 	after uint64   // events at or below this version are not sent
 	shown []*event // overlays, which have no version of their own
+	at    uint64   // the version of what it begins with
+	owed  []*kept  // what is shown as it was before a change that is held
 	// ahead is set for a client that has seen more than the set holds: it was
 	// served by a hub that died before that was on disk. What the set overlays
 	// may be gone by then, and is shown once the set is where the client is.
@@ -605,7 +614,7 @@ func (sl *Slice) Watch(w http.ResponseWriter, r *http.Request, info request.Info
 	defer timer.Stop()
 	out := newWriter(w, f)
 	out.start(true)
-	watcher := &watcher{slice: sl, out: out, bookmarks: info.Options.AllowWatchBookmarks}
+	watcher := &watcher{slice: sl, out: out, bookmarks: info.Options.AllowWatchBookmarks, owed: start.owed}
 	// What happens while it is sent what there is waits for it too.
 	s.mu.Lock()
 	s.window.taken[watcher] = start.seq
@@ -664,8 +673,8 @@ func (sl *Slice) startOf(ctx context.Context, info request.Info) (watchStart, er
 		if err != nil {
 			return watchStart{}, err
 		}
-		v.cloud = sl.base
-		return watchStart{view: v, mark: list && opts.AllowWatchBookmarks, seq: v.seq, calls: v.recalls, skips: v.skips}, nil
+		sl.adapt(v)
+		return watchStart{view: v, owed: v.owed, at: v.version, mark: list && opts.AllowWatchBookmarks, seq: v.seq, calls: v.recalls, skips: v.skips}, nil
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -679,7 +688,10 @@ func (sl *Slice) startOf(ctx context.Context, info request.Info) (watchStart, er
 	if !ok || sl.base && !s.window.unbroken(version) {
 		return watchStart{}, fmt.Errorf("%s: %w: %d (%d)", s.id, ErrExpired, version, s.window.start)
 	}
-	start := watchStart{seq: seq, after: version, calls: s.recalls, skips: s.window.skips, ahead: version > s.version}
+	start := watchStart{seq: seq, after: version, at: version, calls: s.recalls, skips: s.window.skips, ahead: version > s.version}
+	if !sl.base {
+		start.owed = s.owedLocked(version)
+	}
 	if !start.ahead && !sl.base {
 		start.shown = s.unheldLocked(s.overlaidLocked(), seq)
 	}
@@ -710,7 +722,8 @@ type watcher struct {
 	slice     *Slice
 	out       *writer
 	bookmarks bool
-	ahead     bool // see watchStart
+	ahead     bool    // see watchStart
+	owed      []*kept // see watchStart
 	scratch   []byte
 	tables    int // tables sent: only the first names its columns
 }
@@ -865,6 +878,10 @@ func (w *watcher) follow(ctx context.Context, start watchStart, end <-chan time.
 			}
 			told = version
 		}
+		owing, err := w.pay(max(told, start.at))
+		if err != nil {
+			return err
+		}
 		if err := w.out.flush(); err != nil {
 			return err
 		}
@@ -884,6 +901,7 @@ func (w *watcher) follow(ctx context.Context, start watchStart, end <-chan time.
 			return nil
 		case <-changed:
 		case <-held:
+		case <-owing:
 		case <-ticks:
 			if version, ok := s.reached(seq); ok && !w.ahead {
 				if err := w.bookmark(version, false); err != nil {
@@ -893,6 +911,25 @@ func (w *watcher) follow(ctx context.Context, start watchStart, end <-chan time.
 			}
 		}
 	}
+}
+
+// pay shows the client, which is at a version, what it was owed. The channel is
+// closed when there is more; nil: it is owed nothing.
+func (w *watcher) pay(version uint64) (more <-chan struct{}, err error) {
+	s := w.slice.stream.set
+	s.mu.Lock()
+	events, more := w.payLocked(version)
+	s.mu.Unlock()
+	for _, e := range events {
+		if _, err := w.show(e); err != nil {
+			return nil, err
+		}
+	}
+	if len(events) > 0 && w.bookmarks {
+		// What it was shown may have an older version.
+		return more, w.bookmark(version, false)
+	}
+	return more, nil
 }
 
 // next returns the events from seq on, the overlays for a client that is no

@@ -115,6 +115,7 @@ type set struct {
 	hold     *Hold     // nil: nothing is held
 	left     time.Time // when the last watch of the upstream ended
 	absentTo uint64    // up to here the cloud changed while it was away
+	kept     map[string]*kept
 
 	onLost  func()      // called, not under mu, when an object is lost
 	overlay OverlayFunc // nil when there is no journal
@@ -260,6 +261,7 @@ func (s *set) clearLocked() {
 	// Open views share the nodes of the old tree.
 	s.index = btree.Map[string, *entry]{}
 	clear(s.bases)
+	clear(s.kept)
 	s.synced, s.lost, s.opaque, s.version, s.absentTo = false, nil, false, 0, 0
 	s.window.reset()
 	s.broadcast()
@@ -317,7 +319,7 @@ func (s *set) applyLocked(typ watch.EventType, meta *wire.Meta, object []byte, v
 	}
 	under, underOld := s.beneathLocked(key)
 	if typ == watch.Deleted {
-		prev, _, blind := s.keepLocked(key, base)
+		prev, old, blind := s.keepLocked(key, base)
 		s.forgetLocked(key)
 		s.moveLocked(version)
 		e := newEvent(typ, key, meta, prev, s.kind, object)
@@ -325,7 +327,7 @@ func (s *set) applyLocked(typ watch.EventType, meta *wire.Meta, object []byte, v
 		if under != nil {
 			e.base = newEvent(typ, key, meta, under, s.kind, object)
 		}
-		s.publishLocked(e)
+		s.publishLocked(e, old)
 		return
 	}
 	var (
@@ -367,7 +369,7 @@ func (s *set) applyLocked(typ watch.EventType, meta *wire.Meta, object []byte, v
 	ev := newEvent(typ, key, meta, prev, s.kind, object)
 	ev.blind, ev.base = blind, cloud
 	ev.left = s.leftLocked(key, prev, meta, old)
-	s.publishLocked(ev)
+	s.publishLocked(ev, old)
 }
 
 // beneathLocked returns the cloud's last state of an object that an overlay
@@ -443,7 +445,7 @@ func (s *set) publishGoneLocked(key string, last gone, shown uint64) {
 		return
 	}
 	e.base = s.goneLocked(key, last.under, last.underOld, shown)
-	s.publishLocked(e)
+	s.publishLocked(e, last.old)
 }
 
 // goneLocked returns the DELETED event of what stood at key. Nil: it was
@@ -519,7 +521,7 @@ func (s *set) refreshLocked(key string) (lost bool, err error) {
 	e := newEvent(watch.Modified, key, meta, prev, s.kind, object)
 	e.local, e.blind = true, blind
 	e.left = s.leftLocked(key, prev, meta, old)
-	s.publishLocked(e)
+	s.publishLocked(e, old)
 	return false, nil
 }
 
@@ -572,12 +574,14 @@ func (s *set) shownLocked(key string) (meta *wire.Meta, object []byte, blind boo
 	return &m, object, false
 }
 
-func (s *set) publishLocked(e *event) {
+// publishLocked tells watchers of an event; old is what they saw before.
+func (s *set) publishLocked(e *event, old []byte) {
 	if !s.synced {
 		return
 	}
 	s.holdLocked(e)
 	s.window.add(e, s.version)
+	s.keepBackLocked(e, old)
 	s.broadcast()
 }
 
@@ -708,6 +712,7 @@ type view struct {
 	contact time.Time
 	bases   map[string]*entry // of the set: the cloud's entries beneath overlays
 	cloud   bool              // shows those
+	owed    []*kept           // what it shows as it was, see showKept
 }
 
 // entry returns the entry that the view shows where the index has e.
