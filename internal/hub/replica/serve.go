@@ -864,25 +864,11 @@ func (w *watcher) follow(ctx context.Context, start watchStart, end <-chan time.
 		if len(events) > 0 {
 			seq = events[len(events)-1].seq + 1
 		}
-		last, err := w.changes(events, start.after)
-		w.ahead = w.ahead && version < start.after
-		if err = errors.Join(err, w.overlay(shown)); err != nil {
-			return err
-		}
-		told = max(told, last)
-		if held == nil && w.insideGap(told) {
-			// It has all that the relist found. Without this it would come
-			// back with a version from the midst of it and have to list.
-			if err := w.bookmark(version, false); err != nil {
-				return err
-			}
-			told = version
-		}
-		owing, err := w.pay(max(told, start.at))
-		if err != nil {
-			return err
-		}
-		if err := w.out.flush(); err != nil {
+		var (
+			owing <-chan struct{}
+			err   error
+		)
+		if told, owing, err = w.tell(events, shown, start, told, version, held == nil); err != nil {
 			return err
 		}
 		ticks, end := bookmarks.C, end
@@ -911,6 +897,28 @@ func (w *watcher) follow(ctx context.Context, start watchStart, end <-chan time.
 			}
 		}
 	}
+}
+
+// tell sends what is new to a client that is told everything up to a version;
+// whole: nothing of it is held. It returns up to which version it is told then,
+// and a channel that is closed when more is owed to it.
+func (w *watcher) tell(events, shown []*event, start watchStart, told, version uint64, whole bool) (uint64, <-chan struct{}, error) {
+	last, err := w.changes(events, start.after)
+	w.ahead = w.ahead && version < start.after
+	if err = errors.Join(err, w.overlay(shown)); err != nil {
+		return told, nil, err
+	}
+	told = max(told, last)
+	if whole && w.insideGap(told) {
+		// It has all that the relist found. Without this it would come
+		// back with a version from the midst of it and have to list.
+		if err := w.bookmark(version, false); err != nil {
+			return told, nil, err
+		}
+		told = version
+	}
+	owing, err := w.pay(max(told, start.at))
+	return told, owing, errors.Join(err, w.out.flush())
 }
 
 // pay shows the client, which is at a version, what it was owed. The channel is
