@@ -144,8 +144,9 @@ func (s *set) keepBackLocked(e *event, old []byte) {
 }
 
 // owedLocked returns what clients at a version may know only as it was before a
-// change that is held, or was when they listed; in the order of the changes.
-func (s *set) owedLocked(version uint64) []*kept {
+// change that is held, or was when they listed; in the order of the changes. A
+// lens has versions of its own, which do not tell: all of them may.
+func (s *set) owedLocked(version uint64, all bool) []*kept {
 	var out []*kept
 	for key, k := range s.kept {
 		if k.seen == 0 {
@@ -158,7 +159,7 @@ func (s *set) owedLocked(version uint64) []*kept {
 		switch {
 		case k.seen > 0 && k.seen < s.window.start:
 			delete(s.kept, key) // who could need it must list
-		case k.position <= version && (k.seen == 0 || version <= k.seen):
+		case all, k.position <= version && (k.seen == 0 || version <= k.seen):
 			out = append(out, k)
 		}
 	}
@@ -171,11 +172,21 @@ func (v *view) showKept() {
 	s := v.set
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for _, k := range s.owedLocked(v.version) {
-		if k.seen == 0 {
-			v.index.Set(k.key, k.entry)
-			v.owed = append(v.owed, k)
+	for _, k := range s.owedLocked(v.version, v.lens != nil) {
+		if k.seen > 0 {
+			continue
 		}
+		e := k.entry
+		if v.lens != nil {
+			var err error
+			if e, _, err = s.pass(s.kind, v.lens.filter, k.entry, k.object, k.entry.version); err != nil {
+				e = nil
+			}
+		}
+		if v.index.Delete(k.key); e != nil {
+			v.index.Set(k.key, e)
+		}
+		v.owed = append(v.owed, k)
 	}
 }
 
@@ -191,7 +202,13 @@ func (w *watcher) payLocked(version uint64) (out []*event, more <-chan struct{})
 			return out, k.held
 		}
 		w.owed = w.owed[1:]
-		out = append(out, w.slice.stream.set.becameLocked(k, version)...)
+		s, l := w.slice.stream.set, w.slice.lens
+		for _, e := range s.becameLocked(k, version) {
+			if l != nil {
+				e = l.seenLocked(s, e)
+			}
+			out = append(out, e)
+		}
 	}
 	return out, nil
 }

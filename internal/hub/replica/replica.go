@@ -78,6 +78,9 @@ type Config struct {
 	// Overlay tells what local readers see in place of the cloud's objects.
 	// It may be nil.
 	Overlay OverlayFunc
+	// Filter tells how readers of a name see the replica; nil for a name that
+	// nothing is known of. It must not block or call the replica.
+	Filter func(name string) Filter
 	// Hold delays the changes of an absence.
 	Hold Hold
 }
@@ -264,6 +267,7 @@ func (r *Replica) retire(ctx context.Context) {
 	var unused []*stream // opened by others than the node
 	for scope, st := range r.streams {
 		idle := st.set.idle()
+		st.set.dropUnusedLenses()
 		if st.pinned || idle < pauseAfter {
 			continue
 		}
@@ -337,7 +341,7 @@ var ErrFull = errors.New("the replica holds as many scopes as it may")
 
 func (r *Replica) newSet(scope Scope) *set {
 	s := newSet(r.cfg.Store, scope, r.cfg.Overlay, r.cfg.Clock)
-	s.window.total = &r.windows
+	s.window.total, s.filters = &r.windows, r.cfg.Filter
 	if r.cfg.Hold.After > 0 && scope == r.cfg.Hold.Scope {
 		s.hold = &r.cfg.Hold
 	}
@@ -473,7 +477,9 @@ type Slice struct {
 	stream *stream
 	scope  Scope
 	match  matcher
-	base   bool // see Base
+	base   bool   // see Base
+	lens   *lens  // nil: the set as it is
+	reader string // who sees the lens
 }
 
 // Base returns the slice for hubs of other nodes: nothing but what the cloud
@@ -539,7 +545,7 @@ func (r *Replica) Refresh(resource schema.GroupVersionResource, namespace, name 
 }
 
 // Version is the resource version up to which the slice is current.
-func (sl *Slice) Version() uint64 { return sl.stream.set.at() }
+func (sl *Slice) Version() uint64 { return sl.at() }
 
 // Contact is when the cloud last proved the slice current.
 func (sl *Slice) Contact() time.Time {

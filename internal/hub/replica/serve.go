@@ -217,6 +217,7 @@ type Object struct {
 	Contact time.Time // when the cloud last proved that slice current
 
 	set *set
+	key string
 }
 
 // Persist returns once the slice that the object was read from is on disk. It
@@ -294,7 +295,7 @@ func (s *set) get(key string, least uint64) (*Object, bool, error) {
 		return nil, false, errNotSynced
 	}
 	e, ok := s.index.Get(key)
-	obj := &Object{Kind: s.kind, Version: s.version, Contact: s.contact, set: s}
+	obj := &Object{Kind: s.kind, Version: s.version, Contact: s.contact, set: s, key: key}
 	s.used = time.Now()
 	if s.version < least && (!ok || e.version < least) {
 		s.mu.Unlock()
@@ -411,12 +412,12 @@ func (sl *Slice) Await(ctx context.Context, version uint64) error {
 	tick := time.NewTicker(20 * time.Millisecond)
 	defer tick.Stop()
 	for {
-		if s.at() >= version {
+		if sl.at() >= version {
 			return nil
 		}
 		select {
 		case <-ctx.Done():
-			return fmt.Errorf("%s is at %d, not %d: %w", s.id, s.at(), version, ErrAhead)
+			return fmt.Errorf("%s is at %d, not %d: %w", s.id, sl.at(), version, ErrAhead)
 		case <-tick.C:
 		}
 	}
@@ -426,7 +427,7 @@ func (sl *Slice) Await(ctx context.Context, version uint64) error {
 // the first byte the error says why and something else can be answered;
 // see Aborted.
 func (sl *Slice) List(w http.ResponseWriter, r *http.Request, formats []request.Format) error {
-	v, err := sl.stream.set.view()
+	v, err := sl.view()
 	if err != nil {
 		return err
 	}
@@ -617,11 +618,12 @@ func (sl *Slice) Watch(w http.ResponseWriter, r *http.Request, info request.Info
 	watcher := &watcher{slice: sl, out: out, bookmarks: info.Options.AllowWatchBookmarks, owed: start.owed}
 	// What happens while it is sent what there is waits for it too.
 	s.mu.Lock()
-	s.window.taken[watcher] = start.seq
+	history := sl.windowLocked()
+	history.taken[watcher] = start.seq
 	s.mu.Unlock()
 	defer func() {
 		s.mu.Lock()
-		delete(s.window.taken, watcher)
+		delete(history.taken, watcher)
 		s.mu.Unlock()
 	}()
 	err = watcher.initial(r.Context(), start)
@@ -669,7 +671,7 @@ func (sl *Slice) startOf(ctx context.Context, info request.Info) (watchStart, er
 				return watchStart{}, err
 			}
 		}
-		v, err := s.view()
+		v, err := sl.view()
 		if err != nil {
 			return watchStart{}, err
 		}
@@ -681,18 +683,28 @@ func (sl *Slice) startOf(ctx context.Context, info request.Info) (watchStart, er
 	if !s.synced {
 		return watchStart{}, errNotSynced
 	}
+	return sl.resumeLocked(version)
+}
+
+// resumeLocked is startOf for a client that has seen everything up to a
+// version; 0: that begins with what comes.
+func (sl *Slice) resumeLocked(version uint64) (watchStart, error) {
+	s, history, current := sl.stream.set, sl.windowLocked(), sl.versionLocked()
 	if version == 0 {
-		return watchStart{seq: s.window.next, calls: s.recalls, skips: s.window.skips}, nil
+		return watchStart{seq: history.next, calls: s.recalls, skips: history.skips}, nil
 	}
-	seq, ok := s.window.since(version, s.version)
-	if !ok || sl.base && !s.window.unbroken(version) {
-		return watchStart{}, fmt.Errorf("%s: %w: %d (%d)", s.id, ErrExpired, version, s.window.start)
+	seq, ok := history.since(version, current)
+	if l := sl.lens; l != nil {
+		ok = ok && l.gaveLocked(sl.reader, version)
 	}
-	start := watchStart{seq: seq, after: version, at: version, calls: s.recalls, skips: s.window.skips, ahead: version > s.version}
+	if !ok || sl.base && !history.unbroken(version) {
+		return watchStart{}, fmt.Errorf("%s: %w: %d (%d)", s.id, ErrExpired, version, history.start)
+	}
+	start := watchStart{seq: seq, after: version, at: version, calls: s.recalls, skips: history.skips, ahead: version > current}
 	if !sl.base {
-		start.owed = s.owedLocked(version)
+		start.owed = s.owedLocked(version, sl.lens != nil)
 	}
-	if !start.ahead && !sl.base {
+	if !start.ahead && !sl.base && sl.lens == nil {
 		start.shown = s.unheldLocked(s.overlaidLocked(), seq)
 	}
 	return start, nil
@@ -827,30 +839,31 @@ func (w *watcher) insideGap(version uint64) bool {
 	s := w.slice.stream.set
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return !s.window.tells(version, 0)
+	return !w.slice.windowLocked().tells(version, 0)
 }
 
 // changes sends what is new to a client that has seen everything up to a
 // version; while it is ahead of the set, no overlays. It returns the position
-// of the last event that was sent.
-func (w *watcher) changes(events []*event, after uint64) (told uint64, err error) {
+// of the last event that was sent, and whether the client, coming back with
+// the version that it showed, would be told of it again.
+func (w *watcher) changes(events []*event, after uint64) (told uint64, again bool, err error) {
 	for _, e := range events {
 		if e.position <= after && (!e.local || w.ahead) || e.local && w.slice.base {
 			continue
 		}
 		sent, err := w.show(e)
 		if err != nil {
-			return told, err
+			return told, again, err
 		}
 		if sent {
-			told = e.position
+			told, again = e.position, w.slice.lens != nil && e.version < e.position
 		}
 	}
-	return told, nil
+	return told, again, nil
 }
 
 func (w *watcher) follow(ctx context.Context, start watchStart, end <-chan time.Time) error {
-	s, seq, told := w.slice.stream.set, start.seq, start.after
+	seq, told := start.seq, start.after
 	w.ahead = start.ahead
 	bookmarks := time.NewTicker(bookmarkEvery - rand.N(bookmarkEvery/4))
 	defer bookmarks.Stop()
@@ -871,10 +884,7 @@ func (w *watcher) follow(ctx context.Context, start watchStart, end <-chan time.
 		if told, owing, err = w.tell(events, shown, start, told, version, held == nil); err != nil {
 			return err
 		}
-		ticks, end := bookmarks.C, end
-		if !w.bookmarks {
-			ticks = nil
-		}
+		end := end
 		if held != nil {
 			// Who came back from the midst of a relist would have to list, and
 			// would see all at once that is held.
@@ -888,8 +898,8 @@ func (w *watcher) follow(ctx context.Context, start watchStart, end <-chan time.
 		case <-changed:
 		case <-held:
 		case <-owing:
-		case <-ticks:
-			if version, ok := s.reached(seq); ok && !w.ahead {
+		case <-bookmarks.C:
+			if version, ok := w.slice.reached(seq); ok && !w.ahead && w.bookmarks {
 				if err := w.bookmark(version, false); err != nil {
 					return err
 				}
@@ -903,13 +913,13 @@ func (w *watcher) follow(ctx context.Context, start watchStart, end <-chan time.
 // whole: nothing of it is held. It returns up to which version it is told then,
 // and a channel that is closed when more is owed to it.
 func (w *watcher) tell(events, shown []*event, start watchStart, told, version uint64, whole bool) (uint64, <-chan struct{}, error) {
-	last, err := w.changes(events, start.after)
+	last, again, err := w.changes(events, start.after)
 	w.ahead = w.ahead && version < start.after
 	if err = errors.Join(err, w.overlay(shown)); err != nil {
 		return told, nil, err
 	}
 	told = max(told, last)
-	if whole && w.insideGap(told) {
+	if whole && (again && w.bookmarks || w.insideGap(told)) {
 		// It has all that the relist found. Without this it would come
 		// back with a version from the midst of it and have to list.
 		if err := w.bookmark(version, false); err != nil {
@@ -950,32 +960,38 @@ func (w *watcher) next(seq uint64, start watchStart) (
 	s := w.slice.stream.set
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	events, ok = s.window.from(seq)
-	version = s.version
+	history := w.slice.windowLocked()
+	events, ok = history.from(seq)
+	version = w.slice.versionLocked()
 	events, held = untilHeld(events)
 	if held != nil {
 		version = 0 // it is not there yet
 	}
-	s.window.taken[w] = seq + uint64(len(events))
-	ok = ok && s.synced && s.recalls == start.calls && s.window.tells(start.after, start.seq)
-	if w.slice.base && s.window.skips != start.skips {
+	history.taken[w] = seq + uint64(len(events))
+	ok = ok && s.synced && s.recalls == start.calls && history.tells(start.after, start.seq)
+	if l := w.slice.lens; l != nil {
+		l.used = time.Now()
+		ok = ok && s.lenses[l.name] == l
+	}
+	if w.slice.base && history.skips != start.skips {
 		// The peer's own readers must not see what the set was in the midst
 		// of a relist. It lists, or finds the history elsewhere.
 		ok = false
 	}
 	events = slices.Clone(events)
-	s.window.trim()
+	history.trim()
 	if w.ahead && held == nil && version >= start.after && !w.slice.base {
 		shown = s.overlaidLocked()
 	}
 	return events, shown, version, s.changed, held, ok
 }
 
-// reached returns the set's version if there is no event from seq on.
-func (s *set) reached(seq uint64) (version uint64, ok bool) {
+// reached returns the slice's version if there is no event from seq on.
+func (sl *Slice) reached(seq uint64) (version uint64, ok bool) {
+	s := sl.stream.set
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.version, s.window.next == seq
+	return sl.versionLocked(), sl.windowLocked().next == seq
 }
 
 // show sends an event if the watcher's selection is concerned.

@@ -55,6 +55,9 @@ type entry struct {
 	// are committed, and again from the moment they are overwritten while
 	// somebody still reads an older view. Nil: the store has them.
 	data atomic.Pointer[[]byte]
+	// through is set where a lens shows the object otherwise than the set does;
+	// there is no data then.
+	through *through
 }
 
 func newEntry(version uint64, data []byte) *entry {
@@ -120,6 +123,9 @@ type set struct {
 	onLost  func()      // called, not under mu, when an object is lost
 	overlay OverlayFunc // nil when there is no journal
 	lost    error       // an object that could not be read back; cleared by a relist
+
+	filters func(name string) Filter // see Config.Filter
+	lenses  map[string]*lens         // by the name of their readers
 }
 
 func newSet(s *store.Store, scope Scope, overlay OverlayFunc, by *clock.Clock) *set {
@@ -262,6 +268,7 @@ func (s *set) clearLocked() {
 	s.index = btree.Map[string, *entry]{}
 	clear(s.bases)
 	clear(s.kept)
+	s.dropLensesLocked(true)
 	s.synced, s.lost, s.opaque, s.version, s.absentTo = false, nil, false, 0, 0
 	s.window.reset()
 	s.broadcast()
@@ -442,6 +449,9 @@ type gone struct {
 func (s *set) publishGoneLocked(key string, last gone, shown uint64) {
 	e := s.goneLocked(key, last.prev, last.old, shown)
 	if e == nil {
+		for _, l := range s.lenses {
+			l.putLocked(key, nil)
+		}
 		return
 	}
 	e.base = s.goneLocked(key, last.under, last.underOld, shown)
@@ -458,7 +468,9 @@ func (s *set) goneLocked(key string, prev *wire.Meta, old []byte, shown uint64) 
 	if err != nil {
 		object = old
 	}
-	return newEvent(watch.Deleted, key, prev, prev, s.kind, object)
+	e := newEvent(watch.Deleted, key, prev, prev, s.kind, object)
+	e.version = shown
+	return e
 }
 
 // overlayLocked puts what the journal has for the key over its base entry,
@@ -582,6 +594,9 @@ func (s *set) publishLocked(e *event, old []byte) {
 	s.holdLocked(e)
 	s.window.add(e, s.version)
 	s.keepBackLocked(e, old)
+	for _, l := range s.lenses {
+		l.followLocked(s, e)
+	}
 	s.broadcast()
 }
 
@@ -713,6 +728,7 @@ type view struct {
 	bases   map[string]*entry // of the set: the cloud's entries beneath overlays
 	cloud   bool              // shows those
 	owed    []*kept           // what it shows as it was, see showKept
+	lens    *lens             // nil: it shows the set as it is
 }
 
 // entry returns the entry that the view shows where the index has e.
@@ -770,11 +786,15 @@ func (v *view) each(m matcher, fn func(key string, e *entry, data []byte) error)
 			return true
 		}
 		e = v.entry(key, e)
-		if buf, err = v.set.read(buf[:0], key, e); err != nil {
+		data, readErr := v.set.readShown(buf[:0], v.kind, key, e)
+		if err = readErr; err != nil {
 			return false
 		}
+		if cap(data) > cap(buf) {
+			buf = data
+		}
 		if !m.all() && !m.byKey() {
-			meta, metaErr := wire.ReadMeta(v.kind.Encoding, buf, isPods(v.set.scope.Resource))
+			meta, metaErr := wire.ReadMeta(v.kind.Encoding, data, isPods(v.set.scope.Resource))
 			if metaErr != nil {
 				err = fmt.Errorf("read metadata of %s: %w", key, metaErr)
 				return false
@@ -783,7 +803,7 @@ func (v *view) each(m matcher, fn func(key string, e *entry, data []byte) error)
 				return true
 			}
 		}
-		err = fn(key, e, buf)
+		err = fn(key, e, data)
 		return err == nil
 	}
 	v.index.Ascend(prefix, visit)

@@ -31,7 +31,8 @@ const (
 
 // event is one change of a set, as watchers see it.
 type event struct {
-	seq uint64
+	seq     uint64
+	version uint64 // of the object that is shown
 	// position is the set's resource version once the event is applied. It
 	// never falls. It differs from the object's own version for overlays.
 	position uint64
@@ -58,6 +59,9 @@ type event struct {
 
 func newEvent(typ watch.EventType, key string, meta, prev *wire.Meta, kind Kind, object []byte) *event {
 	e := &event{typ: typ, key: key, meta: meta, prev: prev, object: object}
+	if meta != nil {
+		e.version = meta.Version
+	}
 	e.json = sync.OnceValues(func() ([]byte, error) {
 		if kind.Encoding == wire.JSON {
 			return object, nil
