@@ -33,6 +33,7 @@ type Flags struct {
 	poolGrace, poolReturn                 time.Duration
 	decisionAge                           time.Duration
 	gentle                                GentleConfig
+	filters                               filterFlags
 	keys                                  keyFlags
 }
 
@@ -66,6 +67,7 @@ func (f *Flags) Add(fs *pflag.FlagSet) {
 	fs.DurationVar(&f.gentle.After, "gentle-after", time.Minute, "after an absence this long, pods that the cloud ended meanwhile end one after the other; 0: all at once")
 	fs.Float64Var(&f.gentle.Rate, "gentle-rate", 30, "how many such pods of a node pool end in a minute; its nodes share them")
 	fs.DurationVar(&f.gentle.Most, "gentle-most", 3*time.Minute, "how long any of them goes on at most")
+	f.filters.add(fs)
 	f.keys.add(fs)
 	fs.StringVar(&f.runDir, "run-dir", report.DefaultRunDir, "directory of the socket on which yurtadm status asks; empty for none")
 	fs.BoolVar(&f.conditions, "node-conditions", true, "keep conditions of the hub on this Node; false takes them away")
@@ -103,10 +105,10 @@ func (f *Flags) Config() (Config, error) {
 	if cfg.LinkMode != link.RoundRobin && cfg.LinkMode != link.Priority {
 		return cfg, fmt.Errorf("--lb-mode %q is not known: use rr or priority", f.lbMode)
 	}
-	var err error
-	if cfg.Keys, err = f.keys.config(); err != nil {
+	if err := f.others(&cfg); err != nil {
 		return cfg, err
 	}
+	var err error
 	if cfg.NodeIPs, err = parseIPs("--node-ip", f.nodeIPs); err != nil {
 		return cfg, err
 	}
@@ -125,6 +127,15 @@ func (f *Flags) Config() (Config, error) {
 		}
 	}
 	return cfg, nil
+}
+
+// others checks the flags of parts that keep theirs themselves.
+func (f *Flags) others(cfg *Config) (err error) {
+	if cfg.Keys, err = f.keys.config(); err != nil {
+		return err
+	}
+	cfg.Filters, err = f.filters.config()
+	return err
 }
 
 // listeners checks where the hub listens: nowhere that other hosts are meant

@@ -17,6 +17,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime/debug"
+	"slices"
 	"strconv"
 	"sync/atomic"
 	"time"
@@ -117,6 +118,7 @@ type Config struct {
 	// Conditions are kept on the Node; if not, those that are there go.
 	Conditions bool
 	Gentle     GentleConfig
+	Filters    FilterConfig
 
 	// Time reads the machine's clocks; nil but in tests.
 	Time clock.Source
@@ -152,6 +154,8 @@ type Hub struct {
 
 	pool   *pool.Pool
 	shares shares
+
+	filters filters
 
 	gate     *gentle.Gate
 	poolSize atomic.Int64 // nodes of the pool
@@ -196,7 +200,7 @@ func Run(ctx context.Context, cfg Config) error {
 	}
 	runs := []func(context.Context) error{
 		h.clock.Run, h.certs.Run, h.link.Run, h.answers.run, h.announce, h.keepAddress, h.runEndpoints, h.keepNeeds,
-		h.reask, h.awaitDisk, h.beat,
+		h.reask, h.awaitDisk, h.beat, h.keepFilters,
 		h.certified(h.replica.Run), h.certified(h.journal.Run), h.certified(h.authn.Run), h.certified(h.follow),
 		h.certified(h.prefetch), h.certified(h.conditions.Run), h.certified(h.pool.Run), h.certified(h.keepPool), h.certified(h.vouch.Run),
 		h.gate.Run,
@@ -321,13 +325,16 @@ func (h *Hub) build() error {
 	cfg.Registerer.MustRegister(poolInfo{h})
 	h.gate = h.newGate()
 	h.replica, err = replica.New(replica.Config{
-		Store: h.store, Upstream: h.link, Router: h.choose, Online: h.link.Online, Overlay: h.overlay, Hold: h.gentleHold(),
+		Store: h.store, Upstream: h.link, Router: h.choose, Online: h.link.Online, Overlay: h.overlay, Filter: h.filterOf, Hold: h.gentleHold(),
 		Clock: h.clock, Log: h.log, Registerer: cfg.Registerer,
 	})
 	if err != nil {
 		return err
 	}
 	h.show()
+	if err := h.refilter(true); err != nil {
+		h.log.Warn("filters are not up to date", "err", err)
+	}
 	// What this node needs to run its pods is fetched without being asked,
 	// so that a hub that lost its store has it again before anybody asks.
 	h.pinned = []replica.Scope{
@@ -340,6 +347,11 @@ func (h *Hub) build() error {
 	}
 	for _, r := range cfg.Pinned {
 		h.pinned = append(h.pinned, replica.Scope{Resource: r})
+	}
+	for _, scope := range h.filterScopes() {
+		if !slices.Contains(h.pinned, scope) {
+			h.pinned = append(h.pinned, scope)
+		}
 	}
 	for _, scope := range h.pinned {
 		if err := h.replica.Pin(scope); err != nil {

@@ -50,10 +50,13 @@ func (h *Hub) read(w http.ResponseWriter, r *http.Request, c *identity.Caller, a
 		hub: h, w: w, r: r, caller: c, as: as,
 		info: request.From(r.Context()), formats: request.Formats(r.Header), began: time.Now(),
 	}
+	q.filtered()
 	var err error
 	switch {
 	case len(q.formats) == 0:
 		err = replica.ErrFormat
+	case q.info.Verb == "get" && q.component != "":
+		err = q.getFiltered() //nolint:contextcheck // it has r
 	case q.info.Verb == "get":
 		err = q.get() //nolint:contextcheck // it has r
 	default:
@@ -79,6 +82,8 @@ type query struct {
 	info    request.Info
 	formats []request.Format
 	began   time.Time
+	// component is set for a caller that is shown this resource filtered.
+	component string
 }
 
 // errCloud sends a read to the cloud: the replica is not asked.
@@ -92,11 +97,16 @@ func (q *query) fallBack(cause error) {
 		httpx.WriteStatus(q.w, q.r, cause)
 		return
 	}
-	if q.hub.link.Online() && !q.caller.Local {
+	// What is filtered has the replica's own versions, and where there is no
+	// place for one more scope nobody else can filter it.
+	ours := q.component != "" && (errors.Is(cause, replica.ErrExpired) || errors.Is(cause, replica.ErrAhead) || errors.Is(cause, replica.ErrFull))
+	if q.hub.link.Online() && !q.caller.Local && !ours {
 		q.hub.link.Forward(q.w, q.r, q.as, q.keep(true))
 		return
 	}
 	switch {
+	case errors.Is(cause, replica.ErrFull) && ours:
+		httpx.WriteStatus(q.w, q.r, tooMany(5, "yurthub: %s is filtered, and there is no place for it: %s", q.info, cause))
 	case errors.Is(cause, replica.ErrExpired):
 		q.expired(cause)
 	case errors.Is(cause, replica.ErrAhead):
@@ -220,6 +230,9 @@ func (q *query) many() error {
 	}
 	if complicated(q.info) {
 		return errCloud
+	}
+	if q.info.Verb == "list" && q.component != "" {
+		return q.listFiltered()
 	}
 	if q.info.Verb == "list" {
 		return q.list()
@@ -464,7 +477,7 @@ func (q *query) watch() error {
 	fresh := opts.ResourceVersion == "" || opts.ResourceVersion == "0" ||
 		(opts.SendInitialEvents != nil && *opts.SendInitialEvents)
 	if !ok {
-		if !fresh && !q.hub.isLocal(q.caller) {
+		if !fresh && !q.hub.isLocal(q.caller) && q.component == "" {
 			return errCloud
 		}
 		// A caller on this node that resumes what the hub does not hold was
@@ -484,6 +497,9 @@ func (q *query) watch() error {
 		return err
 	}
 	q.use(held)
+	if held, err = q.through(held); err != nil {
+		return err
+	}
 	if own && q.hub.isNode(q.caller) {
 		return held.Watch(q.w, q.r, q.info, q.formats)
 	}

@@ -240,6 +240,13 @@ func (c *Certificates) GetCertificate(hello *tls.ClientHelloInfo) (*tls.Certific
 	return c.local.certificate()
 }
 
+// ServesPods reports whether pods that come to the dummy address are shown a
+// certificate that they trust.
+func (c *Certificates) ServesPods() bool {
+	pair := c.clusterServer.Load()
+	return pair != nil && c.cfg.DummyIP != nil && pair.Leaf.VerifyHostname(c.cfg.DummyIP.String()) == nil
+}
+
 func (c *Certificates) fromPod(hello *tls.ClientHelloInfo) bool {
 	if name := hello.ServerName; name == "kubernetes" || strings.HasPrefix(name, "kubernetes.") {
 		return true

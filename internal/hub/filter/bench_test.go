@@ -1,0 +1,155 @@
+package filter
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/http"
+	"net/http/httptest"
+	"testing"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	discoveryv1 "k8s.io/api/discovery/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime/schema"
+
+	"github.com/yurt-edge/yurt/internal/hub/replica"
+	"github.com/yurt-edge/yurt/internal/hub/request"
+	"github.com/yurt-edge/yurt/internal/hub/store"
+	"github.com/yurt-edge/yurt/internal/hub/wire"
+)
+
+var sliceResource = schema.GroupVersionResource{Group: "discovery.k8s.io", Version: "v1", Resource: "endpointslices"}
+
+// cloud gives one list, and then says nothing.
+type cloud []byte
+
+func (c cloud) Node() http.RoundTripper    { return c }
+func (c cloud) Bearer() http.RoundTripper  { return c }
+func (cloud) WaitUp(context.Context) error { return nil }
+
+func (c cloud) RoundTrip(r *http.Request) (*http.Response, error) {
+	resp := &http.Response{
+		StatusCode: http.StatusOK, Request: r, Body: io.NopCloser(bytes.NewReader(c)),
+		Header: http.Header{"Content-Type": {"application/vnd.kubernetes.protobuf"}},
+	}
+	if r.URL.Query().Get("watch") != "" {
+		resp.Header.Set("Content-Type", "application/vnd.kubernetes.protobuf;stream=watch")
+		from, to := io.Pipe()
+		context.AfterFunc(r.Context(), func() { _ = to.CloseWithError(io.EOF) })
+		resp.Body = from
+	}
+	return resp, nil
+}
+
+// replicaOf returns a replica that holds so many EndpointSlices of 50
+// endpoints, one in ten of them near, each of a Service that keeps to its pool.
+func replicaOf(tb testing.TB, slices int) *replica.Replica {
+	tb.Helper()
+	var list discoveryv1.EndpointSliceList
+	list.ResourceVersion = "1000000"
+	s := &State{
+		Version: 1000, Services: &Services{Topology: map[string]string{}},
+		Place: &Place{Node: "node-000", Pool: "p", Nodes: map[string]struct{}{}},
+	}
+	for n := range 50 {
+		s.Place.Nodes[fmt.Sprintf("node-%03d", n)] = struct{}{}
+	}
+	ready, name, port := true, "http", int32(8080)
+	for i := range slices {
+		service := fmt.Sprintf("service-%05d", i)
+		s.Services.Topology["bench/"+service] = topologyPool
+		slice := discoveryv1.EndpointSlice{
+			ObjectMeta: metav1.ObjectMeta{
+				Namespace: "bench", Name: service + "-x", UID: "u", ResourceVersion: fmt.Sprint(i + 1),
+				Labels: map[string]string{discoveryv1.LabelServiceName: service, discoveryv1.LabelManagedBy: "bench"},
+			},
+			AddressType: discoveryv1.AddressTypeIPv4, Ports: []discoveryv1.EndpointPort{{Name: &name, Port: &port}},
+		}
+		for e := range 50 {
+			node, zone := fmt.Sprintf("node-%03d", (7*i+e)%500), "zone-a"
+			slice.Endpoints = append(slice.Endpoints, discoveryv1.Endpoint{
+				Addresses:  []string{fmt.Sprintf("10.%d.%d.%d", i/250, i%250, e)},
+				Conditions: discoveryv1.EndpointConditions{Ready: &ready, Serving: &ready}, NodeName: &node, Zone: &zone,
+			})
+		}
+		list.Items = append(list.Items, slice)
+	}
+	data, err := list.Marshal()
+	if err != nil {
+		tb.Fatal(err)
+	}
+	st, err := store.Open(store.Config{Path: tb.TempDir() + "/store", Key: bytes.Repeat([]byte{7}, 32)})
+	if err != nil {
+		tb.Fatal(err)
+	}
+	table := New(Config{}, s, nil)
+	r, err := replica.New(replica.Config{
+		Store: st, Upstream: cloud(wire.AppendObject(nil, wire.Protobuf, "discovery.k8s.io/v1", "EndpointSliceList", data)),
+		Online: func() bool { return true }, Log: slog.New(slog.DiscardHandler), Registerer: prometheus.NewRegistry(),
+		Filter: func(component string) replica.Filter { return table.Reader(component) },
+	})
+	if err != nil {
+		tb.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		if err := r.Run(ctx); err != nil {
+			tb.Error(err)
+		}
+	}()
+	tb.Cleanup(func() {
+		cancel()
+		<-done
+		if err := st.Close(); err != nil {
+			tb.Error(err)
+		}
+	})
+	return r
+}
+
+// discard is a client that throws away what it gets.
+type discard struct {
+	header http.Header
+	bytes  int
+}
+
+func (d *discard) Header() http.Header         { return d.header }
+func (d *discard) WriteHeader(int)             {}
+func (d *discard) Write(b []byte) (int, error) { d.bytes += len(b); return len(b), nil }
+
+// BenchmarkList lists 10 000 EndpointSlices as they are, and as kube-proxy sees
+// them.
+func BenchmarkList(b *testing.B) {
+	r := replicaOf(b, 10_000)
+	ctx, cancel := context.WithTimeout(b.Context(), time.Minute)
+	defer cancel()
+	plain, err := r.Open(ctx, replica.Scope{Resource: sliceResource}, replica.Credential{}, "")
+	if err != nil {
+		b.Fatal(err)
+	}
+	seen, err := plain.Through("kube-proxy", "bench")
+	if err != nil {
+		b.Fatal(err)
+	}
+	for _, enc := range []wire.Encoding{wire.Protobuf, wire.JSON} {
+		for name, slice := range map[string]*replica.Slice{"plain": plain, "filtered": seen} {
+			b.Run(enc.String()+"/"+name, func(b *testing.B) {
+				b.ReportAllocs()
+				req := httptest.NewRequest(http.MethodGet, "/apis/discovery.k8s.io/v1/endpointslices?resourceVersion=0", nil)
+				for b.Loop() {
+					w := &discard{header: http.Header{}}
+					if err := slice.List(w, req, []request.Format{{Encoding: enc}}); err != nil {
+						b.Fatal(err)
+					}
+					b.SetBytes(int64(w.bytes))
+				}
+			})
+		}
+	}
+}
