@@ -50,9 +50,6 @@ const (
 	// held is how long a heartbeat is kept, at most, and no longer than three
 	// quarters of the life of a lease. By then there is a newer one.
 	held = 30 * time.Second
-	// drift is how much a clock that heard the cloud may be wrong after a
-	// long cut. Further it is not set by a peer.
-	drift = heartbeat.Good / 2
 	// maxAnswer bounds what a peer answers.
 	maxAnswer = 32 << 10
 )
@@ -297,8 +294,6 @@ func (v *Vouch) Run(ctx context.Context) error {
 			v.expect(own.Life)
 			if !v.cfg.Online() || own.overdue() {
 				v.speak(ctx, own)
-			} else {
-				v.forgetPeersTime()
 			}
 		}
 		select {
@@ -476,41 +471,37 @@ func (v *Vouch) sign(own Own, peer string) (heartbeat.Signed, error) {
 func (v *Vouch) next() (now time.Time, told bool) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	now = v.timeLocked().Truncate(time.Microsecond)
+	now, told = v.timeLocked()
+	now = now.Truncate(time.Microsecond)
 	if !now.After(v.last) && v.last.Sub(now) < heartbeat.Good {
 		now = v.last.Add(time.Microsecond)
 	}
 	v.last = now
-	return now, v.ahead != 0
+	return now, told
 }
 
-// forgetPeersTime goes back to the clock, which hears the cloud now.
-func (v *Vouch) forgetPeersTime() {
-	v.mu.Lock()
-	defer v.mu.Unlock()
-	v.ahead = 0
-}
-
-func (v *Vouch) timeLocked() time.Time {
-	now, heard := v.cfg.Clock.Cloud()
-	if !heard {
-		now = v.cfg.Clock.Now()
+// timeLocked is the cloud's time if it was heard. Else it is the machine's, put
+// right by a peer if need be: that is told.
+func (v *Vouch) timeLocked() (now time.Time, told bool) {
+	if now, heard := v.cfg.Clock.Cloud(); heard {
+		return now, false
 	}
-	return now.Add(-v.ahead)
+	return v.cfg.Clock.Now().Add(-v.ahead), v.ahead != 0
 }
 
-// correct takes the time of a peer, as far as this hub cannot know better, and
-// reports whether that changes anything.
+// correct takes the time of a peer that refused a heartbeat, if this hub has not
+// heard the cloud's and the time can be why. It reports whether it did.
 func (v *Vouch) correct(t *time.Time) bool {
-	if t == nil {
-		return false
-	}
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	ahead := v.ahead + v.timeLocked().Sub(*t)
-	if _, heard := v.cfg.Clock.Cloud(); heard && (ahead > drift || ahead < -drift) {
+	if _, heard := v.cfg.Clock.Cloud(); heard || t == nil {
 		return false
 	}
-	v.ahead = ahead
+	now, _ := v.timeLocked()
+	off := now.Sub(*t)
+	if off.Abs() < heartbeat.Good/2 {
+		return false // it was refused for something else
+	}
+	v.ahead += off
 	return true
 }
