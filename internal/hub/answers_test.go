@@ -30,7 +30,7 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 func remembering(t *testing.T, test func(t *testing.T, a *answers)) {
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
-		s, err := store.Open(store.Config{Path: t.TempDir() + "/store", Key: bytes.Repeat([]byte{7}, 32)})
+		s, err := store.Open(t.Context(), store.Config{Path: t.TempDir() + "/store", Key: bytes.Repeat([]byte{7}, 32)})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -311,7 +311,7 @@ func TestWhoGetsMuchPushesOutItsOwn(t *testing.T) {
 // TestAnswersWaitForTheDiskWithinABound has a disk that writes nothing.
 func TestAnswersWaitForTheDiskWithinABound(t *testing.T) {
 	t.Parallel()
-	s, err := store.Open(store.Config{Path: t.TempDir() + "/store", Key: bytes.Repeat([]byte{7}, 32)})
+	s, err := store.Open(t.Context(), store.Config{Path: t.TempDir() + "/store", Key: bytes.Repeat([]byte{7}, 32)})
 	if err != nil {
 		t.Fatal(err)
 	}

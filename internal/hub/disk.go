@@ -148,7 +148,7 @@ func (h *Hub) awaitDisk(ctx context.Context) error {
 		if h.store.Durable() == nil {
 			break
 		}
-		s, err := store.Open(store.Config{Path: h.cfg.storePath(), Key: h.keys.DataKey()})
+		s, err := store.Open(ctx, store.Config{Path: h.cfg.storePath(), Key: h.keys.DataKey()})
 		if err == nil && s.Close() == nil {
 			break
 		}

@@ -184,7 +184,7 @@ func Run(ctx context.Context, cfg Config) error {
 		cfg.Log.Warn("a core dump could show secrets", "err", err)
 	}
 	setCeiling()
-	h, err := open(cfg) //nolint:contextcheck // it waits for the disk only
+	h, err := open(ctx, cfg)
 	if err != nil {
 		return err
 	}
@@ -217,7 +217,7 @@ func Run(ctx context.Context, cfg Config) error {
 
 // open builds the hub's parts from what is on disk. It asks nothing of the
 // cloud, so it takes the same time with the link cut.
-func open(cfg Config) (*Hub, error) {
+func open(ctx context.Context, cfg Config) (*Hub, error) {
 	if cfg.NodeName == "" {
 		return nil, errors.New("no node name given: set --node-name")
 	}
@@ -238,14 +238,14 @@ func open(cfg Config) (*Hub, error) {
 	if h.disk != nil {
 		keys.Sealed = nil // the store cannot be renamed; it will not open
 	}
-	if h.keys, err = keyring.Open(keys); err != nil {
+	if h.keys, err = keyring.Open(ctx, keys); err != nil {
 		return nil, err
 	}
-	if h.store, err = h.openStore(); err != nil {
+	if h.store, err = h.openStore(ctx); err != nil {
 		return nil, err
 	}
 	h.countStore(cfg.Registerer)
-	if err := h.build(); err != nil {
+	if err := h.build(); err != nil { //nolint:contextcheck // it reads what is open by now
 		return nil, errors.Join(err, h.store.Close())
 	}
 	return h, nil
@@ -365,9 +365,9 @@ func (h *Hub) build() error {
 }
 
 // openStore opens the store under the data key.
-func (h *Hub) openStore() (*store.Store, error) {
+func (h *Hub) openStore(ctx context.Context) (*store.Store, error) {
 	path := h.cfg.storePath()
-	s, err := store.Open(store.Config{
+	s, err := store.Open(ctx, store.Config{
 		Path: path, Key: h.keys.DataKey(), Fallback: true, Log: h.log,
 		OnDamage: func(bucket, object string) {
 			h.log.Error("stored object damaged", "scope", bucket, "object", object)

@@ -93,7 +93,7 @@ func KeyCommand() *cobra.Command {
 				return err
 			}
 			cfg.Log = slog.Default()
-			if err := keyring.Rotate(cfg.keyring(), source, next); err != nil {
+			if err := keyring.Rotate(cmd.Context(), cfg.keyring(), source, next); err != nil {
 				return err
 			}
 			s, err := keyring.ReadStatus(cfg.keyring().Dir)

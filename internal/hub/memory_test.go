@@ -10,7 +10,7 @@ import (
 )
 
 func TestMemoryKeepsWithinItsLimit(t *testing.T) {
-	s, err := store.Open(store.Config{Path: filepath.Join(t.TempDir(), "hub.db"), Key: make([]byte, 32)})
+	s, err := store.Open(t.Context(), store.Config{Path: filepath.Join(t.TempDir(), "hub.db"), Key: make([]byte, 32)})
 	if err != nil {
 		t.Fatal(err)
 	}

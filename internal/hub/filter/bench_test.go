@@ -82,7 +82,7 @@ func replicaOf(tb testing.TB, slices int) *replica.Replica {
 	if err != nil {
 		tb.Fatal(err)
 	}
-	st, err := store.Open(store.Config{Path: tb.TempDir() + "/store", Key: bytes.Repeat([]byte{7}, 32)})
+	st, err := store.Open(tb.Context(), store.Config{Path: tb.TempDir() + "/store", Key: bytes.Repeat([]byte{7}, 32)})
 	if err != nil {
 		tb.Fatal(err)
 	}

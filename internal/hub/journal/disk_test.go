@@ -19,7 +19,7 @@ func TestNothingIsAcknowledgedWithoutADisk(t *testing.T) {
 	if err := os.WriteFile(file, nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	s, err := store.Open(store.Config{Path: filepath.Join(file, "store"), Key: testKey, Fallback: true})
+	s, err := store.Open(t.Context(), store.Config{Path: filepath.Join(file, "store"), Key: testKey, Fallback: true})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -319,7 +319,7 @@ func newBed(t *testing.T, limits Config) *bed {
 func (b *bed) open() {
 	b.t.Helper()
 	var err error
-	if b.store, err = store.Open(store.Config{Path: b.path, Key: testKey}); err != nil {
+	if b.store, err = store.Open(b.t.Context(), store.Config{Path: b.path, Key: testKey}); err != nil {
 		b.t.Fatal(err)
 	}
 	cfg := b.limits

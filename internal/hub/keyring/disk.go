@@ -2,6 +2,7 @@ package keyring
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -11,9 +12,8 @@ import (
 	"strings"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/yurt-edge/yurt/internal/atomicfile"
+	"github.com/yurt-edge/yurt/internal/filelock"
 )
 
 // Names in Config.Dir. The ring and the key file are each there twice, one
@@ -26,8 +26,7 @@ const (
 	lostSuffix   = ".lost"   // sealed under a key that will not come back
 	lockedSuffix = ".locked" // sealed under a key that may come back
 
-	lockWait  = 10 * time.Second
-	lockRetry = 20 * time.Millisecond
+	lockWait = 10 * time.Second
 )
 
 // formatV1 is the only format of a record so far.
@@ -316,21 +315,13 @@ func syncDirs(paths []string) error {
 }
 
 // lock keeps others from changing the ring in dir, which is made if need be.
-func lock(dir string) (unlock func(), err error) {
+func lock(ctx context.Context, dir string) (unlock func(), err error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, err
 	}
-	f, err := os.OpenFile(filepath.Join(dir, lockFile), os.O_RDWR|os.O_CREATE, 0o600)
+	f, err := filelock.Lock(ctx, filepath.Join(dir, lockFile), lockWait)
 	if err != nil {
 		return nil, err
 	}
-	for give := time.Now().Add(lockWait); ; time.Sleep(lockRetry) {
-		err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
-		if err == nil {
-			return func() { _ = f.Close() }, nil // which lets go of the lock
-		}
-		if !errors.Is(err, unix.EWOULDBLOCK) || time.Now().After(give) {
-			return nil, errors.Join(fmt.Errorf("lock the ring: %w", err), f.Close())
-		}
-	}
+	return func() { _ = f.Close() }, nil
 }

@@ -14,7 +14,7 @@ import (
 // key of one run, and then leaves alone what is there.
 func FuzzRing(f *testing.F) {
 	dir := f.TempDir()
-	_, err := Open(Config{Dir: dir, Source: File, Log: slog.New(slog.DiscardHandler)})
+	_, err := Open(f.Context(), Config{Dir: dir, Source: File, Log: slog.New(slog.DiscardHandler)})
 	must(f, err)
 	ring, err := os.ReadFile(filepath.Join(dir, ringFile))
 	must(f, err)
@@ -43,7 +43,7 @@ func FuzzRing(f *testing.F) {
 		for file, data := range map[string][]byte{ringFile: first, ringFile + copySuffix: second, name: key} {
 			must(t, os.WriteFile(filepath.Join(dir, file), data, 0o600))
 		}
-		r, err := Open(cfg)
+		r, err := Open(t.Context(), cfg)
 		must(t, err)
 		if r.Problem() != nil {
 			for file, data := range map[string][]byte{ringFile: first, ringFile + copySuffix: second, name: key} {
@@ -53,7 +53,7 @@ func FuzzRing(f *testing.F) {
 			}
 			return
 		}
-		again, err := Open(cfg)
+		again, err := Open(t.Context(), cfg)
 		must(t, err)
 		if again.Problem() != nil || again.Lost() || !bytes.Equal(again.DataKey(), r.DataKey()) {
 			t.Errorf("opened again: %v, lost %t", again.Problem(), again.Lost())

@@ -2,6 +2,7 @@ package keyring
 
 import (
 	"bytes"
+	"context"
 	"crypto/aes"
 	"crypto/cipher"
 	"crypto/hkdf"
@@ -127,33 +128,36 @@ type Ring struct {
 // left alone. The key of this run is then in memory only, and Problem says
 // why. The first Open that has the node key again puts the locked files back.
 //
-// An error means that a ring could not be made where there was none, or that
-// the disk refused.
-func Open(cfg Config) (*Ring, error) {
+// An error means that a ring could not be made where there was none, that the
+// disk refused, or that ctx ended during a wait.
+func Open(ctx context.Context, cfg Config) (*Ring, error) {
 	cfg.complete()
-	r, err := open(&cfg)
+	r, err := open(ctx, &cfg)
 	if err != nil {
 		return nil, fmt.Errorf("open keyring in %s: %w", cfg.Dir, err)
 	}
 	return r, nil
 }
 
-func open(cfg *Config) (*Ring, error) {
-	unlock, err := lock(cfg.Dir)
+func open(ctx context.Context, cfg *Config) (*Ring, error) {
+	unlock, err := lock(ctx, cfg.Dir)
 	if err != nil {
 		return nil, err
 	}
 	defer unlock()
 	records, err := load(cfg.Dir)
 	if err == nil && len(records) == 0 {
-		return begin(cfg, cfg.Source)
+		return begin(ctx, cfg, cfg.Source)
 	}
 	had := Auto // unknown
 	if err == nil {
 		var rec *record
 		var data []byte
-		if rec, data, err = cfg.unwrap(records); err == nil {
-			return cfg.resume(rec, data)
+		if rec, data, err = cfg.unwrap(ctx, records); err == nil {
+			return cfg.resume(ctx, rec, data)
+		}
+		if ctx.Err() != nil {
+			return nil, err // that says nothing of the key
 		}
 		had = rec.Source
 	}
@@ -164,7 +168,7 @@ func open(cfg *Config) (*Ring, error) {
 	if errors.Is(err, errLost) || want != had {
 		cfg.Log.Error("node key is lost, what it sealed is set aside and a new one is made", "source", had, "err", err)
 		data := newKey()
-		rec, wrapErr := cfg.wrapBest(want, data)
+		rec, wrapErr := cfg.wrapBest(ctx, want, data)
 		if wrapErr == nil {
 			if err := cfg.loseAll(rec); err != nil {
 				return nil, err
@@ -191,13 +195,13 @@ func open(cfg *Config) (*Ring, error) {
 }
 
 // begin makes the first ring.
-func begin(cfg *Config, want Source) (*Ring, error) {
+func begin(ctx context.Context, cfg *Config, want Source) (*Ring, error) {
 	data, err := os.ReadFile(cfg.Adopt)
 	adopt := err == nil && len(data) == keySize
 	if !adopt {
 		data = newKey()
 	}
-	rec, err := cfg.wrapBest(want, data)
+	rec, err := cfg.wrapBest(ctx, want, data)
 	if err != nil {
 		return nil, err
 	}
@@ -218,12 +222,12 @@ func (cfg *Config) begun(rec *record, data []byte) (*Ring, error) {
 
 // resume goes on with the ring that was found, after mending what a crash may
 // have left, and moves it to the source that is asked for.
-func (cfg *Config) resume(rec *record, data []byte) (*Ring, error) {
+func (cfg *Config) resume(ctx context.Context, rec *record, data []byte) (*Ring, error) {
 	if err := cfg.unlockAll(); err != nil {
 		return nil, err
 	}
 	if cfg.Source != Auto && cfg.Source != rec.Source {
-		next, err := cfg.wrap(cfg.Source, data)
+		next, err := cfg.wrap(ctx, cfg.Source, data)
 		if err == nil {
 			cfg.Log.Info("keyring moves to another source", "from", rec.Source, "to", next.Source)
 			rec = next
@@ -342,16 +346,16 @@ func ReadStatus(dir string) (Status, error) {
 //
 // After an error or a crash either the old node key or the new one opens the
 // ring, and the same data key comes out.
-func Rotate(cfg Config, to Source, next string) error {
+func Rotate(ctx context.Context, cfg Config, to Source, next string) error {
 	cfg.complete()
-	if err := rotate(&cfg, to, next); err != nil {
+	if err := rotate(ctx, &cfg, to, next); err != nil {
 		return fmt.Errorf("rotate node key in %s: %w", cfg.Dir, err)
 	}
 	return nil
 }
 
-func rotate(cfg *Config, to Source, next string) error {
-	unlock, err := lock(cfg.Dir)
+func rotate(ctx context.Context, cfg *Config, to Source, next string) error {
+	unlock, err := lock(ctx, cfg.Dir)
 	if err != nil {
 		return err
 	}
@@ -363,7 +367,7 @@ func rotate(cfg *Config, to Source, next string) error {
 	if err != nil {
 		return err
 	}
-	rec, data, err := cfg.unwrap(records)
+	rec, data, err := cfg.unwrap(ctx, records)
 	if err != nil {
 		return err
 	}
@@ -374,7 +378,7 @@ func rotate(cfg *Config, to Source, next string) error {
 	if next != "" {
 		cfg.PassphraseFile = next
 	}
-	if rec, err = cfg.wrap(to, data); err != nil {
+	if rec, err = cfg.wrap(ctx, to, data); err != nil {
 		return err
 	}
 	return cfg.save(rec)

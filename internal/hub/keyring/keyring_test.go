@@ -60,14 +60,14 @@ func (n *node) open(t testing.TB) *Ring {
 	t.Helper()
 	cfg := n.Config
 	cfg.Source = Auto
-	r, err := Open(cfg)
+	r, err := Open(t.Context(), cfg)
 	must(t, err)
 	return r
 }
 
 func (n *node) begin(t testing.TB) *Ring {
 	t.Helper()
-	r, err := Open(n.Config)
+	r, err := Open(t.Context(), n.Config)
 	must(t, err)
 	if r.Problem() != nil {
 		t.Fatal(r.Problem())
@@ -158,7 +158,7 @@ func TestRotationSurvivesCrashes(t *testing.T) {
 						}
 						return nil
 					}
-					err := Rotate(cfg, to, next)
+					err := Rotate(t.Context(), cfg, to, next)
 					if done = err == nil; !done && !errors.Is(err, crash) {
 						t.Fatal(err)
 					}
@@ -197,7 +197,7 @@ func TestRotationChangesTheNodeKey(t *testing.T) {
 	n := newNode(t, File)
 	r := n.begin(t)
 	before := n.files(t)
-	must(t, Rotate(n.Config, Auto, ""))
+	must(t, Rotate(t.Context(), n.Config, Auto, ""))
 	after := n.files(t)
 	for name, text := range before {
 		if name != lockFile && after[name] == text {
@@ -326,7 +326,7 @@ func TestKeyThatIsLost(t *testing.T) {
 			tc.lose(t, n)
 			cfg := n.Config
 			cfg.Source = tc.asked
-			next, err := Open(cfg)
+			next, err := Open(t.Context(), cfg)
 			must(t, err)
 			want := tc.asked
 			if want == Auto {
@@ -447,7 +447,7 @@ func TestAutoTakesTheBest(t *testing.T) {
 	}
 	must(t, os.RemoveAll(n.Dir))
 	n.Source = TPM
-	if _, err := Open(n.Config); err == nil {
+	if _, err := Open(t.Context(), n.Config); err == nil {
 		t.Error("a ring was made without the TPM that was asked for")
 	}
 }

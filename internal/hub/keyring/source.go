@@ -2,6 +2,7 @@ package keyring
 
 import (
 	"bytes"
+	"context"
 	"crypto/sha256"
 	"crypto/subtle"
 	"encoding/hex"
@@ -23,10 +24,10 @@ var errLost = errors.New("the node key is lost")
 // source makes and finds node keys.
 type source interface {
 	// renew makes a new node key and notes in rec how to have it again.
-	renew(rec *record) ([]byte, error)
+	renew(ctx context.Context, rec *record) ([]byte, error)
 	// open returns the node key of rec. The error is errLost if it will not
 	// come back.
-	open(rec *record) ([]byte, error)
+	open(ctx context.Context, rec *record) ([]byte, error)
 }
 
 func (cfg *Config) source(s Source) (source, error) {
@@ -60,10 +61,10 @@ func (cfg *Config) choose(want Source) []Source {
 
 // wrapBest wraps the data key by a new node key from the best source that is
 // to be had.
-func (cfg *Config) wrapBest(want Source, data []byte) (*record, error) {
+func (cfg *Config) wrapBest(ctx context.Context, want Source, data []byte) (*record, error) {
 	var errs []error
 	for _, s := range cfg.choose(want) {
-		rec, err := cfg.wrap(s, data)
+		rec, err := cfg.wrap(ctx, s, data)
 		if err == nil {
 			if len(errs) > 0 {
 				cfg.Log.Warn("node key is not from the best source", "source", s, "err", errors.Join(errs...))
@@ -78,13 +79,13 @@ func (cfg *Config) wrapBest(want Source, data []byte) (*record, error) {
 const wrapPurpose = "yurt hub keyring v1"
 
 // wrap wraps the data key by a new node key of the source.
-func (cfg *Config) wrap(s Source, data []byte) (*record, error) {
+func (cfg *Config) wrap(ctx context.Context, s Source, data []byte) (*record, error) {
 	src, err := cfg.source(s)
 	if err != nil {
 		return nil, err
 	}
 	rec := &record{Format: formatV1, Source: s, Made: time.Now().UTC().Truncate(time.Second)}
-	node, err := src.renew(rec)
+	node, err := src.renew(ctx, rec)
 	if err != nil {
 		return nil, fmt.Errorf("make node key from %s: %w", s, err)
 	}
@@ -100,11 +101,11 @@ func (cfg *Config) wrap(s Source, data []byte) (*record, error) {
 // unwrap returns the first record that opens, with the data key. When none
 // does it returns the first one and why; the error is errLost if that is true
 // of all.
-func (cfg *Config) unwrap(records []*record) (*record, []byte, error) {
+func (cfg *Config) unwrap(ctx context.Context, records []*record) (*record, []byte, error) {
 	var errs []error
 	lost := true
 	for _, rec := range records {
-		data, err := cfg.unwrapOne(rec)
+		data, err := cfg.unwrapOne(ctx, rec)
 		if err == nil {
 			return rec, data, nil
 		}
@@ -118,12 +119,12 @@ func (cfg *Config) unwrap(records []*record) (*record, []byte, error) {
 	return records[0], nil, err
 }
 
-func (cfg *Config) unwrapOne(rec *record) ([]byte, error) {
+func (cfg *Config) unwrapOne(ctx context.Context, rec *record) ([]byte, error) {
 	src, err := cfg.source(rec.Source)
 	if err != nil {
 		return nil, err
 	}
-	node, err := src.open(rec)
+	node, err := src.open(ctx, rec)
 	if err != nil {
 		return nil, err
 	}
@@ -156,7 +157,7 @@ const (
 	keySuffix = ".key"
 )
 
-func (k keyFile) renew(rec *record) ([]byte, error) {
+func (k keyFile) renew(_ context.Context, rec *record) ([]byte, error) {
 	key := newKey()
 	sum := sha256.Sum256(key)
 	rec.File = &fileRecord{Name: keyPrefix + hex.EncodeToString(sum[:4]) + keySuffix}
@@ -166,7 +167,7 @@ func (k keyFile) renew(rec *record) ([]byte, error) {
 	return key, nil
 }
 
-func (k keyFile) open(rec *record) ([]byte, error) {
+func (k keyFile) open(_ context.Context, rec *record) ([]byte, error) {
 	if rec.File == nil || !isKeyFile(rec.File.Name) {
 		return nil, fmt.Errorf("%w: the ring names no key file", errLost)
 	}
@@ -239,12 +240,12 @@ const (
 	minPassphrase, maxPassphrase = 12, 4 << 10
 )
 
-func (p passphrase) renew(rec *record) ([]byte, error) {
+func (p passphrase) renew(ctx context.Context, rec *record) ([]byte, error) {
 	rec.Passphrase = &passphraseRecord{Salt: newKey()[:16], Time: argonTime, Memory: p.memory, Threads: argonThreads}
-	return p.open(rec)
+	return p.open(ctx, rec)
 }
 
-func (p passphrase) open(rec *record) ([]byte, error) {
+func (p passphrase) open(_ context.Context, rec *record) ([]byte, error) {
 	w := rec.Passphrase
 	if w == nil || w.Time == 0 || w.Time > argonTimeMax || w.Memory > argonMemoryMax || w.Threads == 0 {
 		return nil, fmt.Errorf("%w: the ring has no sound parameters for a passphrase", errLost)

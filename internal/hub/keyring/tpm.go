@@ -2,6 +2,7 @@ package keyring
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -40,8 +41,8 @@ const (
 	tpmRetry  = 100 * time.Millisecond
 )
 
-func (t tpm) renew(rec *record) ([]byte, error) {
-	return t.do(0, func(chip transport.TPM) ([]byte, error) {
+func (t tpm) renew(ctx context.Context, rec *record) ([]byte, error) {
+	return t.do(ctx, 0, func(chip transport.TPM) ([]byte, error) {
 		parent, err := newParent(chip)
 		if err != nil {
 			return nil, err
@@ -69,12 +70,12 @@ func (t tpm) renew(rec *record) ([]byte, error) {
 	})
 }
 
-func (t tpm) open(rec *record) ([]byte, error) {
+func (t tpm) open(ctx context.Context, rec *record) ([]byte, error) {
 	w := rec.TPM
 	if w == nil {
 		return nil, fmt.Errorf("%w: the ring has nothing for a TPM", errLost)
 	}
-	key, err := t.do(t.wait, func(chip transport.TPM) ([]byte, error) {
+	key, err := t.do(ctx, t.wait, func(chip transport.TPM) ([]byte, error) {
 		parent, err := newParent(chip)
 		if err != nil {
 			return nil, err
@@ -110,10 +111,14 @@ func (t tpm) open(rec *record) ([]byte, error) {
 
 // do asks the TPM, waiting for it to appear if need be. A TPM that hangs is
 // left behind after tpmBudget, with the goroutine that asks it.
-func (t tpm) do(wait time.Duration, ask func(transport.TPM) ([]byte, error)) ([]byte, error) {
+func (t tpm) do(ctx context.Context, wait time.Duration, ask func(transport.TPM) ([]byte, error)) ([]byte, error) {
 	chip, err := t.connect()
 	for give := time.Now().Add(wait); err != nil && time.Now().Before(give); chip, err = t.connect() {
-		time.Sleep(tpmRetry)
+		select {
+		case <-ctx.Done():
+			return nil, fmt.Errorf("wait for TPM: %w", context.Cause(ctx))
+		case <-time.After(tpmRetry):
+		}
 	}
 	if err != nil {
 		return nil, fmt.Errorf("open TPM: %w", err)
@@ -128,16 +133,16 @@ func (t tpm) do(wait time.Duration, ask func(transport.TPM) ([]byte, error)) ([]
 		_ = chip.Close() // an emulator's has no connection left
 		done <- answer{key, err}
 	}()
-	timer := time.NewTimer(tpmBudget)
-	defer timer.Stop()
+	ctx, cancel := context.WithTimeoutCause(ctx, tpmBudget, fmt.Errorf("no answer within %s", tpmBudget))
+	defer cancel()
 	select {
 	case a := <-done:
 		if a.err != nil {
 			return nil, fmt.Errorf("TPM %s: %w", t.device, a.err)
 		}
 		return a.key, nil
-	case <-timer.C:
-		return nil, fmt.Errorf("TPM %s: no answer within %s", t.device, tpmBudget)
+	case <-ctx.Done():
+		return nil, fmt.Errorf("TPM %s: %w", t.device, context.Cause(ctx))
 	}
 }
 

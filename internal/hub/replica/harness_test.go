@@ -56,7 +56,7 @@ func newBed(t *testing.T, conf func(*Config)) *bed {
 
 func (b *bed) open() {
 	b.t.Helper()
-	s, err := store.Open(store.Config{Path: b.path, Key: testKey})
+	s, err := store.Open(b.t.Context(), store.Config{Path: b.path, Key: testKey})
 	if err != nil {
 		b.t.Fatal(err)
 	}

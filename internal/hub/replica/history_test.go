@@ -153,7 +153,7 @@ func (h *history) comeBack() {
 // scope's position.
 func (h *history) checkStore() {
 	h.t.Helper()
-	s, err := store.Open(store.Config{Path: h.path, Key: testKey})
+	s, err := store.Open(h.t.Context(), store.Config{Path: h.path, Key: testKey})
 	if err != nil {
 		h.t.Fatal(err)
 	}

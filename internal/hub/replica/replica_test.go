@@ -982,7 +982,7 @@ func damage(t *testing.T, path, bucket, key string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s, err := store.Open(store.Config{Path: path + ".copy", Key: testKey})
+	s, err := store.Open(t.Context(), store.Config{Path: path + ".copy", Key: testKey})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -104,7 +104,7 @@ func openTemp(tb testing.TB, cfg store.Config) *store.Store {
 	if cfg.Path == "" {
 		cfg.Path = tb.TempDir() + "/store"
 	}
-	s, err := store.Open(cfg)
+	s, err := store.Open(tb.Context(), cfg)
 	if err != nil {
 		tb.Fatal(err)
 	}

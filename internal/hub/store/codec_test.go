@@ -111,7 +111,7 @@ func FuzzOpenValue(f *testing.F) {
 // FuzzVerify overwrites parts of a small but complete file.
 func FuzzVerify(f *testing.F) {
 	path := filepath.Join(f.TempDir(), "store")
-	s, err := Open(Config{Path: path, Key: bytes.Repeat([]byte{7}, 32)})
+	s, err := Open(f.Context(), Config{Path: path, Key: bytes.Repeat([]byte{7}, 32)})
 	if err != nil {
 		f.Fatal(err)
 	}

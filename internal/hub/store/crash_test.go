@@ -78,7 +78,7 @@ func loadData(writer, i int, n uint64) []byte {
 // load writes without end and prints each batch that is acknowledged, as
 // writer and number.
 func load(path string) error {
-	s, err := store.Open(store.Config{Path: path, Key: testKey()})
+	s, err := store.Open(context.Background(), store.Config{Path: path, Key: testKey()})
 	if err != nil {
 		return err
 	}
@@ -266,7 +266,7 @@ func TestErrorAtEachWrite(t *testing.T) {
 
 func limits(path string) error {
 	signal.Ignore(syscall.SIGXFSZ)
-	s, err := store.Open(store.Config{Path: path, Key: testKey()})
+	s, err := store.Open(context.Background(), store.Config{Path: path, Key: testKey()})
 	if err != nil {
 		return err
 	}

@@ -486,7 +486,7 @@ func TestWrongKeyAndGarbageBeginAnew(t *testing.T) {
 	if bytes.Contains(first, []byte("secret")) {
 		t.Error("data in the clear")
 	}
-	other, err := store.Open(store.Config{Path: path, Key: bytes.Repeat([]byte{8}, 32)})
+	other, err := store.Open(t.Context(), store.Config{Path: path, Key: bytes.Repeat([]byte{8}, 32)})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -507,7 +507,7 @@ func TestWrongKeyAndGarbageBeginAnew(t *testing.T) {
 	if aside, err := os.ReadFile(path + ".damaged"); err != nil || !bytes.Equal(aside, garbage) {
 		t.Errorf("newest file set aside: %v", err)
 	}
-	if _, err := store.Open(store.Config{Path: path, Key: []byte("short")}); err == nil {
+	if _, err := store.Open(t.Context(), store.Config{Path: path, Key: []byte("short")}); err == nil {
 		t.Error("short key accepted")
 	}
 }
@@ -518,7 +518,7 @@ func TestSecondOpenIsLockedOut(t *testing.T) {
 	s := openTemp(t, store.Config{Path: path})
 	fill(t, s, "b", 1, func(int) []byte { return nil })
 	synctest.Test(t, func(t *testing.T) { // Open waits a second, here for free
-		if _, err := store.Open(store.Config{Path: path, Key: testKey()}); !errors.Is(err, store.ErrLocked) {
+		if _, err := store.Open(t.Context(), store.Config{Path: path, Key: testKey()}); !errors.Is(err, store.ErrLocked) {
 			t.Errorf("second open: %v", err)
 		}
 	})

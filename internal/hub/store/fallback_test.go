@@ -29,7 +29,7 @@ func TestFallbackReadsWhatCannotBeWritten(t *testing.T) {
 	if err := unix.Mount("none", dir, "tmpfs", unix.MS_REMOUNT|unix.MS_RDONLY, ""); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := store.Open(store.Config{Path: path, Key: testKey()}); !errors.Is(err, syscall.EROFS) {
+	if _, err := store.Open(t.Context(), store.Config{Path: path, Key: testKey()}); !errors.Is(err, syscall.EROFS) {
 		t.Errorf("without fallback: %v", err)
 	}
 	s = openTemp(t, store.Config{Path: path, Fallback: true})

@@ -1,6 +1,7 @@
 package store
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -8,47 +9,19 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/yurt-edge/yurt/internal/filelock"
 )
 
-const (
-	lockWait  = time.Second
-	lockRetry = 20 * time.Millisecond
-)
+const lockWait = time.Second
 
 // lockFile opens the file at path, making it if need be, and locks it
 // against other processes. Anything else that has the name is ErrDamaged.
-func lockFile(path string) (*os.File, error) {
+func lockFile(ctx context.Context, path string) (*os.File, error) {
 	if st, err := os.Lstat(path); err == nil && !st.Mode().IsRegular() {
 		return nil, fmt.Errorf("%w: it is not a file: %s", ErrDamaged, st.Mode())
 	}
-	for give := time.Now().Add(lockWait); ; time.Sleep(lockRetry) {
-		f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
-		if err != nil {
-			return nil, err
-		}
-		err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
-		if err == nil && samePath(f, path) {
-			return f, nil
-		}
-		_ = f.Close()
-		switch {
-		case err != nil && !errors.Is(err, unix.EWOULDBLOCK):
-			return nil, fmt.Errorf("lock: %w", err)
-		case time.Now().After(give):
-			return nil, ErrLocked
-		}
-	}
-}
-
-// samePath reports whether f is still what path names: the holder of the
-// lock may have set the file aside while we waited for it.
-func samePath(f *os.File, path string) bool {
-	a, err := f.Stat()
-	if err != nil {
-		return false
-	}
-	b, err := os.Stat(path)
-	return err == nil && os.SameFile(a, b)
+	return filelock.Lock(ctx, path, lockWait)
 }
 
 // rewrite writes bytes of a file anew as they are, and syncs them.

@@ -121,7 +121,7 @@ func recordTurns(path string, count int) error {
 				err = s.Close()
 			}
 			if err == nil {
-				s, err = store.Open(store.Config{Path: path, Key: testKey()})
+				s, err = store.Open(context.Background(), store.Config{Path: path, Key: testKey()})
 			}
 			if err != nil {
 				return err
@@ -141,7 +141,7 @@ func recordTurns(path string, count int) error {
 // way. What fails must leave the state before, or the new one if only its last
 // sync failed, and hold up nothing that follows.
 func faults(path string) error {
-	s, err := store.Open(store.Config{Path: path, Key: testKey()})
+	s, err := store.Open(context.Background(), store.Config{Path: path, Key: testKey()})
 	if err != nil {
 		return err
 	}
@@ -237,7 +237,7 @@ func (r *faultRun) fail(kind disktest.Kind, pass int, errno syscall.Errno, resta
 		if err := r.s.Close(); err != nil {
 			return false, err
 		}
-		if r.s, err = store.Open(store.Config{Path: r.path, Key: testKey()}); err != nil {
+		if r.s, err = store.Open(context.Background(), store.Config{Path: r.path, Key: testKey()}); err != nil {
 			return false, err
 		}
 	}
@@ -287,7 +287,7 @@ func replayDisk(t *testing.T, log disktest.Log, last int, seed uint64) {
 				t.Fatal(err)
 			}
 		}
-		s, err := store.Open(store.Config{Path: path, Key: testKey()})
+		s, err := store.Open(t.Context(), store.Config{Path: path, Key: testKey()})
 		if err != nil {
 			t.Errorf("acknowledged %d, kept %s: %v", acked, i.How, err)
 			return

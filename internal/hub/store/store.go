@@ -23,6 +23,7 @@
 package store
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -37,13 +38,15 @@ import (
 	bolt "go.etcd.io/bbolt"
 	berrors "go.etcd.io/bbolt/errors"
 	"golang.org/x/sync/semaphore"
+
+	"github.com/yurt-edge/yurt/internal/filelock"
 )
 
 // Errors that callers branch on.
 var (
 	ErrNotFound = errors.New("not found")
 	ErrDamaged  = errors.New("damaged")
-	ErrLocked   = errors.New("held by another process")
+	ErrLocked   = filelock.ErrHeld
 	ErrClosed   = errors.New("store is closed")
 	ErrInvalid  = errors.New("invalid batch")
 
@@ -152,9 +155,9 @@ type Stats struct {
 // Open opens or makes the store at cfg.Path. A file that is not a sound
 // store under this key is renamed to <path>.damaged, replacing an older one,
 // and an empty store is begun: Rebuilt then tells so, and the log says why.
-// Open waits a second for another process to let go of the file, then
-// returns ErrLocked.
-func Open(cfg Config) (*Store, error) {
+// Open waits a second, or until ctx ends, for another process to let go of
+// the file, then returns ErrLocked.
+func Open(ctx context.Context, cfg Config) (*Store, error) {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
@@ -183,8 +186,8 @@ func Open(cfg Config) (*Store, error) {
 		suspect: make(map[string]bool),
 		damage:  make(map[location]bool),
 	}
-	err = s.open()
-	if err != nil && cfg.Fallback && !errors.Is(err, ErrLocked) {
+	err = s.open(ctx)
+	if err != nil && cfg.Fallback && !errors.Is(err, ErrLocked) && ctx.Err() == nil {
 		err = s.openMemory(err)
 	}
 	if err != nil {
@@ -195,11 +198,11 @@ func Open(cfg Config) (*Store, error) {
 }
 
 // open opens the file, or sets it aside and begins a new one.
-func (s *Store) open() error {
+func (s *Store) open(ctx context.Context) error {
 	if err := os.MkdirAll(filepath.Dir(s.cfg.Path), 0o700); err != nil {
 		return err
 	}
-	f, err := lockFile(s.cfg.Path)
+	f, err := lockFile(ctx, s.cfg.Path)
 	if err == nil {
 		err = s.load(f)
 	}
@@ -210,7 +213,7 @@ func (s *Store) open() error {
 	if err := setAside(s.cfg.Path); err != nil {
 		return err
 	}
-	if f, err = lockFile(s.cfg.Path); err != nil {
+	if f, err = lockFile(ctx, s.cfg.Path); err != nil {
 		return err
 	}
 	s.rebuilt, s.faultErr = true, nil

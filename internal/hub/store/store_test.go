@@ -28,7 +28,7 @@ func testKey() []byte { return bytes.Repeat([]byte{7}, 32) }
 
 func TestConformance(t *testing.T) {
 	storetest.Run(t, func(t *testing.T, path string) *store.Store {
-		s, err := store.Open(store.Config{Path: path, Key: testKey()})
+		s, err := store.Open(t.Context(), store.Config{Path: path, Key: testKey()})
 		if err != nil {
 			t.Fatal(err)
 		}
