@@ -83,7 +83,21 @@ func (l *Link) Forward(w http.ResponseWriter, r *http.Request, as Credential, ke
 		return
 	}
 	defer func() { _ = resp.Body.Close() }()
+	if err := unproved(as, resp); err != nil {
+		refuse(w, r, err)
+		return
+	}
 	l.reply(w, r, resp, server, keep)
+}
+
+// unproved returns an error for an answer by which the cloud does not take the
+// hub's own certificate, as when that has expired. Whoever asked is known here,
+// and must not be told that it is not.
+func unproved(as Credential, resp *http.Response) error {
+	if as.cred != node || resp.StatusCode != http.StatusUnauthorized {
+		return nil
+	}
+	return &credentialError{errors.New("it does not take the hub's certificate; `yurtadm status` tells what to do")}
 }
 
 // reply streams resp to the client.

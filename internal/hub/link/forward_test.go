@@ -80,6 +80,37 @@ func TestForwardPassesRequestAndAnswer(t *testing.T) {
 	}
 }
 
+// TestRefusedHubIsNoRefusedCaller has the cloud take no certificate any more.
+func TestRefusedHubIsNoRefusedCaller(t *testing.T) {
+	t.Parallel()
+	ca := newAuthority(t)
+	u := newUpstream(t, ca, func(w http.ResponseWriter, r *http.Request) {
+		w.WriteHeader(http.StatusUnauthorized)
+	})
+	r := newRig(t, ca, nil, u.addr())
+	r.waitUp(t)
+	for _, tc := range []struct {
+		name string
+		as   Credential
+		code int
+	}{
+		{"node", AsNode(), http.StatusServiceUnavailable},
+		{"user", AsUser(&user.DefaultInfo{Name: "alice"}), http.StatusServiceUnavailable},
+		{"bearer", AsBearer(), http.StatusUnauthorized},
+	} {
+		w := httptest.NewRecorder()
+		r.Forward(w, newRequest(t, "/api"), tc.as, nil)
+		if w.Code != tc.code {
+			t.Errorf("%s: forwarded: %d %s, want %d", tc.name, w.Code, w.Body, tc.code)
+		}
+		w = httptest.NewRecorder()
+		err := r.Try(w, newRequest(t, "/api"), tc.as, nil, patience)
+		if (err == nil) != (tc.code == http.StatusUnauthorized) || err != nil && w.Body.Len() > 0 {
+			t.Errorf("%s: tried: %v, wrote %d %s", tc.name, err, w.Code, w.Body)
+		}
+	}
+}
+
 func TestForwardChoosesIdentity(t *testing.T) {
 	t.Parallel()
 	ca := newAuthority(t)

@@ -48,6 +48,9 @@ func (l *Link) Try(w http.ResponseWriter, r *http.Request, as Credential, keep K
 	resp, server, err := l.send(outgoing(r, as).WithContext(ctx), as.cred, short)
 	if err == nil {
 		defer func() { _ = resp.Body.Close() }()
+		if err := unproved(as, resp); err != nil {
+			return err
+		}
 		head := heads.Get().(*bytes.Buffer) //nolint:errcheck // The pool holds nothing else.
 		defer putHead(head)
 		if err = readAhead(resp, head); err != nil {
