@@ -200,11 +200,8 @@ func (h *Hub) refilter(services bool) error {
 	} else {
 		extra = got
 	}
-	if serves := h.certs.ServesPods(); serves != (next.Hub != nil) {
-		next.Hub = nil
-		if serves {
-			next.Hub = &filter.Hub{Host: h.cfg.DummyIP.String(), Port: int32(h.cfg.ProxyPort)} //nolint:gosec // a port
-		}
+	if err := h.readHub(&next); err != nil {
+		errs = append(errs, err)
 	}
 	before := h.filters.table.Load()
 	if before != nil && next.Hub == h.filters.state.Hub && next.Place == h.filters.state.Place &&
@@ -223,6 +220,32 @@ func (h *Hub) refilter(services bool) error {
 		errs = append(errs, h.replica.Refilter(c))
 	}
 	return errors.Join(errs...)
+}
+
+// readHub finds out where pods of this node reach the hub.
+func (h *Hub) readHub(s *filter.State) error {
+	if !h.certs.ServesPods() {
+		s.Hub = nil
+		return nil
+	}
+	hub := filter.Hub{Host: h.cfg.DummyIP.String(), Port: int32(h.cfg.ProxyPort)} //nolint:gosec // a port
+	held, err := h.replica.Get(request.Info{
+		Verb: "get", IsResource: true, Resource: servicesResource, Namespace: "default", Name: "kubernetes",
+	}, 0)
+	if err == nil && held.Kind.Encoding == wire.Protobuf {
+		var service corev1.Service
+		if err := service.Unmarshal(held.Data); err != nil {
+			return fmt.Errorf("read Service default/kubernetes: %w", err)
+		}
+		hub.Behind = len(service.Spec.ClusterIPs) > 0
+		for _, ip := range service.Spec.ClusterIPs {
+			hub.Behind = hub.Behind && h.certs.Names(ip)
+		}
+	}
+	if s.Hub == nil || *s.Hub != hub {
+		s.Hub = &hub
+	}
+	return nil
 }
 
 // readPlace reads where the node stands.
@@ -483,7 +506,7 @@ func (q *query) getFiltered() error {
 	case seen.Version < v:
 		return replica.ErrAhead
 	}
-	if latest {
+	if latest && !obj.Current() {
 		q.warn(seen.Contact)
 	}
 	return seen.Write(q.w, q.r, q.formats)

@@ -243,8 +243,13 @@ func (c *Certificates) GetCertificate(hello *tls.ClientHelloInfo) (*tls.Certific
 // ServesPods reports whether pods that come to the dummy address are shown a
 // certificate that they trust.
 func (c *Certificates) ServesPods() bool {
+	return c.cfg.DummyIP != nil && c.Names(c.cfg.DummyIP.String())
+}
+
+// Names reports whether the certificate that pods are shown names a host.
+func (c *Certificates) Names(host string) bool {
 	pair := c.clusterServer.Load()
-	return pair != nil && c.cfg.DummyIP != nil && pair.Leaf.VerifyHostname(c.cfg.DummyIP.String()) == nil
+	return pair != nil && pair.Leaf.VerifyHostname(host) == nil
 }
 
 func (c *Certificates) fromPod(hello *tls.ClientHelloInfo) bool {

@@ -203,3 +203,8 @@ func bytesField(num protowire.Number, value []byte) []byte {
 	out := make([]byte, 0, len(value)+8)
 	return protowire.AppendBytes(protowire.AppendTag(out, num, protowire.BytesType), value)
 }
+
+// numberField is a field with a number.
+func numberField(num protowire.Number, value uint64) []byte {
+	return protowire.AppendVarint(protowire.AppendTag(nil, num, protowire.VarintType), value)
+}

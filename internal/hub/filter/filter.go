@@ -49,7 +49,10 @@ type Filter struct {
 
 // All are the filters, in the order in which they are applied.
 func All() []*Filter {
-	return []*Filter{discardCloudService(), nodePortIsolation(), serviceTopology()}
+	return []*Filter{
+		masterService(), inClusterConfig(), serviceEnvUpdater(),
+		discardCloudService(), nodePortIsolation(), serviceTopology(), forwardKubeSvcTraffic(),
+	}
 }
 
 // Config says which filters there are.

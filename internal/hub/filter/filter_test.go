@@ -57,6 +57,7 @@ type golden struct {
 		Nodes    []string          `json:"nodes"`
 		Topology map[string]string `json:"topology"`
 		Cloud    bool              `json:"cloud"`
+		Unnamed  bool              `json:"unnamed"`
 	} `json:"state"`
 	Component string `json:"component"`
 	Resource  string `json:"resource"`
@@ -65,7 +66,7 @@ type golden struct {
 func (g golden) state() *State {
 	s := &State{Services: &Services{Topology: g.State.Topology}}
 	if g.State.Hub != "" {
-		s.Hub = &Hub{Host: g.State.Hub, Port: 10268}
+		s.Hub = &Hub{Host: g.State.Hub, Port: 10268, Behind: !g.State.Unnamed}
 	}
 	s.Place = &Place{Node: g.State.Node, Pool: g.State.Pool}
 	if g.State.Nodes != nil {
@@ -288,7 +289,7 @@ func TestTable(t *testing.T) {
 
 func FuzzShow(f *testing.F) {
 	s := golden{}.state()
-	s.Hub = &Hub{Host: "169.254.2.1", Port: 10268}
+	s.Hub = &Hub{Host: "169.254.2.1", Port: 10268, Behind: true}
 	s.Place = &Place{Node: "edge-1", Pool: "p", Nodes: map[string]struct{}{"edge-1": {}, "edge-2": {}}}
 	s.Services.Topology = map[string]string{"default/web": topologyPool, "default/db": topologyNode}
 	files, err := filepath.Glob("testdata/*/*.yaml")

@@ -31,6 +31,9 @@ func (s *State) Saw(version string) {
 type Hub struct {
 	Host string
 	Port int32
+	// Behind is set if pods that use the cluster address of default/kubernetes
+	// may find the hub behind it: its certificate names that address.
+	Behind bool
 }
 
 // Place is where the node stands.

@@ -417,3 +417,67 @@ func TestUnusedLensesGo(t *testing.T) {
 		}
 	})
 }
+
+// mark shows every pod with a label of its own.
+type mark struct{}
+
+func (mark) Version() uint64                                   { return 0 }
+func (mark) Same(_ schema.GroupVersionResource, _ Filter) bool { return true }
+
+func (mark) Show(_ schema.GroupVersionResource, _ Kind, object []byte) ([]byte, bool) {
+	pod := &corev1.Pod{}
+	if err := pod.Unmarshal(object); err != nil {
+		panic(err)
+	}
+	pod.Spec.SchedulerName = "marked"
+	out, err := pod.Marshal()
+	if err != nil {
+		panic(err)
+	}
+	return out, true
+}
+
+// TestHoldThroughAFilter: what waits for others waits for readers of a filter
+// too, in watches and lists, and they never see an object unfiltered.
+func TestHoldThroughAFilter(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		k := &keeper{}
+		b := newBed(t, func(c *Config) {
+			c.Hold = Hold{Scope: pods, After: time.Minute, Ask: k.ask}
+			c.Filter = func(string) Filter { return mark{} }
+		})
+		defer func() { b.stop() }()
+		for _, name := range []string{"a", "b"} {
+			b.cloud.put("pods", "ns", name, "here Running", nil)
+		}
+		sl := seenBy(t, b.sync(pods))
+		c := b.inform(sl)
+		synctest.Wait()
+		b.cloud.cut()
+		pass(2 * time.Minute)
+		b.cloud.remove("pods", "ns", "a")
+		b.cloud.heal()
+		pass(2 * time.Minute)
+		fresh := b.inform(sl)
+		synctest.Wait()
+		for who, has := range map[string]map[string]string{"who watched": c.has(), "who lists": fresh.has()} {
+			if len(has) != 2 {
+				t.Errorf("%s has %d pods", who, len(has))
+			}
+			for key, text := range has {
+				if !strings.Contains(text, "marked") {
+					t.Errorf("%s sees %s unfiltered", who, key)
+				}
+			}
+		}
+		k.letGo()
+		for who, client := range map[string]*client{"who watched": c, "who listed": fresh} {
+			if log := client.settled(); len(log) != 1 || !strings.HasPrefix(log[0], "DELETED ns/a@") {
+				t.Errorf("%s was told %q", who, log)
+			}
+			if len(client.has()) != 1 {
+				t.Errorf("%s has %d pods", who, len(client.has()))
+			}
+		}
+	})
+}
