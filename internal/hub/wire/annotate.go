@@ -104,17 +104,22 @@ func inMember(object []byte, name string, f func(text []byte) ([]byte, error)) (
 }
 
 // membersOf returns the members of an object, each as it is written. No text,
-// or null, has none.
+// or null, has none. Of two with one name nobody knows which counts.
 func membersOf(object []byte) (map[string]json.RawMessage, error) {
 	members := map[string]json.RawMessage{}
 	if object == nil {
 		return members, nil
 	}
-	if err := json.Unmarshal(object, &members); err != nil {
-		return nil, fmt.Errorf("%w: %w", ErrMalformed, err)
+	s := scanner{data: object}
+	err := s.object(func(key []byte) (err error) {
+		if _, twice := members[string(key)]; twice {
+			return malformed("json: member %q twice", key)
+		}
+		members[string(key)], err = s.value()
+		return err
+	})
+	if err != nil {
+		return nil, err
 	}
-	if members == nil {
-		members = map[string]json.RawMessage{}
-	}
-	return members, nil
+	return members, s.end()
 }

@@ -65,7 +65,7 @@ func TestAnnotate(t *testing.T) {
 			t.Errorf("%s: got %s, %v", text, out, err)
 		}
 	}
-	for _, broken := range [][]byte{{0x0a, 0xff}, []byte(`{"metadata":[]}`)} {
+	for _, broken := range [][]byte{{0x0a, 0xff}, []byte(`{"metadata":[]}`), []byte(`{"metadata":{},"metadata":{}}`), []byte(`{} {}`)} {
 		for _, enc := range []Encoding{JSON, Protobuf} {
 			if out, err := Annotate(enc, broken, set); err == nil {
 				t.Errorf("%s %q: got %q", enc, broken, out)
