@@ -768,7 +768,10 @@ func (s *set) finish(r *relist) (objects, gone int) {
 	slices.SortFunc(r.changes, func(a, b change) int { return cmp.Compare(a.meta.Version, b.meta.Version) })
 	newest := r.changes
 	for len(newest) > 0 && newest[0].meta.Version < r.version {
-		s.applyLocked(newest[0].typ, &newest[0].meta, newest[0].object, newest[0].meta.Version)
+		// A copy: the window keeps its metadata, and must not keep by that all
+		// objects that the list brought.
+		ch := newest[0]
+		s.applyLocked(ch.typ, &ch.meta, ch.object, ch.meta.Version)
 		newest = newest[1:]
 	}
 	// What is gone shares one version, since when exactly is not known. A
