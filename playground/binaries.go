@@ -161,6 +161,12 @@ func EnsureControlPlane(ctx context.Context, progress Progress) (Binaries, error
 	return ensure(ctx, progress, parts(v)[:1])
 }
 
+// EnsureCoreDNS is [EnsureBinaries] for those who need nothing but coredns.
+func EnsureCoreDNS(ctx context.Context, progress Progress) (Binaries, error) {
+	all := parts(Versions{ControlPlane: KubernetesVersion, Node: KubernetesVersion})
+	return ensure(ctx, progress, slices.DeleteFunc(all, func(p part) bool { return p.name != "coredns" }))
+}
+
 func ensure(ctx context.Context, progress Progress, wanted []part) (Binaries, error) {
 	root, err := checkout()
 	if err != nil {

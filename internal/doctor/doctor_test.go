@@ -16,6 +16,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"net/netip"
 	"net/url"
 	"os"
 	"os/exec"
@@ -25,6 +26,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/miekg/dns"
 	"github.com/vishvananda/netns"
 	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
@@ -588,5 +590,44 @@ func TestStatus(t *testing.T) {
 	cancel()
 	if err := <-done; err != nil {
 		t.Error(err)
+	}
+}
+
+func TestNames(t *testing.T) {
+	pc, err := net.ListenPacket("udp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := &dns.Server{PacketConn: pc, Handler: dns.HandlerFunc(func(w dns.ResponseWriter, m *dns.Msg) {
+		out := new(dns.Msg).SetReply(m)
+		switch q := m.Question[0]; {
+		case q.Name != "kubernetes.default.svc.cluster.local.":
+			out.Rcode = dns.RcodeNameError
+		case q.Qtype == dns.TypeA:
+			out.Answer = []dns.RR{&dns.A{Hdr: dns.RR_Header{Name: q.Name, Rrtype: dns.TypeA, Class: dns.ClassINET}, A: net.IPv4(10, 96, 0, 1)}}
+		}
+		_ = w.WriteMsg(out)
+	})}
+	done := make(chan error, 1)
+	go func() { done <- server.ActivateAndServe() }()
+	at := netip.MustParseAddrPort(pc.LocalAddr().String())
+	s := Settings{DummyIP: "127.0.0.1", DNS: true, DNSPort: int(at.Port()), Domain: "cluster.local"}
+	if r := s.names(t.Context()); r.Outcome != OK || !strings.Contains(r.Text, "10.96.0.1") {
+		t.Errorf("there: %+v", r)
+	}
+	s.Domain = "other.example"
+	if r := s.names(t.Context()); r.Outcome != Warn || !strings.Contains(r.Hint, "--cluster-domain") {
+		t.Errorf("another domain: %+v", r)
+	}
+	if err := pc.Close(); err != nil {
+		t.Fatal(err)
+	}
+	<-done
+	if r := s.names(t.Context()); r.Outcome != Warn || !strings.Contains(r.Hint, "port 53") {
+		t.Errorf("nobody answers: %+v", r)
+	}
+	s.DNS = false
+	if r := s.names(t.Context()); r.Outcome != OK {
+		t.Errorf("turned off: %+v", r)
 	}
 }

@@ -44,6 +44,7 @@ func (s *Settings) local() []check {
 		{"address", []string{"unit"}, time.Second, s.address},
 		{"certificate", nil, time.Second, s.certificate},
 		{"hub", []string{"unit", "ports"}, 3 * time.Second, s.hub},
+		{"names", []string{"hub", "address"}, 3 * time.Second, s.names},
 		{"kubelet", nil, 2 * time.Second, s.kubelet},
 	}
 }

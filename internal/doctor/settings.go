@@ -27,6 +27,9 @@ type Settings struct {
 	Proxy   int    // its ports
 	Health  int
 	DummyIP string // empty: pods do not reach the hub
+	DNS     bool   // it answers names
+	DNSPort int
+	Domain  string // the cluster's
 
 	// Unit is the hub's, empty where systemd does not run it. State is what
 	// systemd says of it.
@@ -94,6 +97,9 @@ func (s *Settings) parse(args []string) {
 	fs.StringVar(&s.DummyIP, "dummy-if-ip", "169.254.2.1", "")
 	fs.BoolVar(&dummy, "enable-dummy-if", true, "")
 	fs.StringVar(&bootstrap, "bootstrap-file", "", "")
+	fs.BoolVar(&s.DNS, "enable-dns", true, "")
+	fs.IntVar(&s.DNSPort, "dns-port", 53, "")
+	fs.StringVar(&s.Domain, "cluster-domain", "cluster.local", "")
 	_ = fs.Parse(args) // what cannot be read stays a default
 	if !dummy {
 		s.DummyIP = ""

@@ -35,6 +35,7 @@ type Flags struct {
 	gentle                                GentleConfig
 	filters                               filterFlags
 	keys                                  keyFlags
+	dns                                   dnsFlags
 }
 
 // Add registers the flags.
@@ -69,6 +70,7 @@ func (f *Flags) Add(fs *pflag.FlagSet) {
 	fs.DurationVar(&f.gentle.Most, "gentle-most", 3*time.Minute, "how long any of them goes on at most")
 	f.filters.add(fs)
 	f.keys.add(fs)
+	f.dns.add(fs)
 	fs.StringVar(&f.runDir, "run-dir", report.DefaultRunDir, "directory of the socket on which yurtadm status asks; empty for none")
 	fs.BoolVar(&f.conditions, "node-conditions", true, "keep conditions of the hub on this Node; false takes them away")
 	fs.BoolVar(&f.profiling, "profiling", false, "serve /debug/pprof to callers who may get it")
@@ -134,6 +136,9 @@ func (f *Flags) others(cfg *Config) (err error) {
 	if cfg.Keys, err = f.keys.config(); err != nil {
 		return err
 	}
+	if cfg.DNS, err = f.dns.config(cfg.DummyIP); err != nil {
+		return err
+	}
 	cfg.Filters, err = f.filters.config()
 	return err
 }
@@ -163,15 +168,21 @@ func (f *Flags) listeners(cfg *Config) error {
 	if !f.dummy || f.dummyIP == "" {
 		return nil
 	}
-	ip := net.ParseIP(f.dummyIP)
+	var err error
+	cfg.DummyIP, err = unroutable("--dummy-if-ip", f.dummyIP)
+	return err
+}
+
+// unroutable reads an address that other hosts cannot reach.
+func unroutable(flag, text string) (net.IP, error) {
+	ip := net.ParseIP(text)
 	switch {
 	case ip == nil:
-		return fmt.Errorf("--dummy-if-ip %q is not an IP address", f.dummyIP)
+		return nil, fmt.Errorf("%s %q is not an IP address", flag, text)
 	case ip.IsLinkLocalUnicast(), ip.IsLoopback(), ip.To4() == nil && ip.IsPrivate():
-		cfg.DummyIP = ip
-		return nil
+		return ip, nil
 	}
-	return fmt.Errorf("--dummy-if-ip %q could be reached from other hosts: give a link-local address, as 169.254.2.1, or for IPv6 a unique local one", f.dummyIP)
+	return nil, fmt.Errorf("%s %q could be reached from other hosts: give a link-local address, as 169.254.2.1, or for IPv6 a unique local one", flag, text)
 }
 
 func parseIPs(flag string, texts []string) ([]net.IP, error) {

@@ -36,6 +36,7 @@ import (
 	"github.com/yurt-edge/yurt/internal/hub/journal"
 	"github.com/yurt-edge/yurt/internal/hub/keyring"
 	"github.com/yurt-edge/yurt/internal/hub/link"
+	"github.com/yurt-edge/yurt/internal/hub/nameserver"
 	"github.com/yurt-edge/yurt/internal/hub/pool"
 	"github.com/yurt-edge/yurt/internal/hub/replica"
 	"github.com/yurt-edge/yurt/internal/hub/store"
@@ -119,6 +120,7 @@ type Config struct {
 	Conditions bool
 	Gentle     GentleConfig
 	Filters    FilterConfig
+	DNS        DNSConfig
 
 	// Time reads the machine's clocks; nil but in tests.
 	Time clock.Source
@@ -159,6 +161,9 @@ type Hub struct {
 
 	gate     *gentle.Gate
 	poolSize atomic.Int64 // nodes of the pool
+
+	dns *nameserver.Server // nil: no DNS is answered
+	api *inside            // by which it asks the hub
 
 	about      self
 	conditions *condition.Writer
@@ -203,7 +208,7 @@ func Run(ctx context.Context, cfg Config) error {
 		h.reask, h.awaitDisk, h.beat, h.keepFilters,
 		h.certified(h.replica.Run), h.certified(h.journal.Run), h.certified(h.authn.Run), h.certified(h.follow),
 		h.certified(h.prefetch), h.certified(h.conditions.Run), h.certified(h.pool.Run), h.certified(h.keepPool), h.certified(h.vouch.Run),
-		h.gate.Run,
+		h.gate.Run, h.runDNS,
 		daemon.Watchdog(h.log, h.alive),
 	}
 	for _, s := range servers {
@@ -361,6 +366,7 @@ func (h *Hub) build() error {
 	h.about.link = h.link.State()
 	h.about.born = h.about.link.Since
 	h.conditions = h.newConditions()
+	h.newDNS()
 	return nil
 }
 

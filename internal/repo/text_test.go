@@ -206,7 +206,7 @@ func TestHubUnit(t *testing.T) {
 	unit := read(t, "deploy/systemd/yurthub.service")
 	for _, want := range []string{
 		"Type=notify", "Restart=always", "StartLimitIntervalSec=0", "OOMScoreAdjust=-999", "MemoryMax=",
-		"ProtectSystem=strict", "NoNewPrivileges=yes", "CapabilityBoundingSet=CAP_NET_ADMIN\n",
+		"ProtectSystem=strict", "NoNewPrivileges=yes", "CapabilityBoundingSet=CAP_NET_ADMIN CAP_NET_BIND_SERVICE\n",
 	} {
 		if !strings.Contains(unit, want) {
 			t.Errorf("yurthub.service lacks %s", want)
