@@ -30,7 +30,11 @@ import (
 // choose: the serial of the zone and the weights of SRV.
 func answered(m *dns.Msg) string {
 	lines := []string{dns.RcodeToString[m.Rcode]}
-	for name, section := range map[string][]dns.RR{"answer": m.Answer, "ns": m.Ns, "extra": m.Extra} {
+	ns := m.Ns
+	if len(m.Answer) > 0 {
+		ns = nil // why there is no more of it may be said or not
+	}
+	for name, section := range map[string][]dns.RR{"answer": m.Answer, "ns": ns, "extra": m.Extra} {
 		for _, rr := range section {
 			switch rr := rr.(type) {
 			case *dns.SOA:
