@@ -311,6 +311,15 @@ func TestDNSAnswersAsCoreDNS(t *testing.T) {
 					return fmt.Errorf("%s is not known", name)
 				}
 			}
+			for _, name := range []string{"web", "one"} { // a hub that was there before knows older ones
+				out, err := ask(ctx, server, ip(name), dns.TypePTR)
+				if err != nil {
+					return err
+				}
+				if len(out.Answer) == 0 {
+					return fmt.Errorf("the address of %s is not known", name)
+				}
+			}
 			return nil
 		})
 	}

@@ -46,27 +46,24 @@ func newMetrics(reg prometheus.Registerer, s *Server) *metrics {
 			Name: "node_yurthub_dns_panics_total", Help: "Questions that failed by a fault of the hub.",
 		}),
 	}
-	gauge := func(name, help string, value func() float64) prometheus.Collector {
-		return prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, value)
-	}
 	reg.MustRegister(
 		m.queries, m.duration, m.refused, m.cache, m.failures, m.panics,
-		gauge("node_yurthub_dns_listening", "Addresses at which DNS is answered.", func() float64 { return float64(s.listening.Load()) }),
-		gauge("node_yurthub_dns_synced", "1 once the names of the cluster are known.", func() float64 {
+		prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "node_yurthub_dns_listening", Help: "Addresses at which DNS is answered."}, func() float64 { return float64(s.listening.Load()) }),
+		prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "node_yurthub_dns_synced", Help: "1 once the names of the cluster are known."}, func() float64 {
 			if s.isSynced() {
 				return 1
 			}
 			return 0
 		}),
-		gauge("node_yurthub_dns_services", "Services that can be found by name.", func() float64 {
+		prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "node_yurthub_dns_services", Help: "Services that can be found by name."}, func() float64 {
 			n, _ := s.index.size()
 			return float64(n)
 		}),
-		gauge("node_yurthub_dns_cache_bytes", "Size of what is kept of other servers' answers.", func() float64 {
+		prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "node_yurthub_dns_cache_bytes", Help: "Size of what is kept of other servers' answers."}, func() float64 {
 			_, n := s.forward.cache.size()
 			return float64(n)
 		}),
-		gauge("node_yurthub_dns_upstreams_down", "Name servers of the node that do not answer.", func() float64 {
+		prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "node_yurthub_dns_upstreams_down", Help: "Name servers of the node that do not answer."}, func() float64 {
 			n := 0.0
 			for _, u := range s.forward.list() {
 				if u.down() {

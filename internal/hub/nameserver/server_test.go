@@ -286,7 +286,7 @@ func FuzzMessage(f *testing.F) {
 		}
 		packed, err := w.out.Pack()
 		if err != nil {
-			t.Skip() // a name of the question that cannot be written again
+			return // a name of the question that cannot be written again
 		}
 		if most := 1232; udp && len(packed) > most {
 			t.Errorf("%d bytes by UDP", len(packed))
