@@ -180,6 +180,7 @@ func params(dir string, vars map[string]string) testscript.Params {
 			"reaches":     simple(2, reaches),
 			"signal":      simple(3, signal),
 			"podasks":     simple(3, podAsks),
+			"inside":      simple(4, inside),
 			"tokenis":     simple(3, tokenIs),
 			"accountasks": simple(3, accountAsks),
 			"settled":     simple(1, settled),

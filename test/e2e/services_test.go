@@ -179,3 +179,21 @@ func tokenIs(ctx context.Context, args []string) (string, error) {
 		return err
 	})
 }
+
+// inside MACHINE POD URL WANT: from within the pod, with its own variables,
+// token and authority, the URL gives that at last: the beginning of status,
+// address and port.
+func inside(ctx context.Context, args []string) (string, error) {
+	script := `P=$(for p in $(pgrep -x web); do tr '\0' '\n' </proc/$p/environ | grep -qx HOSTNAME=` + args[1] + ` && echo $p; done)
+export $(tr '\0' '\n' </proc/$P/environ | grep ^KUBERNETES_SERVICE_)
+R=/proc/$P/root/var/run/secrets/kubernetes.io/serviceaccount
+echo "Authorization: Bearer $(cat $R/token)" | nsenter -t $P -n curl -sS --max-time 5 -o /dev/null -H @- --cacert $R/ca.crt \
+  -w '%{http_code} %{remote_ip} %{remote_port}' "` + args[2] + `"`
+	return "", poll(ctx, func() error {
+		out, err := lab.Exec(ctx, args[0], "sh", "-c", script)
+		if err == nil && !strings.HasPrefix(out, args[3]) {
+			err = fmt.Errorf("%s gives %q, not %q", args[2], out, args[3])
+		}
+		return err
+	})
+}
