@@ -469,11 +469,20 @@ func (b *bench) sharedUplink(ctx context.Context) error {
 // poolOf starts a pool of n machines that have nothing yet, and returns the
 // bytes on its uplink until all have all, and while every slice changes.
 func (b *bench) poolOf(ctx context.Context, n int, w *writer) (start, changes float64, err error) {
+	others, err := b.apiServer(ctx)
+	if err != nil {
+		return 0, 0, err
+	}
 	f, err := b.startFleet(ctx, 1, n, b.scale.slices, true)
 	if err != nil {
 		return 0, 0, err
 	}
 	defer f.close()
+	// Who took the cloud at its start takes the changes from there too, until
+	// it has come back to a leader.
+	if err := f.settle(ctx, others.shared+streamsPerLeader); err != nil {
+		return 0, 0, err
+	}
 	if err := f.calm(ctx); err != nil {
 		return 0, 0, err
 	}

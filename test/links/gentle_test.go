@@ -121,8 +121,18 @@ func testReturn(t *testing.T, node, after string, gentle bool) {
 
 	var last time.Duration
 	seen := map[types.UID]bool{}
+	again := &restarted{}
 	for i := range count {
 		pod := next(t, w, seen)
+		if again.alive[pod.Name] {
+			other := next(t, again.watch, again.seen)
+			for !again.alive[other.Name] { // it may be told twice of who was gone
+				other = next(t, again.watch, again.seen)
+			}
+			if other.Name != pod.Name {
+				t.Fatalf("who has listed meanwhile is told of %s, not of %s", other.Name, pod.Name)
+			}
+		}
 		if want := fmt.Sprintf("%s-%d", node, i); pod.Name != want {
 			t.Fatalf("%s ends, want %s", pod.Name, want)
 		}
@@ -145,8 +155,45 @@ func testReturn(t *testing.T, node, after string, gentle bool) {
 		if turn := time.Duration(i-free+1) * time.Second; last < turn {
 			t.Errorf("%s ends %s after the return, its turn is after %s", pod.Name, last, turn)
 		}
+		if i == free-1 {
+			again = listAnew(t, kubelet, node)
+			final := fmt.Sprintf("%s-%d", node, count-1)
+			if took := time.Since(healed); took < (count-free)*time.Second && !again.alive[final] {
+				t.Errorf("who lists %s after the return does not see %s, which has not ended", took, final)
+			}
+		}
 	}
 	t.Logf("the last ended %s after the return", last.Round(time.Millisecond))
+}
+
+// restarted is a kubelet that begins anew while pods wait to end.
+type restarted struct {
+	watch watch.Interface
+	alive map[string]bool
+	seen  map[types.UID]bool
+}
+
+func listAnew(t *testing.T, kubelet *kubernetes.Clientset, node string) *restarted {
+	t.Helper()
+	own := metav1.ListOptions{FieldSelector: "spec.nodeName=" + node, ResourceVersion: "0"}
+	l, err := kubelet.CoreV1().Pods("").List(t.Context(), own)
+	if err != nil {
+		t.Fatal(err)
+	}
+	out := &restarted{alive: map[string]bool{}, seen: map[types.UID]bool{}}
+	for i := range l.Items {
+		if pod := &l.Items[i]; pod.DeletionTimestamp == nil {
+			out.alive[pod.Name] = true
+		} else {
+			out.seen[pod.UID] = true
+		}
+	}
+	own.ResourceVersion = l.ResourceVersion
+	if out.watch, err = kubelet.CoreV1().Pods("").Watch(t.Context(), own); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(out.watch.Stop)
+	return out
 }
 
 // next returns the next pod whose end the watch tells of first.
