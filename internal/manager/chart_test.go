@@ -277,7 +277,7 @@ func TestSelected(t *testing.T) {
 		{"-pod-binding-controller,*", len(parts) - 1, ""},
 		{"-nodelifecycle,*", len(parts) - 1, ""},
 		{"-node-life-cycle-controller,-delegatelease,*", len(parts) - 2, ""},
-		{"*,yurtmagic", 0, `"yurtmagic"; there are csrapprover, delegatelease, hubleader, hubleaderconfig, hubleaderrbac, nodebucket, nodelifecycle, nodepool, podbinding`},
+		{"*,yurtmagic", 0, `"yurtmagic"; there are csrapprover, delegatelease, hubleader, hubleaderconfig, hubleaderrbac, loadbalancerset, nodebucket, nodelifecycle, nodepool, podbinding`},
 		{"-yurtmagic,*", 0, "yurtmagic"},
 	} {
 		got, err := selected(strings.Split(tc.names, ","))

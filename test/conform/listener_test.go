@@ -44,6 +44,7 @@ type fullHub struct {
 	plain string // URL of the plain listener
 	pods  string // URL of the listener for pods
 	peers string // URL of the listener for the pool's hubs
+	dns   string // address of the listeners for DNS
 }
 
 func newFullHub(t *testing.T, node string) *fullHub {
@@ -56,16 +57,17 @@ func newFullHub(t *testing.T, node string) *fullHub {
 		}
 		return strconv.Itoa(ports[0])
 	}
-	plain, peers := free("127.0.0.1"), free(peerAddress)
+	plain, peers, dns := free("127.0.0.1"), free(peerAddress), free(podAddress)
 	hub, link := busy.hub(t, node,
 		"--enable-dummy-if", "--dummy-if-ip="+podAddress,
 		"--insecure-loopback", "--proxy-port="+plain,
-		"--node-ip="+peerAddress, "--multiplexer-port="+peers)
+		"--node-ip="+peerAddress, "--multiplexer-port="+peers, "--dns-port="+dns)
 	return &fullHub{
 		Hub: hub, link: link,
 		plain: "http://127.0.0.1:" + plain,
 		pods:  strings.Replace(hub.URL, "127.0.0.1", podAddress, 1),
 		peers: "https://" + net.JoinHostPort(peerAddress, peers),
+		dns:   net.JoinHostPort(podAddress, dns),
 	}
 }
 
@@ -178,7 +180,9 @@ func TestListeners(t *testing.T) {
 		return "tcp " + u.Host
 	}
 	full := newFullHub(t, "edge-listen")
-	all := []string{host(full.URL), host(full.pods), host(full.Health), host(full.plain)}
+	all := []string{
+		host(full.URL), host(full.pods), host(full.Health), host(full.plain), "tcp " + full.dns, "udp " + full.dns,
+	}
 	busy.node(t, full.Node)
 	for _, c := range []struct {
 		name   string
@@ -203,9 +207,12 @@ func TestListeners(t *testing.T) {
 			}
 		}
 		slices.Sort(c.want)
-		if got := listening(t, c.pid); !slices.Equal(got, c.want) {
-			t.Errorf("%s: the hub listens at %q, want %q", c.name, got, c.want)
-		}
+		mustAwait(t, func(context.Context) error {
+			if got := listening(t, c.pid); !slices.Equal(got, c.want) {
+				return fmt.Errorf("%s: the hub listens at %q, want %q", c.name, got, c.want)
+			}
+			return nil
+		})
 		for _, at := range listening(t, c.pid) {
 			if addr := netip.MustParseAddrPort(strings.Fields(at)[1]); !addr.Addr().IsLoopback() {
 				t.Errorf("%s: %s can be reached from elsewhere", c.name, at)

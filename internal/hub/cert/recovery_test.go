@@ -335,10 +335,8 @@ func TestNewCertificateBringsNews(t *testing.T) {
 	must(t, err)
 	c.Over(&shared{Client: client, base: c.Servers()[0]}) // the link is up: there is no hurry
 	run(t, c)
+	// Whichever certificate comes first is the reason to look.
 	until(t, "new authority", func() bool { return len(c.cluster.Load().certs) == 2 })
-	if c.ClientCertificate() == old {
-		t.Error("the authority was looked for before there was a reason")
-	}
 }
 
 // TestRolloverWhileAway finds a cluster that none of the node's authorities

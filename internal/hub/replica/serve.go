@@ -580,10 +580,12 @@ type watchStart struct {
 	view  *view  // what is sent as ADDED first; nil when nothing is
 	mark  bool   // a bookmark ends the initial events
 	seq   uint64
-	after uint64   // events at or below this version are not sent
-	shown []*event // overlays, which have no version of their own
-	at    uint64   // the version of what it begins with
-	owed  []*kept  // what is shown as it was before a change that is held
+	after uint64 // events at or below this version are not sent
+	// due is set for a client that comes back: the overlays, which have no
+	// version of their own, are to be shown to it.
+	due  bool
+	at   uint64  // the version of what it begins with
+	owed []*kept // what is shown as it was before a change that is held
 	// ahead is set for a client that has seen more than the set holds: it was
 	// served by a hub that died before that was on disk. What the set overlays
 	// may be gone by then, and is shown once the set is where the client is.
@@ -704,9 +706,7 @@ func (sl *Slice) resumeLocked(version uint64) (watchStart, error) {
 	if !sl.base {
 		start.owed = s.owedLocked(version, sl.lens != nil)
 	}
-	if !start.ahead && !sl.base && sl.lens == nil {
-		start.shown = s.unheldLocked(s.overlaidLocked(), seq)
-	}
+	start.due = !start.ahead && !sl.base && sl.lens == nil
 	return start, nil
 }
 
@@ -735,6 +735,7 @@ type watcher struct {
 	out       *writer
 	bookmarks bool
 	ahead     bool    // see watchStart
+	due       bool    // see watchStart
 	owed      []*kept // see watchStart
 	scratch   []byte
 	tables    int // tables sent: only the first names its columns
@@ -757,9 +758,6 @@ func (w *watcher) initial(ctx context.Context, start watchStart) error {
 				return err
 			}
 		}
-	}
-	if err := w.overlay(start.shown); err != nil {
-		return err
 	}
 	return w.out.flush()
 }
@@ -864,7 +862,7 @@ func (w *watcher) changes(events []*event, after uint64) (told uint64, again boo
 
 func (w *watcher) follow(ctx context.Context, start watchStart, end <-chan time.Time) error {
 	seq, told := start.seq, start.after
-	w.ahead = start.ahead
+	w.ahead, w.due = start.ahead, start.due
 	bookmarks := time.NewTicker(bookmarkEvery - rand.N(bookmarkEvery/4))
 	defer bookmarks.Stop()
 	for {
@@ -950,8 +948,8 @@ func (w *watcher) pay(version uint64) (more <-chan struct{}, err error) {
 	return more, nil
 }
 
-// next returns the events from seq on, the overlays for a client that is no
-// longer ahead then, the version that this leads to, and channels that are
+// next returns the events from seq on, the overlays that the client is to be
+// shown after them, the version that this leads to, and channels that are
 // closed when there are more, or when the next may be seen. It reports false
 // when the watcher cannot go on.
 func (w *watcher) next(seq uint64, start watchStart) (
@@ -980,7 +978,12 @@ func (w *watcher) next(seq uint64, start watchStart) (
 	}
 	events = slices.Clone(events)
 	history.trim()
-	if w.ahead && held == nil && version >= start.after && !w.slice.base {
+	switch {
+	case w.due:
+		// After the events before them: an overlay has the version of the
+		// object beneath, and who comes back with that has missed nothing.
+		shown, w.due = s.unheldLocked(s.overlaidLocked(), seq), false
+	case w.ahead && held == nil && version >= start.after && !w.slice.base:
 		shown = s.overlaidLocked()
 	}
 	return events, shown, version, s.changed, held, ok
