@@ -42,10 +42,10 @@ const (
 	MaxKept = Turns * MaxCarried
 	// Turns is in how many of them.
 	Turns = 3
-	// MaxSize bounds one heartbeat as JSON, certificates included, and MaxText
-	// as many of them as one renewal carries. The API server takes 256 KiB of
-	// annotations.
+	// MaxSize bounds one heartbeat as JSON, certificates included.
 	MaxSize = 6 << 10
+	// MaxText bounds as many of them as one renewal carries. The API server
+	// takes 256 KiB of annotations.
 	MaxText = MaxCarried*(MaxSize+1) + 1
 	// maxChain bounds the authorities between a node's certificate and a root.
 	maxChain = 3
