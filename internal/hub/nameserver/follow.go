@@ -25,8 +25,11 @@ const (
 	// userAgent makes the name server the component "coredns" to whatever
 	// tells components apart: it sees what a CoreDNS on this node would.
 	userAgent = "coredns/yurthub"
-	// followAgain is how long after the end of a watch the next one begins.
+	// followAgain is how long after the end of a watch the next one begins. It
+	// doubles up to followLast while watches end before that: the hub may have
+	// asked the cloud for each of them.
 	followAgain = 200 * time.Millisecond
+	followLast  = 10 * time.Second
 	maxFrame    = 4 << 20 // etcd's own limit is less
 )
 
@@ -85,18 +88,23 @@ var (
 // follow keeps the index at what the API says of the resource, until ctx ends.
 // It calls synced whenever the index holds all of it.
 func (s *Server) follow(ctx context.Context, r resource, synced func()) error {
-	version := ""
+	version, again := "", followAgain
 	for {
+		began := time.Now()
 		err := s.survive(func() error { return s.watch(ctx, r, &version, synced) })
 		if errors.Is(err, errExpired) {
 			version = ""
 		}
 		s.cfg.Log.Debug("watch ended", "path", r.path, "err", err)
+		if time.Since(began) >= followLast {
+			again = followAgain
+		}
 		select {
 		case <-ctx.Done():
 			return nil
-		case <-time.After(followAgain):
+		case <-time.After(again):
 		}
+		again = min(2*again, followLast)
 	}
 }
 
