@@ -17,4 +17,8 @@ const (
 	// AggregatedPrefix begins the keys of labels and annotations of a Service
 	// that are gathered from its PoolServices.
 	AggregatedPrefix = "aggregated."
+	// AccessFiltersAnnotation on a Node is what its hub tells of the
+	// AccessFilters that select it: an object of v1alpha1.AccessFilterReport
+	// in JSON, by the filters' names. Without any filter it is not there.
+	AccessFiltersAnnotation = "network.openyurt.io/accessfilters"
 )

@@ -11,7 +11,7 @@ var GroupVersion = schema.GroupVersion{Group: "network.openyurt.io", Version: "v
 
 // AddToScheme adds the types of this package to a scheme.
 func AddToScheme(s *runtime.Scheme) error {
-	s.AddKnownTypes(GroupVersion, &PoolService{}, &PoolServiceList{})
+	s.AddKnownTypes(GroupVersion, &PoolService{}, &PoolServiceList{}, &AccessFilter{}, &AccessFilterList{})
 	metav1.AddToGroupVersion(s, GroupVersion)
 	return nil
 }
