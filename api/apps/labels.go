@@ -54,6 +54,18 @@ const (
 	// condition Ready became Unknown, at the time that is the value.
 	Dead = "node.openyurt.io/dead"
 
+	// TopologyKeys on a Service keeps its traffic near; the values follow.
+	TopologyKeys = "openyurt.io/topologyKeys"
+	// TopologyNode keeps it on the node.
+	TopologyNode = "kubernetes.io/hostname"
+	// TopologyPool keeps it in the pool.
+	TopologyPool = "openyurt.io/nodepool"
+	// TopologyZone is another word for the pool.
+	TopologyZone = "kubernetes.io/zone"
+	// UpdateTrigger on an EndpointSlice changes when hubs of OpenYurt are to
+	// look at it again.
+	UpdateTrigger = "openyurt.io/update-trigger"
+
 	// LeaderConfigPrefix begins the names of the ConfigMaps that tell hubs of
 	// their pool's leaders; the pool's name follows.
 	LeaderConfigPrefix = "leader-hub-"

@@ -19,6 +19,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime/schema"
 
+	"github.com/yurt-edge/yurt/api/apps"
 	"github.com/yurt-edge/yurt/api/apps/v1alpha1"
 	"github.com/yurt-edge/yurt/api/apps/v1beta2"
 	"github.com/yurt-edge/yurt/internal/httpx"
@@ -350,7 +351,7 @@ func (h *Hub) readServices(s *filter.State) error {
 		if err != nil || newest[key] >= meta.Version {
 			return err
 		}
-		value, err := filter.Object{Resource: servicesResource, Encoding: k.Encoding, Data: data}.Annotation(filter.TopologyKeys)
+		value, err := filter.Object{Resource: servicesResource, Encoding: k.Encoding, Data: data}.Annotation(apps.TopologyKeys)
 		if err != nil {
 			return err
 		}

@@ -3,6 +3,7 @@ package manager
 import (
 	coordinationv1 "k8s.io/api/coordination/v1"
 	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
 	apiextensionsv1 "k8s.io/apiextensions-apiserver/pkg/apis/apiextensions/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -36,12 +37,14 @@ func newScheme() *runtime.Scheme {
 	return s
 }
 
-// readRules are what the caches read everywhere; readIn what they read in the
-// working namespace. They say what cacheOptions does.
+// readRules are what the caches read everywhere, and the EndpointSlices that
+// servicetopology reads past them; readIn what they read in the working
+// namespace. They say what cacheOptions does.
 var (
 	readRules = []rbacv1.PolicyRule{
 		{APIGroups: []string{""}, Resources: []string{"nodes", "pods", "services"}, Verbs: []string{"list", "watch"}},
 		{APIGroups: []string{"apps.openyurt.io"}, Resources: []string{"nodepools", "nodebuckets"}, Verbs: []string{"list", "watch"}},
+		{APIGroups: []string{discoveryv1.GroupName}, Resources: []string{"endpointslices"}, Verbs: []string{"list"}},
 		{APIGroups: []string{"network.openyurt.io"}, Resources: []string{"poolservices"}, Verbs: []string{"list", "watch"}},
 		{APIGroups: []string{"certificates.k8s.io"}, Resources: []string{"certificatesigningrequests"}, Verbs: []string{"list", "watch"}},
 		{

@@ -18,6 +18,7 @@ import (
 	"github.com/yurt-edge/yurt/internal/manager/nodebucket"
 	"github.com/yurt-edge/yurt/internal/manager/nodepool"
 	"github.com/yurt-edge/yurt/internal/manager/podbinding"
+	"github.com/yurt-edge/yurt/internal/manager/servicetopology"
 	"github.com/yurt-edge/yurt/internal/manager/vouch"
 	"github.com/yurt-edge/yurt/internal/manager/webhookcert"
 )
@@ -93,6 +94,10 @@ var parts = []part{
 	{
 		name: "pod-binding-controller", alias: "podbinding", rules: podbinding.Rules,
 		setup: func(s *site) error { return podbinding.Setup(s.mgr, s.write, s.options) },
+	},
+	{
+		name: "service-topology-endpointslice-controller", alias: "servicetopologyendpointslices", rules: servicetopology.Rules,
+		setup: func(s *site) error { return servicetopology.Setup(s.mgr, s.write, s.options) },
 	},
 }
 

@@ -16,6 +16,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime/schema"
 
+	"github.com/yurt-edge/yurt/api/apps"
 	"github.com/yurt-edge/yurt/internal/hub/replica"
 	"github.com/yurt-edge/yurt/internal/hub/request"
 	"github.com/yurt-edge/yurt/internal/hub/store"
@@ -61,7 +62,7 @@ func replicaOf(tb testing.TB, slices int) *replica.Replica {
 	ready, name, port := true, "http", int32(8080)
 	for i := range slices {
 		service := fmt.Sprintf("service-%05d", i)
-		s.Services.Topology["bench/"+service] = topologyPool
+		s.Services.Topology["bench/"+service] = apps.TopologyPool
 		slice := discoveryv1.EndpointSlice{
 			ObjectMeta: metav1.ObjectMeta{
 				Namespace: "bench", Name: service + "-x", UID: "u", ResourceVersion: fmt.Sprint(i + 1),

@@ -18,6 +18,7 @@ import (
 	"k8s.io/apimachinery/pkg/runtime/schema"
 	"sigs.k8s.io/yaml"
 
+	"github.com/yurt-edge/yurt/api/apps"
 	"github.com/yurt-edge/yurt/internal/hub/replica"
 	"github.com/yurt-edge/yurt/internal/hub/wire"
 )
@@ -291,7 +292,7 @@ func FuzzShow(f *testing.F) {
 	s := golden{}.state()
 	s.Hub = &Hub{Host: "169.254.2.1", Port: 10268, Behind: true}
 	s.Place = &Place{Node: "edge-1", Pool: "p", Nodes: map[string]struct{}{"edge-1": {}, "edge-2": {}}}
-	s.Services.Topology = map[string]string{"default/web": topologyPool, "default/db": topologyNode}
+	s.Services.Topology = map[string]string{"default/web": apps.TopologyPool, "default/db": apps.TopologyNode}
 	files, err := filepath.Glob("testdata/*/*.yaml")
 	if err != nil {
 		f.Fatal(err)

@@ -6,17 +6,8 @@ import (
 	discoveryv1 "k8s.io/api/discovery/v1"
 	"k8s.io/apimachinery/pkg/runtime/schema"
 
+	"github.com/yurt-edge/yurt/api/apps"
 	"github.com/yurt-edge/yurt/internal/hub/wire"
-)
-
-// TopologyKeys is the annotation by which a Service keeps its traffic near, and
-// its values.
-const (
-	TopologyKeys = "openyurt.io/topologyKeys"
-
-	topologyNode = "kubernetes.io/hostname"
-	topologyPool = "openyurt.io/nodepool"
-	topologyZone = "kubernetes.io/zone" // a pool, as in OpenYurt
 )
 
 // serviceTopology shows of a Service with openyurt.io/topologyKeys the
@@ -62,9 +53,9 @@ func (s *State) near(topology string) func(node []byte) bool {
 	p := s.Place
 	alone := func(node []byte) bool { return string(node) == p.Node }
 	switch topology {
-	case topologyNode:
+	case apps.TopologyNode:
 		return alone
-	case topologyPool, topologyZone:
+	case apps.TopologyPool, apps.TopologyZone:
 		switch {
 		case p.Pool == "":
 			return alone
