@@ -5,13 +5,10 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
-	"encoding/json"
 	"encoding/pem"
 	"errors"
 	"fmt"
 	"net"
-	"net/http"
-	"net/url"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -281,7 +278,7 @@ func (s *Settings) certificate(context.Context) Result {
 
 // hub asks the hub itself.
 func (s *Settings) hub(ctx context.Context) Result {
-	r, err := s.Ask(ctx)
+	r, err := report.Ask(ctx, s.RunDir)
 	if err != nil {
 		return fail("the hub does not answer: %v", err).so("its log may say why", "journalctl -u yurthub -n 50")
 	}
@@ -298,37 +295,6 @@ func (s *Settings) hub(ctx context.Context) Result {
 		return warn("the hub is offline since %s: %s", stamp(r.Since), r.Reason).so("the hop that fails is below", "")
 	}
 	return ok("online since %s", stamp(r.Since))
-}
-
-// Ask reads the hub's report from its socket.
-func (s *Settings) Ask(ctx context.Context) (*report.Report, error) {
-	client := &http.Client{Transport: &http.Transport{
-		DisableKeepAlives: true,
-		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			var d net.Dialer
-			return d.DialContext(ctx, "unix", filepath.Join(s.RunDir, report.SocketName))
-		},
-	}}
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://hub"+report.StatusPath, nil)
-	if err != nil {
-		return nil, err
-	}
-	resp, err := client.Do(req)
-	if wrapped, is := errors.AsType[*url.Error](err); is {
-		err = wrapped.Err // its URL is no address
-	}
-	if err != nil {
-		return nil, err
-	}
-	defer resp.Body.Close()
-	if resp.StatusCode != http.StatusOK {
-		return nil, fmt.Errorf("it answered %s", resp.Status)
-	}
-	out := &report.Report{}
-	if err := json.NewDecoder(resp.Body).Decode(out); err != nil {
-		return nil, fmt.Errorf("read its answer: %w", err)
-	}
-	return out, nil
 }
 
 // kubelet sees whether the kubelet asks the hub and can trust it.

@@ -59,7 +59,7 @@ func (o *overrides) ask(cmd *cobra.Command) (*report.Report, error) {
 	}
 	ctx, cancel := context.WithTimeout(cmd.Context(), askBudget)
 	defer cancel()
-	r, err := s.Ask(ctx)
+	r, err := report.Ask(ctx, s.RunDir)
 	if err == nil {
 		return r, nil
 	}

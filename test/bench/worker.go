@@ -7,7 +7,6 @@ import (
 	"io"
 	"log/slog"
 	"net"
-	"net/http"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -140,25 +139,10 @@ func (w *worker) runHub(ctx context.Context, m *member, started func()) error {
 // await returns once the hub holds all EndpointSlices, by its own word. To ask
 // for them would make it fetch them.
 func (w *worker) await(ctx context.Context, m *member) error {
-	client := http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{
-		DisableKeepAlives: true,
-		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return new(net.Dialer).DialContext(ctx, "unix", filepath.Join(m.Dir, hubreport.SocketName))
-		},
-	}}
 	return until(ctx, readyBudget, readyPoll, func() (bool, error) {
-		req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://hub"+hubreport.StatusPath, nil)
+		state, err := hubreport.Ask(ctx, m.Dir)
 		if err != nil {
-			return false, err
-		}
-		resp, err := client.Do(req)
-		if err != nil {
-			return false, nil // it does not listen yet
-		}
-		defer resp.Body.Close()
-		var state hubreport.Report
-		if err := json.NewDecoder(resp.Body).Decode(&state); err != nil {
-			return false, fmt.Errorf("read the hub's report: %w", err)
+			return false, nil //nolint:nilerr // it does not listen yet
 		}
 		for _, s := range state.Scopes {
 			if s.Scope == "discovery.k8s.io/v1/endpointslices" {

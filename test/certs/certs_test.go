@@ -18,6 +18,7 @@ import (
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
 
+	"github.com/yurt-edge/yurt/internal/report"
 	"github.com/yurt-edge/yurt/playground"
 	"github.com/yurt-edge/yurt/test/bed"
 )
@@ -83,7 +84,7 @@ func TestCertificateThatEndsDuringACut(t *testing.T) {
 	must(t, s.link.Heal())
 	await(t, "hint", func(ctx context.Context) error {
 		must(t, s.reads(ctx)) // the node goes on
-		r, err := s.report(ctx)
+		r, err := report.Ask(ctx, s.Dir)
 		if err != nil {
 			return err
 		}

@@ -17,6 +17,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	yurthub "github.com/yurt-edge/yurt/internal/hub"
+	"github.com/yurt-edge/yurt/internal/report"
 	"github.com/yurt-edge/yurt/test/bed"
 )
 
@@ -83,7 +84,7 @@ func (s *site) boot(t *testing.T, b *board) (halt func()) {
 func (s *site) told(t *testing.T, known bool, off time.Duration) {
 	t.Helper()
 	await(t, "word on the clock", func(ctx context.Context) error {
-		r, err := s.report(ctx)
+		r, err := report.Ask(ctx, s.Dir)
 		if err != nil {
 			return err
 		}

@@ -3,14 +3,10 @@ package certs
 import (
 	"context"
 	"crypto/x509"
-	"encoding/json"
 	"encoding/pem"
 	"errors"
 	"flag"
 	"fmt"
-	"io"
-	"net"
-	"net/http"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -26,7 +22,6 @@ import (
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
 
-	"github.com/yurt-edge/yurt/internal/report"
 	"github.com/yurt-edge/yurt/playground"
 	"github.com/yurt-edge/yurt/test/bed"
 )
@@ -47,36 +42,17 @@ type world struct {
 var shared *world
 
 func TestMain(m *testing.M) {
-	flag.Parse()
-	code, err := run(m)
-	if err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		code = 1
-	}
-	os.Exit(code)
-}
-
-func run(m *testing.M) (int, error) {
-	// The tests wait more than they work.
-	if err := flag.Set("test.parallel", "8"); err != nil {
-		return 0, err
-	}
-	dir, err := os.MkdirTemp("", "yurt-certs-")
-	if err != nil {
-		return 0, err
-	}
-	if shared, err = newWorld(context.Background(), filepath.Join(dir, "shared")); err != nil {
-		return 0, err
-	}
-	code := m.Run()
-	if err := shared.close(); err != nil {
-		return 0, err
-	}
-	if code == 0 {
-		return 0, os.RemoveAll(dir)
-	}
-	fmt.Fprintln(os.Stderr, "logs are in", dir)
-	return code, nil
+	os.Exit(bed.Run(m, "certs", func(ctx context.Context, dir string) (func() error, error) {
+		// The tests wait more than they work.
+		if err := flag.Set("test.parallel", "8"); err != nil {
+			return nil, err
+		}
+		var err error
+		if shared, err = newWorld(ctx, filepath.Join(dir, "shared")); err != nil {
+			return nil, err
+		}
+		return shared.close, nil
+	}))
 }
 
 func newWorld(ctx context.Context, dir string, flags ...string) (*world, error) {
@@ -120,20 +96,8 @@ func must(t *testing.T, err error) {
 // await repeats try until it gives no error or patience is over.
 func await(t *testing.T, what string, try func(context.Context) error) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), patience)
-	defer cancel()
-	tick := time.NewTicker(50 * time.Millisecond)
-	defer tick.Stop()
-	for {
-		err := try(ctx)
-		if err == nil {
-			return
-		}
-		select {
-		case <-ctx.Done():
-			t.Fatalf("%s: %v", what, err)
-		case <-tick.C:
-		}
+	if err := bed.Until(t.Context(), patience, try); err != nil {
+		t.Fatalf("%s: %v", what, err)
 	}
 }
 
@@ -384,32 +348,4 @@ func (s *site) certificate(t *testing.T) *x509.Certificate {
 	leaf, err := x509.ParseCertificate(block.Bytes)
 	must(t, err)
 	return leaf
-}
-
-// report is what the hub says of itself to root.
-func (s *site) report(ctx context.Context) (*report.Report, error) {
-	client := http.Client{
-		Transport: &http.Transport{
-			DisableKeepAlives: true,
-			DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-				return new(net.Dialer).DialContext(ctx, "unix", filepath.Join(s.Dir, report.SocketName))
-			},
-		},
-		Timeout: 10 * time.Second,
-	}
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://hub"+report.StatusPath, http.NoBody)
-	if err != nil {
-		return nil, err
-	}
-	resp, err := client.Do(req)
-	if err != nil {
-		return nil, err
-	}
-	defer resp.Body.Close()
-	text, err := io.ReadAll(resp.Body)
-	if err != nil {
-		return nil, err
-	}
-	var r report.Report
-	return &r, json.Unmarshal(text, &r)
 }

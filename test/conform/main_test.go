@@ -52,29 +52,27 @@ var calm, busy *world
 // sideBySide is how many tests run at once: they wait more than they work.
 const sideBySide = 8
 
-func TestMain(m *testing.M) {
-	flag.Parse()
-	if err := flag.Set("test.parallel", strconv.Itoa(sideBySide)); err != nil {
-		panic(err) // package testing has no such flag any more
-	}
-	code, err := run(m)
-	if err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		code = 1
-	}
-	os.Exit(code)
-}
+func TestMain(m *testing.M) { os.Exit(bed.Run(m, "conform", setUp)) }
 
-func run(m *testing.M) (int, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Minute) // for the start
-	defer cancel()
-	dir, err := os.MkdirTemp("", "yurt-conform-")
-	if err != nil {
-		return 0, err
+func setUp(ctx context.Context, dir string) (tearDown func() error, err error) {
+	if err := flag.Set("test.parallel", strconv.Itoa(sideBySide)); err != nil {
+		return nil, err
 	}
 	audit, err := auditFlags(dir)
 	if err != nil {
-		return 0, err
+		return nil, err
+	}
+	alive, end := context.WithCancel(context.Background()) //nolint:gosec // tearDown ends it
+	var beating sync.WaitGroup
+	tearDown = func() error {
+		end()
+		beating.Wait()
+		for _, w := range []*world{calm, busy} {
+			if w != nil {
+				w.Close()
+			}
+		}
+		return nil
 	}
 	var starting errgroup.Group
 	start := func(w **world, name string, flags ...string) {
@@ -91,33 +89,17 @@ func run(m *testing.M) (int, error) {
 	}
 	start(&calm, "calm")
 	start(&busy, "busy", audit...)
-	defer func() {
-		for _, w := range []*world{calm, busy} {
-			if w != nil {
-				w.Close()
-			}
-		}
-	}()
 	if err := starting.Wait(); err != nil {
-		return 0, err
+		return tearDown, err
 	}
 	for _, text := range crds.YAML() {
 		if err := await(ctx, func(ctx context.Context) error { return busy.Cloud.Apply(ctx, string(text)) }); err != nil {
-			return 0, err
+			return tearDown, err
 		}
 	}
-	var beating sync.WaitGroup
-	alive, end := context.WithCancel(context.Background())
 	beating.Go(func() { calm.heartbeats(alive) })
 	beating.Go(func() { busy.heartbeats(alive) })
-	code := m.Run()
-	end()
-	beating.Wait()
-	if code == 0 {
-		return 0, os.RemoveAll(dir)
-	}
-	fmt.Fprintln(os.Stderr, "logs are in", dir)
-	return code, nil
+	return tearDown, nil
 }
 
 func newWorld(ctx context.Context, b *bed.Bed) (*world, error) {
@@ -256,29 +238,7 @@ func (w *world) config(token string) *rest.Config {
 
 // await repeats try until it succeeds or patience is over.
 func await(ctx context.Context, try func(context.Context) error) error {
-	return awaitFor(ctx, patience, try)
-}
-
-func awaitFor(ctx context.Context, patience time.Duration, try func(context.Context) error) error {
-	ctx, cancel := context.WithTimeout(ctx, patience)
-	defer cancel()
-	tick := time.NewTicker(20 * time.Millisecond)
-	defer tick.Stop()
-	var last error
-	for {
-		err := try(ctx)
-		if err == nil {
-			return nil
-		}
-		if last == nil || ctx.Err() == nil {
-			last = err // not that the time is over
-		}
-		select {
-		case <-ctx.Done():
-			return fmt.Errorf("not within %s: %w", patience, last)
-		case <-tick.C:
-		}
-	}
+	return bed.Until(ctx, patience, try)
 }
 
 func mustAwait(t *testing.T, try func(context.Context) error) {

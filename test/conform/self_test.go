@@ -51,7 +51,7 @@ func TestConditionsOfTheHub(t *testing.T) {
 	says := func(from kubernetes.Interface, typ, status, reason string) (found corev1.NodeCondition) {
 		t.Helper()
 		// A turn settles, and writes keep their distance.
-		err := awaitFor(t.Context(), 2*patience, func(ctx context.Context) error {
+		err := bed.Until(t.Context(), 2*patience, func(ctx context.Context) error {
 			node, err := from.CoreV1().Nodes().Get(ctx, node, metav1.GetOptions{ResourceVersion: "0"})
 			if err != nil {
 				return err

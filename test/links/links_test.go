@@ -28,42 +28,26 @@ var shared struct {
 }
 
 func TestMain(m *testing.M) {
-	flag.Parse()
-	// The tests wait for links most of the time, not for processors.
-	code, err := 1, flag.Set("test.parallel", "4")
-	if err == nil {
-		code, err = run(m)
-	}
-	if err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		code = 1
-	}
-	os.Exit(code)
-}
-
-func run(m *testing.M) (int, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Minute)
-	defer cancel()
-	var err error
-	if shared.dir, err = os.MkdirTemp("", "yurt-links-"); err != nil {
-		return 0, err
-	}
-	if shared.binary, err = bed.Build(ctx); err != nil {
-		return 0, err
-	}
-	shared.cloud, err = playground.StartControlPlane(ctx, playground.ControlPlaneConfig{
-		Dir: filepath.Join(shared.dir, "cloud"), ControllerManager: true, SANs: network.LoopAddresses(),
-	})
-	if err != nil {
-		return 0, err
-	}
-	defer shared.cloud.Stop()
-	code := m.Run()
-	if code == 0 {
-		return 0, os.RemoveAll(shared.dir)
-	}
-	fmt.Fprintln(os.Stderr, "logs are in", shared.dir)
-	return code, nil
+	os.Exit(bed.Run(m, "links", func(ctx context.Context, dir string) (func() error, error) {
+		shared.dir = dir
+		// The tests wait for links most of the time, not for processors.
+		err := flag.Set("test.parallel", "4")
+		if err == nil {
+			shared.binary, err = bed.Build(ctx)
+		}
+		if err == nil {
+			shared.cloud, err = playground.StartControlPlane(ctx, playground.ControlPlaneConfig{
+				Dir: filepath.Join(dir, "cloud"), ControllerManager: true, SANs: network.LoopAddresses(),
+			})
+		}
+		if err != nil {
+			return nil, err
+		}
+		return func() error {
+			shared.cloud.Stop()
+			return nil
+		}, nil
+	}))
 }
 
 func newPatient(t *testing.T, node string) *bed.Patient {

@@ -4,11 +4,9 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
-	"flag"
 	"fmt"
 	"io"
 	"net"
-	"net/http"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -66,36 +64,26 @@ var shared struct {
 	dir    string
 }
 
-func TestMain(m *testing.M) {
-	flag.Parse()
-	code, err := run(m)
-	if err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		code = 1
-	}
-	os.Exit(code)
-}
+func TestMain(m *testing.M) { os.Exit(bed.Run(m, "pools", setUp)) }
 
-func run(m *testing.M) (int, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), 15*time.Minute)
-	defer cancel()
-	var err error
-	if shared.dir, err = os.MkdirTemp("", "yurt-pools-"); err != nil {
-		return 0, err
-	}
+func setUp(ctx context.Context, dir string) (tearDown func() error, err error) {
+	shared.dir = dir
 	if shared.binary, err = bed.Build(ctx); err != nil {
-		return 0, err
+		return nil, err
 	}
 	// No controllers: a node without a kubelet is nobody's business here.
 	shared.cloud, err = playground.StartControlPlane(ctx, playground.ControlPlaneConfig{
-		Dir: filepath.Join(shared.dir, "cloud"), ControllerManager: true,
+		Dir: filepath.Join(dir, "cloud"), ControllerManager: true,
 	})
 	if err != nil {
-		return 0, err
+		return nil, err
 	}
-	defer shared.cloud.Stop()
+	tearDown = func() error {
+		shared.cloud.Stop()
+		return nil
+	}
 	if shared.admin, err = shared.cloud.Client(); err != nil {
-		return 0, err
+		return tearDown, err
 	}
 	documents := []string{rights}
 	for _, text := range crds.YAML() {
@@ -103,35 +91,17 @@ func run(m *testing.M) (int, error) {
 	}
 	for _, text := range documents {
 		if err := shared.cloud.Apply(ctx, text); err != nil {
-			return 0, err
+			return tearDown, err
 		}
 	}
-	code := m.Run()
-	if code == 0 {
-		return 0, os.RemoveAll(shared.dir)
-	}
-	fmt.Fprintln(os.Stderr, "logs are in", shared.dir)
-	return code, nil
+	return tearDown, nil
 }
 
 // await repeats try until it gives no error or patience is over.
 func await(t *testing.T, what string, try func() error) {
 	t.Helper()
-	tick := time.NewTicker(20 * time.Millisecond)
-	defer tick.Stop()
-	end := time.After(patience)
-	for {
-		err := try()
-		if err == nil {
-			return
-		}
-		select {
-		case <-end:
-			t.Fatalf("%s: %v", what, err)
-		case <-t.Context().Done():
-			t.Fatalf("%s: %v", what, err)
-		case <-tick.C:
-		}
+	if err := bed.Until(t.Context(), patience, func(context.Context) error { return try() }); err != nil {
+		t.Fatalf("%s: %v", what, err)
 	}
 }
 
@@ -350,40 +320,12 @@ func (s *site) start(t *testing.T, i int) *hub {
 // wayAddress is where peers find the hub.
 func (h *hub) wayAddress() string { return strings.Replace(h.address, ".0.", ".1.", 1) }
 
-// report is what the hub says of itself.
-func (h *hub) report(ctx context.Context) (*report.Report, error) {
-	client := http.Client{
-		Transport: &http.Transport{
-			DisableKeepAlives: true,
-			DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-				return new(net.Dialer).DialContext(ctx, "unix", filepath.Join(h.Dir, report.SocketName))
-			},
-		},
-		Timeout: 10 * time.Second,
-	}
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://hub"+report.StatusPath, http.NoBody)
-	if err != nil {
-		return nil, err
-	}
-	resp, err := client.Do(req)
-	if err != nil {
-		return nil, err
-	}
-	defer resp.Body.Close()
-	text, err := io.ReadAll(resp.Body)
-	if err != nil {
-		return nil, err
-	}
-	var r report.Report
-	return &r, json.Unmarshal(text, &r)
-}
-
 // follows waits until the hub takes what is shared from that upstream, "cloud"
 // or a node, and says that it hears the cloud, or does not.
 func (h *hub) follows(t *testing.T, upstream string, live bool) {
 	t.Helper()
 	await(t, h.Node+" follows "+upstream, func() error {
-		r, err := h.report(t.Context())
+		r, err := report.Ask(t.Context(), h.Dir)
 		switch {
 		case err != nil:
 			return err

@@ -17,6 +17,7 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/apimachinery/pkg/util/uuid"
 
+	"github.com/yurt-edge/yurt/internal/report"
 	"github.com/yurt-edge/yurt/test/bed"
 )
 
@@ -130,7 +131,7 @@ func TestPool(t *testing.T) {
 		s.hubs[3].follows(t, "cloud", true)
 		s.write(t)
 		s.seen(t, all...)
-		if r, err := s.hubs[3].report(t.Context()); err != nil || r.Pool != "other" || len(r.Sharing.Peers) != 0 {
+		if r, err := report.Ask(t.Context(), s.hubs[3].Dir); err != nil || r.Pool != "other" || len(r.Sharing.Peers) != 0 {
 			t.Errorf("it is in pool %q with peers %+v (%v)", r.Pool, r.Sharing.Peers, err)
 		}
 	})
@@ -140,7 +141,7 @@ func TestPool(t *testing.T) {
 func (h *hub) offline(t *testing.T) {
 	t.Helper()
 	await(t, h.Node+" is offline", func() error {
-		r, err := h.report(t.Context())
+		r, err := report.Ask(t.Context(), h.Dir)
 		if err == nil && r.Online {
 			err = errors.New("its link is up")
 		}
@@ -151,7 +152,7 @@ func (h *hub) offline(t *testing.T) {
 // age is how old the hub says that its answer is.
 func (h *hub) age(t *testing.T) time.Duration {
 	t.Helper()
-	r, err := h.report(t.Context())
+	r, err := report.Ask(t.Context(), h.Dir)
 	if err != nil {
 		t.Fatal(err)
 	}

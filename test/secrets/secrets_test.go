@@ -40,46 +40,28 @@ var (
 	systemd *listener
 )
 
-func TestMain(m *testing.M) {
-	code, err := run(m)
-	if err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		code = 1
-	}
-	os.Exit(code)
-}
+func TestMain(m *testing.M) { os.Exit(bed.Run(m, "secrets", setUp)) }
 
-func run(m *testing.M) (int, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Minute)
-	defer cancel()
-	var err error
-	if base, err = os.MkdirTemp("", "yurt-secrets-"); err != nil {
-		return 0, err
-	}
+func setUp(ctx context.Context, dir string) (tearDown func() error, err error) {
+	base = dir
 	if cloud, err = playground.StartControlPlane(ctx, playground.ControlPlaneConfig{
 		Dir: filepath.Join(base, "cloud"), ControllerManager: true,
 	}); err != nil {
-		return 0, err
+		return nil, err
 	}
-	defer cloud.Stop()
+	tearDown = func() error {
+		cloud.Stop()
+		return nil
+	}
 	if yurthub, err = bed.Build(ctx); err != nil {
-		return 0, err
+		return tearDown, err
 	}
 	if systemd, err = listen(filepath.Join(base, "notify")); err != nil {
-		return 0, err
+		return tearDown, err
 	}
-	defer systemd.conn.Close()
 	// For the hubs: where temporary files go, and where systemd would listen.
 	tmp := filepath.Join(base, "tmp")
-	if err := errors.Join(os.Mkdir(tmp, 0o700), os.Setenv("TMPDIR", tmp), os.Setenv("NOTIFY_SOCKET", filepath.Join(base, "notify"))); err != nil {
-		return 0, err
-	}
-	code := m.Run()
-	if code == 0 {
-		return 0, os.RemoveAll(base)
-	}
-	fmt.Fprintln(os.Stderr, "disks and logs are in", base)
-	return code, nil
+	return tearDown, errors.Join(os.Mkdir(tmp, 0o700), os.Setenv("TMPDIR", tmp), os.Setenv("NOTIFY_SOCKET", filepath.Join(base, "notify")))
 }
 
 // listener is systemd's end of the socket to which a service reports.
@@ -138,21 +120,7 @@ func (e *edge) must(err error) {
 
 func (e *edge) await(try func(context.Context) error) {
 	e.Helper()
-	ctx, cancel := context.WithTimeout(e.Context(), patience)
-	defer cancel()
-	tick := time.NewTicker(20 * time.Millisecond)
-	defer tick.Stop()
-	for {
-		err := try(ctx)
-		if err == nil {
-			return
-		}
-		select {
-		case <-ctx.Done():
-			e.Fatalf("not within %s: %v", patience, err)
-		case <-tick.C:
-		}
-	}
+	e.must(bed.Until(e.Context(), patience, try))
 }
 
 // stored plants a secret that is sent to the cloud as well.

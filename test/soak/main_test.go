@@ -77,42 +77,26 @@ func TestMain(m *testing.M) {
 		flood(os.Getenv(floodEnv))
 		return
 	}
-	code, err := run(m)
-	if err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		code = 1
-	}
-	os.Exit(code)
+	os.Exit(bed.Run(m, "soak", setUp))
 }
 
-func run(m *testing.M) (int, error) {
-	ctx := context.Background()
-	dir, err := os.MkdirTemp("", "yurt-soak-")
-	if err != nil {
-		return 0, err
-	}
+func setUp(ctx context.Context, dir string) (tearDown func() error, err error) {
 	b, err := bed.New(ctx, dir, bed.Config{CertificateLife: bed.Short})
 	if err != nil {
-		return 0, err
+		return nil, err
 	}
-	defer b.Close()
+	tearDown = func() error {
+		b.Close()
+		return nil
+	}
 	shared = &world{Bed: b}
 	if shared.admin, err = b.Cloud.Client(); err != nil {
-		return 0, err
+		return tearDown, err
 	}
-	if err := until(ctx, time.Minute, func() error { return b.Cloud.Apply(ctx, fixture) }); err != nil {
-		return 0, err
+	if err := bed.Until(ctx, time.Minute, func(ctx context.Context) error { return b.Cloud.Apply(ctx, fixture) }); err != nil {
+		return tearDown, err
 	}
-	if err := shared.fill(ctx); err != nil {
-		return 0, err
-	}
-	code := m.Run()
-	b.Close() // it writes until then
-	if code == 0 {
-		return 0, os.RemoveAll(dir)
-	}
-	fmt.Fprintln(os.Stderr, "logs are in", dir)
-	return code, nil
+	return tearDown, shared.fill(ctx)
 }
 
 // fill makes as many objects as a large pool has pods.
@@ -216,32 +200,13 @@ func (c *caller) want(ctx context.Context, path string) error {
 
 // holds waits until the hub itself can list all objects.
 func (w *world) holds(ctx context.Context, c *caller) error {
-	return until(ctx, 2*time.Minute, func() error {
+	return bed.Until(ctx, 2*time.Minute, func(ctx context.Context) error {
 		code, size, err := c.get(ctx, mapPath+"?resourceVersion=0")
 		if err == nil && (code != http.StatusOK || size < objects*300) {
 			err = fmt.Errorf("the list is %d, %d bytes", code, size)
 		}
 		return err
 	})
-}
-
-// until repeats try until it succeeds or the budget is over.
-func until(ctx context.Context, budget time.Duration, try func() error) error {
-	ctx, cancel := context.WithTimeout(ctx, budget)
-	defer cancel()
-	tick := time.NewTicker(50 * time.Millisecond)
-	defer tick.Stop()
-	for {
-		err := try()
-		if err == nil {
-			return nil
-		}
-		select {
-		case <-ctx.Done():
-			return fmt.Errorf("not within %s: %w", budget, err)
-		case <-tick.C:
-		}
-	}
 }
 
 // vitals are what must not grow.

@@ -17,6 +17,8 @@ import (
 
 	"golang.org/x/sync/errgroup"
 	"k8s.io/client-go/rest"
+
+	"github.com/yurt-edge/yurt/test/bed"
 )
 
 // floodEnv holds the orders of a child process that floods the hub.
@@ -163,7 +165,7 @@ func TestOnePodCannotStarveTheKubelet(t *testing.T) {
 		{"200 × wrong token", "wrong", mapPath},
 	} {
 		stop := startFlood(t, load.token, load.path, 200)
-		if err := until(ctx, time.Minute, func() error { return shared.inFlight(ctx, token, 1) }); err != nil {
+		if err := bed.Until(ctx, time.Minute, func(ctx context.Context) error { return shared.inFlight(ctx, token, 1) }); err != nil {
 			t.Error(err)
 		}
 		for name, ask := range asks {
