@@ -97,6 +97,8 @@ type filters struct {
 	state filter.State
 	extra map[string][]string
 	pool  string // whose buckets are held
+	// behind is set while some programs are not shown what the table says.
+	behind bool
 }
 
 // filterOf is the replica's source of filters.
@@ -205,7 +207,7 @@ func (h *Hub) refilter(services bool) error {
 		errs = append(errs, err)
 	}
 	before := h.filters.table.Load()
-	if before != nil && next.Hub == h.filters.state.Hub && next.Place == h.filters.state.Place &&
+	if before != nil && !h.filters.behind && next.Hub == h.filters.state.Hub && next.Place == h.filters.state.Place &&
 		next.Services == h.filters.state.Services && maps.EqualFunc(extra, h.filters.extra, slices.Equal) {
 		return errors.Join(errs...)
 	}
@@ -217,10 +219,19 @@ func (h *Hub) refilter(services bool) error {
 		components = append(components, before.Components()...)
 	}
 	slices.Sort(components)
+	var late []error
 	for _, c := range slices.Compact(components) {
-		errs = append(errs, h.replica.Refilter(c))
+		late = append(late, h.replica.Refilter(c))
 	}
-	return errors.Join(errs...)
+	err := errors.Join(late...)
+	h.filters.behind = err != nil
+	if before != nil {
+		// Who watches as it is what it is to see filtered comes back.
+		for _, resource := range table.Adds(before) {
+			h.replica.Recall(resource)
+		}
+	}
+	return errors.Join(append(errs, err)...)
 }
 
 // readHub finds out where pods of this node reach the hub.
@@ -398,9 +409,10 @@ func (h *Hub) readFilterConfig(s *filter.State) (map[string][]string, error) {
 }
 
 // filtered takes note that the caller is one that is shown what it asks for
-// otherwise than it is.
+// otherwise than it is, or was, as long as it is informed of it.
 func (q *query) filtered() {
-	if c := filter.Component(q.r.UserAgent()); q.hub.filters.table.Load().Filters(c, q.info.Resource) {
+	c := filter.Component(q.r.UserAgent())
+	if q.hub.filters.table.Load().Filters(c, q.info.Resource) || q.info.Verb != "get" && q.hub.replica.Lensed(q.info.Resource, c) {
 		q.component = c
 	}
 }

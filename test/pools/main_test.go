@@ -39,7 +39,8 @@ apiVersion: rbac.authorization.k8s.io/v1
 kind: ClusterRole
 metadata: {name: yurt-hub}
 rules:
-- {apiGroups: [apps.openyurt.io], resources: [nodepools], verbs: [get, list, watch]}
+- {apiGroups: [apps.openyurt.io], resources: [nodepools, nodebuckets], verbs: [get, list, watch]}
+- {apiGroups: [""], resources: [configmaps], resourceNames: [yurt-hub-cfg], verbs: [get, list, watch]}
 - {apiGroups: [""], resources: [services], verbs: [get, list, watch]}
 - {apiGroups: [discovery.k8s.io], resources: [endpointslices], verbs: [get, list, watch]}
 - {apiGroups: [pools.test], resources: [widgets], verbs: [get, list, watch]}

@@ -6,8 +6,10 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"math/rand/v2"
 	"net/http"
 	"net/http/httptest"
+	"runtime"
 	"testing"
 	"time"
 
@@ -46,17 +48,22 @@ func (c cloud) RoundTrip(r *http.Request) (*http.Response, error) {
 	return resp, nil
 }
 
-// replicaOf returns a replica that holds so many EndpointSlices of 50
-// endpoints, one in ten of them near, each of a Service that keeps to its pool.
-func replicaOf(tb testing.TB, slices int) *replica.Replica {
+// pools are the first nodes of 500 that are those of the pool.
+var pools = map[string]int{"none": 0, "tenth": 50, "half": 250, "all": 500}
+
+// replicaOf returns a replica that holds so many EndpointSlices of 50 endpoints
+// on 500 nodes, each of a Service that keeps to its pool, which has so many of
+// the nodes.
+func replicaOf(tb testing.TB, slices, pool int) *replica.Replica {
 	tb.Helper()
+	rng := rand.New(rand.NewPCG(1, 2))
 	var list discoveryv1.EndpointSliceList
 	list.ResourceVersion = "1000000"
 	s := &State{
 		Version: 1000, Services: &Services{Topology: map[string]string{}},
 		Place: &Place{Node: "node-000", Pool: "p", Nodes: map[string]struct{}{}},
 	}
-	for n := range 50 {
+	for n := range pool {
 		s.Place.Nodes[fmt.Sprintf("node-%03d", n)] = struct{}{}
 	}
 	ready, name, port := true, "http", int32(8080)
@@ -71,7 +78,7 @@ func replicaOf(tb testing.TB, slices int) *replica.Replica {
 			AddressType: discoveryv1.AddressTypeIPv4, Ports: []discoveryv1.EndpointPort{{Name: &name, Port: &port}},
 		}
 		for e := range 50 {
-			node, zone := fmt.Sprintf("node-%03d", (7*i+e)%500), "zone-a"
+			node, zone := fmt.Sprintf("node-%03d", rng.IntN(500)), "zone-a"
 			slice.Endpoints = append(slice.Endpoints, discoveryv1.Endpoint{
 				Addresses:  []string{fmt.Sprintf("10.%d.%d.%d", i/250, i%250, e)},
 				Conditions: discoveryv1.EndpointConditions{Ready: &ready, Serving: &ready}, NodeName: &node, Zone: &zone,
@@ -114,6 +121,15 @@ func replicaOf(tb testing.TB, slices int) *replica.Replica {
 	return r
 }
 
+// heap is what is alive on it.
+func heap() int64 {
+	runtime.GC()
+	runtime.GC()
+	var m runtime.MemStats
+	runtime.ReadMemStats(&m)
+	return int64(m.HeapAlloc)
+}
+
 // discard is a client that throws away what it gets.
 type discard struct {
 	header http.Header
@@ -125,19 +141,27 @@ func (d *discard) WriteHeader(int)             {}
 func (d *discard) Write(b []byte) (int, error) { d.bytes += len(b); return len(b), nil }
 
 // BenchmarkList lists 10 000 EndpointSlices as they are, and as kube-proxy sees
-// them.
+// them, with more or less of the endpoints near.
 func BenchmarkList(b *testing.B) {
-	r := replicaOf(b, 10_000)
+	for near, pool := range pools {
+		b.Run(near, func(b *testing.B) { benchmarkList(b, pool) })
+	}
+}
+
+func benchmarkList(b *testing.B, pool int) {
+	r := replicaOf(b, 10_000, pool)
 	ctx, cancel := context.WithTimeout(b.Context(), time.Minute)
 	defer cancel()
 	plain, err := r.Open(ctx, replica.Scope{Resource: sliceResource}, replica.Credential{}, "")
 	if err != nil {
 		b.Fatal(err)
 	}
+	before := heap()
 	seen, err := plain.Through("kube-proxy", "bench")
 	if err != nil {
 		b.Fatal(err)
 	}
+	b.Logf("the lens takes %.1f MB", float64(heap()-before)/1e6)
 	for _, enc := range []wire.Encoding{wire.Protobuf, wire.JSON} {
 		for name, slice := range map[string]*replica.Slice{"plain": plain, "filtered": seen} {
 			b.Run(enc.String()+"/"+name, func(b *testing.B) {

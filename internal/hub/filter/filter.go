@@ -124,6 +124,18 @@ func (t *Table) Filters(component string, resource schema.GroupVersionResource) 
 	return ok
 }
 
+// Adds returns the resources that somebody sees otherwise than they are who saw
+// them as they are by another table.
+func (t *Table) Adds(to *Table) []schema.GroupResource {
+	var out []schema.GroupResource
+	for u := range t.filtered {
+		if _, ok := to.filtered[u]; !ok && !slices.Contains(out, u.resource) {
+			out = append(out, u.resource)
+		}
+	}
+	return out
+}
+
 // Components are those that see something otherwise than it is.
 func (t *Table) Components() []string { return slices.Collect(maps.Keys(t.components)) }
 

@@ -204,6 +204,7 @@ type client struct {
 	local   bool       // there are overlays
 	blank   bool       // it does not know what there was when it began
 	state   map[string]string
+	handled map[string]string // as the handlers of an informer were told
 	uids    map[string]string
 	log     []string // "TYPE key@version"
 	version uint64
@@ -214,7 +215,7 @@ type client struct {
 // watch starts a watch after a version; 0 begins with what there is.
 func (b *bed) watch(sl *Slice, version uint64) *client {
 	c := &client{
-		bed: b, scope: sl.scope, state: map[string]string{}, uids: map[string]string{},
+		bed: b, scope: sl.scope, state: map[string]string{}, handled: map[string]string{}, uids: map[string]string{},
 		version: version, blank: version > 0,
 	}
 	c.follow(sl, version)
@@ -224,7 +225,7 @@ func (b *bed) watch(sl *Slice, version uint64) *client {
 // inform lists and then watches, as informers do.
 func (b *bed) inform(sl *Slice) *client {
 	b.t.Helper()
-	c := &client{bed: b, scope: sl.scope}
+	c := &client{bed: b, scope: sl.scope, handled: map[string]string{}}
 	c.relist(sl)
 	return c
 }
@@ -236,16 +237,37 @@ func (c *client) relist(sl *Slice) {
 		c.bed.t.Fatal(err)
 	}
 	c.mu.Lock()
+	enc := sl.stream.set.encoding()
+	for key, data := range state {
+		c.handle(enc, key, data)
+	}
 	c.state, c.uids, c.version = state, map[string]string{}, version
 	for key, data := range state {
-		m, err := wire.ReadMeta(sl.stream.set.encoding(), []byte(data), false)
+		m, err := wire.ReadMeta(enc, []byte(data), false)
 		if err != nil {
 			c.bed.t.Fatal(err)
 		}
 		c.uids[key] = m.UID
 	}
+	maps.DeleteFunc(c.handled, func(key, _ string) bool { return state[key] == "" })
 	c.mu.Unlock()
 	c.follow(sl, version)
+}
+
+// handle tells the handlers of an object, as an informer does: not where it has
+// the version that the informer knows already.
+func (c *client) handle(enc wire.Encoding, key, data string) {
+	if old, ok := c.state[key]; ok {
+		was, err := wire.ReadMeta(enc, []byte(old), false)
+		is, err2 := wire.ReadMeta(enc, []byte(data), false)
+		if err := errors.Join(err, err2); err != nil {
+			c.bed.t.Errorf("object: %v", err)
+		}
+		if was.Version == is.Version {
+			return
+		}
+	}
+	c.handled[key] = data
 }
 
 func (c *client) follow(sl *Slice, version uint64) {
@@ -303,7 +325,9 @@ func (c *client) take(enc wire.Encoding, ev wire.Event) {
 	}
 	if ev.Type == "DELETED" {
 		delete(c.state, key)
+		delete(c.handled, key)
 	} else {
+		c.handle(enc, key, string(ev.Object))
 		if has && c.uids[key] != m.UID {
 			t.Errorf("%s became another object by %s", key, ev.Type)
 		}
@@ -343,6 +367,12 @@ func (c *client) isClosed() bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.closed
+}
+
+func (c *client) wasTold() map[string]string {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return maps.Clone(c.handled)
 }
 
 type pipeWriter struct {

@@ -177,9 +177,12 @@ func (v *view) showKept() {
 			continue
 		}
 		e := k.entry
-		if v.lens != nil {
+		if l := v.lens; l != nil {
+			// Nobody was told of it under this version.
+			l.moveLocked(s, l.toldLocked(s)+1)
+			v.version = l.version
 			var err error
-			if e, _, err = s.pass(s.kind, v.lens.filter, k.entry, k.object, k.entry.version); err != nil {
+			if e, _, err = s.pass(s.kind, l.filter, k.entry, k.object, v.version); err != nil {
 				e = nil
 			}
 		}

@@ -1,6 +1,7 @@
 package replica
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"hash/maphash"
@@ -33,16 +34,20 @@ type Filter interface {
 // An object that only a new filter changed must have a higher version, for
 // clients take one with the version that they know for the one that they know.
 // So a lens has a version of its own: the newest of what it is made of, or one
-// more than the last that a reader was told where that is not newer. A version
-// of another life of the hub does not tell what the filter was then: who comes
-// back with one has to list.
+// more than the last that a reader was told where that is not newer.
+//
+// What readers were shown before there was the lens, by the cloud or by a lens
+// of another life of the hub, may have looked otherwise under the same version.
+// So a lens begins with a version above all that they may have been told, which
+// the scope's record on disk bounds, and shows all objects under it. Who comes
+// back with an older one has to list, and learns of each.
 //
 // All is guarded by the set's mu.
 type lens struct {
 	name    string
 	filter  Filter
 	index   btree.Map[string, *entry]
-	kept    int // bytes of entries that hold their data
+	kept    int // bytes of splices
 	window  window
 	version uint64 // the highest that readers were told
 	// known are the readers that have listed, and the version that they were
@@ -51,8 +56,8 @@ type lens struct {
 	used  time.Time
 }
 
-// keptMost bounds the bytes that a lens keeps of what it changed, so that they
-// need not be made again for each reader.
+// keptMost bounds the splices that a lens keeps. What is beyond is made anew by
+// the filter for each reader.
 const keptMost = 4 << 20
 
 // putLocked puts an entry into the index; nil takes the key out of it.
@@ -61,16 +66,16 @@ func (l *lens) putLocked(key string, e *entry) {
 	if e == nil {
 		old, _ = l.index.Delete(key)
 	} else {
+		if e.through != nil {
+			if l.kept += len(e.through.how); l.kept > keptMost {
+				l.kept -= len(e.through.how)
+				e.through.how = nil // nobody has it yet
+			}
+		}
 		old, _ = l.index.Set(key, e)
 	}
-	if old != nil && old.through != nil && old.data.Load() != nil {
-		l.kept -= old.size
-	}
-	if e != nil && e.through != nil && e.data.Load() != nil {
-		if l.kept += e.size; l.kept > keptMost {
-			l.kept -= e.size
-			e.data.Store(nil)
-		}
+	if old != nil && old.through != nil {
+		l.kept -= len(old.through.how)
 	}
 }
 
@@ -99,6 +104,7 @@ type through struct {
 	under  *entry // of the set
 	filter Filter
 	sum    uint64 // of what the filter makes of it
+	how    splice // of the object beneath to the one that is shown; nil: the filter makes it
 }
 
 var sumSeed = maphash.MakeSeed()
@@ -125,40 +131,44 @@ func (s *set) pass(k Kind, f Filter, e *entry, object []byte, version uint64) (*
 			return nil, nil, err
 		}
 	}
-	to := newEntry(version, shown)
-	to.through = &through{e, f, sum}
+	to := &entry{version: version, size: len(shown), through: &through{e, f, sum, spliceOf(object, shown)}}
 	return to, shown, nil
 }
 
-// shown makes what an entry of a lens shows of the set's object.
-func (s *set) shown(k Kind, key string, e *entry, object []byte) ([]byte, error) {
+// shown appends what an entry of a lens shows of the set's object.
+func (s *set) shown(dst []byte, k Kind, key string, e *entry, object []byte) ([]byte, error) {
+	if e.through.how != nil {
+		return e.through.how.apply(dst, object), nil
+	}
 	shown, ok := e.through.filter.Show(s.scope.Resource, k, object)
 	if !ok {
-		return nil, fmt.Errorf("read %s in %s: it is not shown", key, s.id)
+		return dst, fmt.Errorf("read %s in %s: it is not shown", key, s.id)
 	}
 	if e.version == e.through.under.version {
-		return shown, nil
+		return append(dst, shown...), nil
 	}
-	out, err := wire.SetVersion(k.Encoding, shown, e.version)
+	shown, err := wire.SetVersion(k.Encoding, shown, e.version)
 	if err != nil {
-		return nil, fmt.Errorf("read %s in %s: %w", key, s.id, err)
+		return dst, fmt.Errorf("read %s in %s: %w", key, s.id, err)
 	}
-	return out, nil
+	return append(dst, shown...), nil
 }
 
-// made reports whether the entry's object has to be made of the one beneath.
-func (e *entry) made() bool { return e.through != nil && e.data.Load() == nil }
+// buffers are what is used again from one object to the next.
+type buffers struct{ object, shown []byte }
 
-// readShown appends what an entry shows to dst, or returns it.
-func (s *set) readShown(dst []byte, k Kind, key string, e *entry) ([]byte, error) {
-	if !e.made() {
-		return s.read(dst, key, e)
+// readShown returns what an entry shows. It is valid until the next is read.
+func (s *set) readShown(b *buffers, k Kind, key string, e *entry) ([]byte, error) {
+	under := e
+	if e.through != nil {
+		under = e.through.under
 	}
-	object, err := s.read(dst, key, e.through.under)
-	if err != nil {
-		return dst, err
+	object, err := s.read(b.object[:0], key, under)
+	if b.object = object; err != nil || under == e {
+		return object, err
 	}
-	return s.shown(k, key, e, object)
+	b.shown, err = s.shown(b.shown[:0], k, key, e, object)
+	return b.shown, err
 }
 
 // lens returns the set as readers of that name see it.
@@ -170,39 +180,50 @@ func (s *set) lens(name string) (*lens, error) {
 			s.mu.Unlock()
 			return l, nil
 		}
+		version := s.toldLocked() + 1
 		s.mu.Unlock()
+		s.marks.add(s.scope.Resource.GroupResource(), name)
 		f := s.filters(name)
 		if f == nil {
 			return nil, fmt.Errorf("nothing is known of how %s sees %s", name, s.id)
 		}
-		made, err := s.look(f)
+		made, err := s.look(f, max(version, f.Version()))
 		if err != nil {
 			return nil, err
 		}
-		s.mu.Lock()
-		// Whoever changes the filter does so before it asks for the set's lenses.
-		if s.lenses[name] == nil && s.synced && s.filters(name) == f {
-			l := &lens{name: name, filter: f, used: time.Now(), version: max(s.version, f.Version()), known: map[string]uint64{}}
-			l.window = window{start: l.version, taken: map[*watcher]uint64{}, total: s.window.total}
-			s.index.Scan(func(key string, e *entry) bool {
-				var to *entry
-				if to, err = s.lookedLocked(made, f, key, e); to != nil {
-					l.putLocked(key, to)
-				}
-				return err == nil
-			})
-			if err == nil {
-				if s.lenses == nil {
-					s.lenses = map[string]*lens{}
-				}
-				s.lenses[name] = l
-			}
-		}
-		s.mu.Unlock()
-		if err != nil {
+		if err := s.addLens(name, f, made); err != nil {
 			return nil, err
 		}
 	}
+}
+
+// addLens adds a lens, unless there is one or the filter is another by now.
+func (s *set) addLens(name string, f Filter, made *glances) (err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	// Whoever changes the filter does so before it asks for the set's lenses.
+	if s.lenses[name] != nil || !s.synced || s.filters(name) != f {
+		return nil
+	}
+	version := max(made.version, s.toldLocked()+1)
+	l := &lens{name: name, filter: f, used: time.Now(), version: version, known: map[string]uint64{}}
+	l.window = window{start: version, taken: map[*watcher]uint64{}, total: s.window.total}
+	s.index.Scan(func(key string, e *entry) bool {
+		var to *entry
+		if to, err = s.lookedLocked(made, f, key, e, version); to != nil {
+			l.putLocked(key, to)
+		}
+		return err == nil
+	})
+	if err != nil {
+		return err
+	}
+	if s.lenses == nil {
+		s.lenses = map[string]*lens{}
+	}
+	s.lenses[name] = l
+	s.marks.tell(version)
+	return nil
 }
 
 // glance is what a filter makes of one entry of a set.
@@ -210,39 +231,46 @@ type glance struct {
 	of, to *entry // to is nil if it is not shown
 }
 
+// glances are what a filter makes of all that a set holds.
+type glances struct {
+	version uint64 // under which they are shown; 0: each under its own
+	of      map[string]glance
+}
+
 // look shows all that the set holds to a filter. What changes meanwhile has to
 // be shown to it again.
-func (s *set) look(f Filter) (map[string]glance, error) {
+func (s *set) look(f Filter, version uint64) (*glances, error) {
 	v, err := s.view()
 	if err != nil {
 		return nil, err
 	}
 	defer v.Close()
-	made := make(map[string]glance, v.index.Len())
+	made := &glances{version, make(map[string]glance, v.index.Len())}
 	kept := 0
 	err = v.each(matcher{}, func(key string, e *entry, data []byte) error {
-		to, shown, err := s.pass(v.kind, f, e, data, e.version)
+		to, _, err := s.pass(v.kind, f, e, data, cmp.Or(version, e.version))
 		if to != nil && to != e {
-			if kept += len(shown); kept > keptMost {
-				to.data.Store(nil)
+			if kept += len(to.through.how); kept > keptMost {
+				to.through.how = nil
 			}
 		}
-		made[key] = glance{e, to}
+		made.of[key] = glance{e, to}
 		return err
 	})
 	return made, err
 }
 
-// lookedLocked returns what a filter makes of an entry that the set has now.
-func (s *set) lookedLocked(made map[string]glance, f Filter, key string, e *entry) (*entry, error) {
-	if g, ok := made[key]; ok && g.of == e {
+// lookedLocked returns what a filter makes of an entry that the set has now;
+// under a version, or its own, if it has changed since.
+func (s *set) lookedLocked(made *glances, f Filter, key string, e *entry, version uint64) (*entry, error) {
+	if g, ok := made.of[key]; ok && g.of == e {
 		return g.to, nil
 	}
 	object, err := s.readLocked(key, e)
 	if err != nil {
 		return nil, err
 	}
-	to, _, err := s.pass(s.kind, f, e, object, e.version)
+	to, _, err := s.pass(s.kind, f, e, object, cmp.Or(version, e.version))
 	return to, err
 }
 
@@ -270,7 +298,7 @@ func (l *lens) followLocked(s *set, e *event) {
 	} else {
 		l.putLocked(e.key, to)
 	}
-	l.version = version
+	l.moveLocked(s, version)
 	ev := newEvent(kindOfChange(had, to != nil), e.key, e.meta, nil, s.kind, shown)
 	ev.version, ev.held = version, e.held
 	if had {
@@ -323,7 +351,9 @@ func (l *lens) seenLocked(s *set, e *event) *event {
 // toldLocked returns the version of what the lens shows now, for somebody who
 // is told it.
 func (l *lens) toldLocked(s *set) uint64 {
-	l.version = max(l.version, s.version)
+	if s.version > l.version {
+		l.moveLocked(s, s.version)
+	}
 	return l.version
 }
 
@@ -342,7 +372,7 @@ func (s *set) refilter(name string, f Filter) error {
 		return nil
 	}
 	s.mu.Unlock()
-	made, err := s.look(f)
+	made, err := s.look(f, 0)
 	if errors.Is(err, errNotSynced) {
 		return nil // nor has it a lens any more
 	}
@@ -357,14 +387,14 @@ func (s *set) refilter(name string, f Filter) error {
 	return l.refilterLocked(s, f, made)
 }
 
-func (l *lens) refilterLocked(s *set, f Filter, made map[string]glance) error {
+func (l *lens) refilterLocked(s *set, f Filter, made *glances) error {
 	// All that changes now has one version, and comes before the next. A
 	// client that was told of some of it and comes back is told of all.
 	version := max(l.toldLocked(s)+1, f.Version())
 	news := 0
 	var failed error
 	s.index.Scan(func(key string, e *entry) bool {
-		to, err := s.lookedLocked(made, f, key, e)
+		to, err := s.lookedLocked(made, f, key, e, 0)
 		if err == nil {
 			var changed bool
 			if changed, err = l.reviseLocked(s, f, key, e, to, version); changed {
@@ -375,7 +405,7 @@ func (l *lens) refilterLocked(s *set, f Filter, made map[string]glance) error {
 		return err == nil
 	})
 	if news > 0 {
-		l.version = version + 1
+		l.moveLocked(s, version+1)
 		s.broadcast()
 	}
 	if failed != nil {
@@ -434,7 +464,7 @@ func (l *lens) alikeLocked(s *set, f Filter, key string, e, old, to *entry) (boo
 		if err != nil {
 			return false, err
 		}
-		plain := &through{e, f, maphash.Bytes(sumSeed, object)}
+		plain := &through{under: e, filter: f, sum: maphash.Bytes(sumSeed, object)}
 		if before == nil {
 			before = plain
 		}
@@ -445,9 +475,20 @@ func (l *lens) alikeLocked(s *set, f Filter, key string, e, old, to *entry) (boo
 	if before.sum != after.sum {
 		return false, nil
 	}
-	if old.through != nil {
-		again := &entry{version: old.version, size: old.size, through: after}
-		again.data.Store(old.data.Load())
+	switch {
+	case old.through == nil:
+	case before.under == e:
+		// By the new filter, so that the old one can go.
+		l.putLocked(key, &entry{version: old.version, size: old.size, through: &through{e, f, after.sum, before.how}})
+	default:
+		object, err := s.readLocked(key, e)
+		if err != nil {
+			return false, err
+		}
+		again, _, err := s.pass(s.kind, f, e, object, old.version)
+		if err != nil {
+			return false, err
+		}
 		l.putLocked(key, again)
 	}
 	return true, nil
@@ -482,6 +523,23 @@ func (r *Replica) Refilter(name string) error {
 	return errors.Join(errs...)
 }
 
+// Lensed reports whether readers of that name were shown a resource by a
+// filter, in this life of the hub or another. If they are shown it as it is,
+// they do not learn what looks otherwise by that.
+func (r *Replica) Lensed(resource schema.GroupVersionResource, name string) bool {
+	return r.marks.has(resource.GroupResource(), name)
+}
+
+// Recall ends the watches of a resource without loss: who comes back is shown
+// it by a filter, if there is one by now.
+func (r *Replica) Recall(resource schema.GroupResource) {
+	for _, st := range r.all() {
+		if st.set.scope.Resource.GroupResource() == resource {
+			st.set.recall()
+		}
+	}
+}
+
 // Through returns the slice as readers of that name see it, for one of them.
 func (sl *Slice) Through(name, reader string) (*Slice, error) {
 	l, err := sl.stream.set.lens(name)
@@ -514,7 +572,7 @@ func (r *Replica) Through(o *Object, name string) (*Object, bool, error) {
 	if !ok {
 		return nil, false, nil
 	}
-	out.Data, err = s.readShown(nil, out.Kind, o.key, e)
+	out.Data, err = s.readShown(&buffers{}, out.Kind, o.key, e)
 	return out, true, err
 }
 

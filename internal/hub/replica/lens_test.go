@@ -124,7 +124,18 @@ func filteredHistory(t *testing.T, seed uint64) {
 	current.Store(&glass{})
 	h := newHistory(t, seed)
 	h.stop()
-	h.conf = func(c *Config) { c.Filter = func(string) Filter { return current.Load() } }
+	moves := rand.New(rand.NewPCG(seed, 2))
+	move := func() {
+		// What it goes by may come sooner or later than the objects.
+		now := h.cloud.at()
+		current.Store(&glass{colour: moves.Uint32(), version: now - min(now, moves.Uint64N(5))})
+	}
+	h.conf = func(c *Config) {
+		if moves.IntN(2) == 0 {
+			move() // while the hub was down
+		}
+		c.Filter = func(string) Filter { return current.Load() }
+	}
 	h.open()
 	defer func() {
 		for _, c := range h.clients {
@@ -141,13 +152,10 @@ func filteredHistory(t *testing.T, seed uint64) {
 	for i := range h.scopes {
 		h.clients = append(h.clients, h.inform(h.through(i)))
 	}
-	moves := rand.New(rand.NewPCG(seed, 2))
 	for range 120 {
 		h.step()
 		if moves.IntN(8) == 0 {
-			// What it goes by may come sooner or later than the objects.
-			now := h.cloud.at()
-			current.Store(&glass{colour: moves.Uint32(), version: now - min(now, moves.Uint64N(5))})
+			move()
 			if err := h.Refilter("reader"); err != nil {
 				t.Fatal(err)
 			}
@@ -169,6 +177,11 @@ func filteredHistory(t *testing.T, seed uint64) {
 			t.Fatal(err)
 		}
 		has := h.clients[i].has()
+		for key, text := range h.clients[i].wasTold() {
+			if has[key] != text {
+				t.Errorf("%s: the handlers were told %.300q of %s, it has %.300q", name, text, key, has[key])
+			}
+		}
 		if !maps.Equal(has, listed) {
 			for key, text := range listed {
 				if has[key] != text {
@@ -418,13 +431,13 @@ func TestUnusedLensesGo(t *testing.T) {
 	})
 }
 
-// mark shows every pod with a label of its own.
-type mark struct{}
+// stamp shows every pod with a label of its own.
+type stamp struct{}
 
-func (mark) Version() uint64                                   { return 0 }
-func (mark) Same(_ schema.GroupVersionResource, _ Filter) bool { return true }
+func (stamp) Version() uint64                                   { return 0 }
+func (stamp) Same(_ schema.GroupVersionResource, _ Filter) bool { return true }
 
-func (mark) Show(_ schema.GroupVersionResource, _ Kind, object []byte) ([]byte, bool) {
+func (stamp) Show(_ schema.GroupVersionResource, _ Kind, object []byte) ([]byte, bool) {
 	pod := &corev1.Pod{}
 	if err := pod.Unmarshal(object); err != nil {
 		panic(err)
@@ -444,7 +457,7 @@ func TestHoldThroughAFilter(t *testing.T) {
 		k := &keeper{}
 		b := newBed(t, func(c *Config) {
 			c.Hold = Hold{Scope: pods, After: time.Minute, Ask: k.ask}
-			c.Filter = func(string) Filter { return mark{} }
+			c.Filter = func(string) Filter { return stamp{} }
 		})
 		defer func() { b.stop() }()
 		for _, name := range []string{"a", "b"} {

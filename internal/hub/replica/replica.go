@@ -96,6 +96,7 @@ type Replica struct {
 	streams map[Scope]*stream
 
 	windows atomic.Int64 // bytes of all watch windows
+	marks   *marks
 }
 
 // New loads the scopes that the store holds. They can be read at once; Run
@@ -108,6 +109,10 @@ func New(cfg Config) (*Replica, error) {
 		cfg: cfg, metrics: newMetrics(cfg.Registerer),
 		start: make(chan *stream, cfg.MaxScopes), streams: map[Scope]*stream{},
 		lists: rate.NewLimiter(listsPerSecond, listBurst),
+	}
+	var err error
+	if r.marks, err = readMarks(cfg.Store, cfg.Log); err != nil {
+		return nil, err
 	}
 	positions, err := r.positions()
 	if err != nil {
@@ -192,11 +197,15 @@ func (r *Replica) Run(ctx context.Context) error {
 			last, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
 			defer cancel()
 			r.flush(last, true)
+			r.marks.write(last, toldLast)
 			return nil
 		case st := <-r.start:
 			running.Go(func() { st.supervise(ctx) })
 		case <-flush.C:
 			r.flush(ctx, false)
+			if r.marks.due() {
+				r.marks.write(ctx, toldAhead)
+			}
 		case <-idle.C:
 			r.retire(ctx)
 		}
@@ -341,7 +350,7 @@ var ErrFull = errors.New("the replica holds as many scopes as it may")
 
 func (r *Replica) newSet(scope Scope) *set {
 	s := newSet(r.cfg.Store, scope, r.cfg.Overlay, r.cfg.Clock)
-	s.window.total, s.filters = &r.windows, r.cfg.Filter
+	s.window.total, s.filters, s.marks = &r.windows, r.cfg.Filter, r.marks
 	if r.cfg.Hold.After > 0 && scope == r.cfg.Hold.Scope {
 		s.hold = &r.cfg.Hold
 	}

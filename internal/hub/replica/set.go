@@ -55,8 +55,8 @@ type entry struct {
 	// are committed, and again from the moment they are overwritten while
 	// somebody still reads an older view. Nil: the store has them.
 	data atomic.Pointer[[]byte]
-	// through is set where a lens shows the object otherwise than the set does;
-	// there is no data then.
+	// through is set where a lens shows the object otherwise than the set does.
+	// There is no data then.
 	through *through
 }
 
@@ -126,6 +126,7 @@ type set struct {
 
 	filters func(name string) Filter // see Config.Filter
 	lenses  map[string]*lens         // by the name of their readers
+	marks   *marks                   // of the replica
 }
 
 func newSet(s *store.Store, scope Scope, overlay OverlayFunc, by *clock.Clock) *set {
@@ -771,7 +772,7 @@ func (v *view) Close() {
 // The data is valid until fn returns.
 func (v *view) each(m matcher, fn func(key string, e *entry, data []byte) error) error {
 	var (
-		buf []byte
+		buf buffers
 		err error
 	)
 	prefix := ""
@@ -786,12 +787,9 @@ func (v *view) each(m matcher, fn func(key string, e *entry, data []byte) error)
 			return true
 		}
 		e = v.entry(key, e)
-		data, readErr := v.set.readShown(buf[:0], v.kind, key, e)
+		data, readErr := v.set.readShown(&buf, v.kind, key, e)
 		if err = readErr; err != nil {
 			return false
-		}
-		if cap(data) > cap(buf) {
-			buf = data
 		}
 		if !m.all() && !m.byKey() {
 			meta, metaErr := wire.ReadMeta(v.kind.Encoding, data, isPods(v.set.scope.Resource))
