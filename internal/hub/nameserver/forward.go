@@ -226,7 +226,9 @@ func (f *forwarder) ask(ctx context.Context, q question) (*dns.Msg, error) {
 			var m *dns.Msg
 			m, err = f.exchange(ctx, u, q, try)
 			if err == nil && (m.Rcode == dns.RcodeSuccess || m.Rcode == dns.RcodeNameError) {
-				f.cache.put(q, m, time.Now())
+				if !m.Truncated { // else the whole may come next time
+					f.cache.put(q, m, time.Now())
+				}
 				return m, nil
 			}
 			if err == nil {

@@ -205,6 +205,29 @@ func TestLongAnswers(t *testing.T) {
 	}
 }
 
+// TestPartsAreNotKept loses the way to the other server by TCP, and finds it.
+func TestPartsAreNotKept(t *testing.T) {
+	t.Parallel()
+	const name, record = "many.example.com.", "many.example.com. 300 IN A 192.0.2.1"
+	o := newOther(t, func(w dns.ResponseWriter, m *dns.Msg) {
+		if w.RemoteAddr().Network() == "tcp" {
+			_ = w.Close()
+			return
+		}
+		out := new(dns.Msg).SetReply(m)
+		out.Truncated = true
+		_ = w.WriteMsg(out)
+	})
+	l := start(t, shop(), withServers(o))
+	if part := l.ask(t, name, dns.TypeA); !part.Truncated {
+		t.Errorf("a part that does not say so: %s", shown(part))
+	}
+	o.set(says(dns.RcodeSuccess, record))
+	if whole := l.ask(t, name, dns.TypeA, byTCP); len(whole.Answer) != 1 || whole.Truncated {
+		t.Errorf("the part was kept: %s", shown(whole))
+	}
+}
+
 // TestLoop finds that a server leads back here.
 func TestLoop(t *testing.T) {
 	t.Parallel()
