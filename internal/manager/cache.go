@@ -1,6 +1,7 @@
 package manager
 
 import (
+	admissionv1 "k8s.io/api/admissionregistration/v1"
 	coordinationv1 "k8s.io/api/coordination/v1"
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
@@ -45,7 +46,7 @@ var (
 		{APIGroups: []string{""}, Resources: []string{"nodes", "pods", "services"}, Verbs: []string{"list", "watch"}},
 		{APIGroups: []string{"apps.openyurt.io"}, Resources: []string{"nodepools", "nodebuckets"}, Verbs: []string{"list", "watch"}},
 		{APIGroups: []string{discoveryv1.GroupName}, Resources: []string{"endpointslices"}, Verbs: []string{"list"}},
-		{APIGroups: []string{"network.openyurt.io"}, Resources: []string{"poolservices"}, Verbs: []string{"list", "watch"}},
+		{APIGroups: []string{"network.openyurt.io"}, Resources: []string{"poolservices", "accessfilters"}, Verbs: []string{"list", "watch"}},
 		{APIGroups: []string{"certificates.k8s.io"}, Resources: []string{"certificatesigningrequests"}, Verbs: []string{"list", "watch"}},
 		{
 			APIGroups: []string{rbacv1.GroupName}, Resources: []string{"clusterroles"}, ResourceNames: []string{hubleader.Multiplexer},
@@ -54,6 +55,10 @@ var (
 		{
 			APIGroups: []string{apiextensionsv1.GroupName}, Resources: []string{"customresourcedefinitions"},
 			ResourceNames: []string{webhookcert.Definition}, Verbs: []string{"list", "watch"},
+		},
+		{
+			APIGroups: []string{admissionv1.GroupName}, Resources: []string{"validatingwebhookconfigurations"},
+			ResourceNames: []string{webhookcert.Checks}, Verbs: []string{"list", "watch"},
 		},
 	}
 	readIn = []rbacv1.PolicyRule{
@@ -83,7 +88,8 @@ func cacheOptions(namespace string) cache.Options {
 			&rbacv1.ClusterRole{}: {
 				Field: named(hubleader.Multiplexer),
 			},
-			&apiextensionsv1.CustomResourceDefinition{}: {Field: named(webhookcert.Definition)},
+			&apiextensionsv1.CustomResourceDefinition{}:   {Field: named(webhookcert.Definition)},
+			&admissionv1.ValidatingWebhookConfiguration{}: {Field: named(webhookcert.Checks)},
 		},
 	}
 }

@@ -230,6 +230,7 @@ func TestChartHasWhatItMust(t *testing.T) {
 		"Deployment": 1, "PodDisruptionBudget": 1, "Service": 1, "CustomResourceDefinition": len(crds.YAML()),
 		"ServiceAccount": len(parts) + 2, "ValidatingAdmissionPolicy": 6, "ValidatingAdmissionPolicyBinding": 6,
 		"MutatingAdmissionPolicy": 2, "MutatingAdmissionPolicyBinding": 2,
+		"ValidatingWebhookConfiguration": 1,
 	} {
 		if count[kind] != want {
 			t.Errorf("%s: got %d, want %d", kind, count[kind], want)
@@ -277,7 +278,7 @@ func TestSelected(t *testing.T) {
 		{"-pod-binding-controller,*", len(parts) - 1, ""},
 		{"-nodelifecycle,*", len(parts) - 1, ""},
 		{"-node-life-cycle-controller,-delegatelease,*", len(parts) - 2, ""},
-		{"*,yurtmagic", 0, `"yurtmagic"; there are csrapprover, delegatelease, hubleader, hubleaderconfig, hubleaderrbac, loadbalancerset, nodebucket, nodelifecycle, nodepool, podbinding`},
+		{"*,yurtmagic", 0, `"yurtmagic"; there are accessfilter, csrapprover, delegatelease, hubleader, hubleaderconfig, hubleaderrbac, loadbalancerset, nodebucket, nodelifecycle, nodepool, podbinding`},
 		{"-yurtmagic,*", 0, "yurtmagic"},
 	} {
 		got, err := selected(strings.Split(tc.names, ","))

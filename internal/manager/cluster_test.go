@@ -162,12 +162,22 @@ func (c *cluster) install(ctx context.Context, webhookPort int) error {
 		return o.GetKind() == "Deployment" || o.GetKind() == "PodDisruptionBudget"
 	})
 	for _, o := range objects {
-		if o.GetName() == webhookcert.Definition {
+		var err error
+		switch {
+		case o.GetName() == webhookcert.Definition:
 			url := fmt.Sprintf("https://localhost:%d/convert", webhookPort)
-			err := unstructured.SetNestedMap(o.Object, map[string]any{"url": url}, "spec", "conversion", "webhook", "clientConfig")
-			if err != nil {
-				return err
+			err = unstructured.SetNestedMap(o.Object, map[string]any{"url": url}, "spec", "conversion", "webhook", "clientConfig")
+		case o.GetKind() == "ValidatingWebhookConfiguration":
+			webhooks, _, _ := unstructured.NestedSlice(o.Object, "webhooks")
+			for _, w := range webhooks {
+				w := w.(map[string]any)
+				path, _, _ := unstructured.NestedString(w, "clientConfig", "service", "path")
+				w["clientConfig"] = map[string]any{"url": fmt.Sprintf("https://localhost:%d%s", webhookPort, path)}
 			}
+			err = unstructured.SetNestedSlice(o.Object, webhooks, "webhooks")
+		}
+		if err != nil {
+			return err
 		}
 	}
 	text, err := chart.YAML(objects)

@@ -11,6 +11,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/controller"
 	"sigs.k8s.io/controller-runtime/pkg/metrics"
 
+	"github.com/yurt-edge/yurt/internal/manager/accessfilter"
 	"github.com/yurt-edge/yurt/internal/manager/csr"
 	"github.com/yurt-edge/yurt/internal/manager/hubleader"
 	"github.com/yurt-edge/yurt/internal/manager/lifecycle"
@@ -53,6 +54,10 @@ type site struct {
 
 // parts are the controllers that --controllers selects from.
 var parts = []part{
+	{
+		name: "access-filter-controller", alias: "accessfilter", rules: accessfilter.Rules,
+		setup: func(s *site) error { return accessfilter.Setup(s.mgr, s.write, s.options) },
+	},
 	{
 		name: "csr-approver-controller", alias: "csrapprover", rules: csr.Rules,
 		setup: func(s *site) error { return csr.Setup(s.mgr, s.write, s.cfg.DummyIP, s.options) },
@@ -101,7 +106,7 @@ var parts = []part{
 	},
 }
 
-// webhookPart keeps the webhook's certificate, in each replica, whatever
+// webhookPart keeps the webhooks' certificate, in each replica, whatever
 // --controllers says.
 var webhookPart = part{
 	name: "webhook-controller", rules: webhookcert.Rules, namespaced: webhookcert.NamespacedRules,

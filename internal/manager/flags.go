@@ -30,7 +30,7 @@ func (f *Flags) Add(fs *pflag.FlagSet) {
 	fs.DurationVar(&f.cfg.LeaseDuration, "leader-elect-lease-duration", 15*time.Second, "after how long without a sign the leader is replaced")
 	fs.StringVar(&f.cfg.MetricsAddress, "metrics-addr", ":10271", "address of metrics, HTTPS for callers who may get /metrics; 0 for none")
 	fs.StringVar(&f.cfg.HealthAddress, "health-probe-addr", ":10272", "address of /healthz and /readyz; 0 for none")
-	fs.IntVar(&f.port, "webhook-port", 10273, "port of the conversion webhook")
+	fs.IntVar(&f.port, "webhook-port", 10273, "port of the webhooks")
 	fs.Float32Var(&f.qps, "rest-config-qps", 50, "requests a second to the API server, per controller")
 	fs.IntVar(&f.burst, "rest-config-burst", 100, "requests at once to the API server, per controller")
 	fs.IntVar(&f.cfg.Workers, "concurrent-workers", 3, "objects that a controller works on at once")

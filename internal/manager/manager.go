@@ -1,6 +1,6 @@
-// Package manager is yurt-manager, the controllers and the conversion webhook
-// in the cloud. It decides about pools of nodes; nothing that runs on an edge
-// node waits for it.
+// Package manager is yurt-manager, the controllers and the webhooks in the
+// cloud. It decides about pools of nodes; nothing that runs on an edge node
+// waits for it.
 //
 // Each controller is a package below: a plan, which is pure, and a controller
 // that reads by the shared cache and writes as a ServiceAccount of its own.
@@ -27,6 +27,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/webhook"
 
 	"github.com/yurt-edge/yurt/internal/daemon"
+	"github.com/yurt-edge/yurt/internal/manager/accessfilter"
 	"github.com/yurt-edge/yurt/internal/manager/podbinding"
 	"github.com/yurt-edge/yurt/internal/manager/webhookcert"
 )
@@ -39,7 +40,7 @@ type Config struct {
 	Namespace string
 	// Controllers are names as --controllers takes them.
 	Controllers []string
-	// LeaderElect lets one replica of several work. Each serves the webhook.
+	// LeaderElect lets one replica of several work. Each serves the webhooks.
 	LeaderElect bool
 	// LeaseDuration is after how long without a sign the leader is replaced.
 	LeaseDuration time.Duration
@@ -94,6 +95,9 @@ func Run(ctx context.Context, cfg Config) error {
 		return fmt.Errorf("index pods by node: %w", err)
 	}
 	if err := setupConversion(mgr); err != nil {
+		return err
+	}
+	if err := accessfilter.Serve(mgr); err != nil {
 		return err
 	}
 	write, err := clientAs(mgr, cfg.Namespace, webhookPart)

@@ -733,6 +733,9 @@ func TestLeastPrivilege(t *testing.T) {
 		{Resource: "services/status"},
 		{Group: "discovery.k8s.io", Resource: "endpointslices"},
 		{Group: "network.openyurt.io", Resource: "poolservices"},
+		{Group: "network.openyurt.io", Resource: "accessfilters"},
+		{Group: "network.openyurt.io", Resource: "accessfilters/status"},
+		{Group: "admissionregistration.k8s.io", Resource: "validatingwebhookconfigurations"},
 		{Group: "apps.openyurt.io", Resource: "nodepools"},
 		{Group: "apps.openyurt.io", Resource: "nodepools/status"},
 		{Group: "apps.openyurt.io", Resource: "nodebuckets"},
@@ -750,6 +753,7 @@ func TestLeastPrivilege(t *testing.T) {
 	// By account: verb, resource, and the name where only one is allowed.
 	// Where there is an @, it is in that namespace only.
 	want := map[string][]string{
+		"yurt-manager-access-filter-controller":   {"patch accessfilters/status"},
 		"yurt-manager-csr-approver-controller":    {"update certificatesigningrequests/approval", "approve signers kubernetes.io/kubelet-serving"},
 		"yurt-manager-delegate-lease-controller":  {"patch nodes", "patch nodes/status", "patch leases @kube-node-lease"},
 		"yurt-manager-node-life-cycle-controller": {"patch nodes"},
@@ -763,7 +767,7 @@ func TestLeastPrivilege(t *testing.T) {
 		"yurt-manager-nodepool-controller":                       {"patch nodes", "patch nodepools", "patch nodepools/status"},
 		"yurt-manager-pod-binding-controller":                    {"patch pods"},
 		"yurt-manager-service-topology-endpointslice-controller": {"patch endpointslices"},
-		"yurt-manager-webhook-controller":                        {"create secrets @kube-system", "update secrets yurt-manager-webhook-certs @kube-system", "patch customresourcedefinitions nodepools.apps.openyurt.io"},
+		"yurt-manager-webhook-controller":                        {"create secrets @kube-system", "update secrets yurt-manager-webhook-certs @kube-system", "patch customresourcedefinitions nodepools.apps.openyurt.io", "patch validatingwebhookconfigurations yurt-manager"},
 		"yurt-manager": {
 			"list nodes", "watch nodes", "list pods", "watch pods", "list nodepools", "watch nodepools", "list nodebuckets", "watch nodebuckets",
 			"list certificatesigningrequests", "watch certificatesigningrequests", "list clusterroles yurt-hub-multiplexer", "watch clusterroles yurt-hub-multiplexer",
@@ -773,6 +777,7 @@ func TestLeastPrivilege(t *testing.T) {
 			"impersonate serviceaccounts yurt-manager-nodepool-controller @kube-system",
 			"create leases @kube-system", "get leases yurt-manager @kube-system", "update leases yurt-manager @kube-system",
 			"create events", "patch events", "list services", "watch services", "list endpointslices", "list poolservices", "watch poolservices",
+			"list accessfilters", "watch accessfilters", "list validatingwebhookconfigurations yurt-manager", "watch validatingwebhookconfigurations yurt-manager",
 			"list leases @kube-node-lease", "watch leases @kube-node-lease",
 			"get configmaps extension-apiserver-authentication @kube-system",
 		},

@@ -64,7 +64,7 @@ type AccessFilterRemove struct {
 // filters before left it, node, pool and component.
 //
 // +kubebuilder:validation:XValidation:rule="has(self.drop) || has(self.keep) || has(self.set) || has(self.remove)",message="the filter does nothing: give one of drop, keep, set and remove"
-// +kubebuilder:validation:XValidation:rule="!('kubelet' in self.components) || !self.resources.exists(r, r.resource in ['pods', 'nodes'] && (!has(r.group) || r.group == '') || r.resource == 'leases' && has(r.group) && r.group == 'coordination.k8s.io')",message="what kubelet sees of pods, nodes and leases is not filtered: its pods would stop",fieldPath=".resources"
+// +kubebuilder:validation:XValidation:rule="!('kubelet' in self.components) || !self.resources.exists(r, r.resource in ['pods', 'nodes'] && (!has(r.group) || size(r.group) == 0) || r.resource == 'leases' && has(r.group) && r.group == 'coordination.k8s.io')",message="what kubelet sees of pods, nodes and leases is not filtered: its pods would stop",fieldPath=".resources"
 type AccessFilterSpec struct {
 	// Priority orders filters: the lowest is applied first, those that are
 	// alike by name. All come after the hub's own filters.
@@ -162,20 +162,45 @@ type AccessFilterPool struct {
 	Message string `json:"message,omitempty"`
 }
 
+// AccessFilterFailure is a node that does otherwise than the filter says.
+type AccessFilterFailure struct {
+	Node string `json:"node"`
+	// Message is why.
+	Message string `json:"message"`
+}
+
 // AccessFilterStatus is what was observed of an AccessFilter.
 type AccessFilterStatus struct {
+	// Nodes, Active and Failed count the nodes of all pools, as in Pools.
+	//
+	// +optional
+	// +kubebuilder:default=0
+	Nodes int32 `json:"nodes"`
+	// +optional
+	// +kubebuilder:default=0
+	Active int32 `json:"active"`
+	// +optional
+	// +kubebuilder:default=0
+	Failed int32 `json:"failed"`
 	// +optional
 	ObservedGeneration int64 `json:"observedGeneration,omitempty"`
 	// +optional
 	// +listType=map
 	// +listMapKey=type
 	Conditions []metav1.Condition `json:"conditions,omitempty"`
-	// Pools tells of the pools whose nodes have the filter.
+	// Pools tells of the pools whose nodes have the filter; of more than 256,
+	// of those first where nodes failed.
 	//
 	// +optional
 	// +listType=map
 	// +listMapKey=name
 	Pools []AccessFilterPool `json:"pools,omitempty"`
+	// Failures are some of the nodes that failed, ten at most.
+	//
+	// +optional
+	// +listType=map
+	// +listMapKey=node
+	Failures []AccessFilterFailure `json:"failures,omitempty"`
 }
 
 // AccessFilter has components on nodes see some of the cluster otherwise than
@@ -191,6 +216,9 @@ type AccessFilterStatus struct {
 // +kubebuilder:printcolumn:name="PRIORITY",type="integer",JSONPath=".spec.priority"
 // +kubebuilder:printcolumn:name="COMPONENTS",type="string",JSONPath=".spec.components"
 // +kubebuilder:printcolumn:name="RESOURCES",type="string",JSONPath=".spec.resources[*].resource"
+// +kubebuilder:printcolumn:name="NODES",type="integer",JSONPath=".status.nodes"
+// +kubebuilder:printcolumn:name="ACTIVE",type="integer",JSONPath=".status.active"
+// +kubebuilder:printcolumn:name="FAILED",type="integer",JSONPath=".status.failed"
 // +kubebuilder:printcolumn:name="READY",type="string",JSONPath=".status.conditions[?(@.type==\"Ready\")].status"
 // +kubebuilder:printcolumn:name="AGE",type="date",JSONPath=".metadata.creationTimestamp"
 type AccessFilter struct {

@@ -1,6 +1,7 @@
-// Package webhookcert keeps the certificate of the manager's webhook in a
-// Secret, the bundle that verifies it in the CustomResourceDefinitions that
-// are converted there, and both fresh.
+// Package webhookcert keeps the certificate of the manager's webhooks in a
+// Secret, the bundle that verifies it where API servers look for it, which is
+// the CustomResourceDefinition that is converted there and the configuration of
+// what is checked there, and both fresh.
 //
 // Each replica runs it, elected or not, for each serves. They write with the
 // version that they read, so the first one wins and the others take what it
@@ -17,9 +18,11 @@ import (
 	"sync/atomic"
 	"time"
 
+	admissionv1 "k8s.io/api/admissionregistration/v1"
 	corev1 "k8s.io/api/core/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
 	apiextensionsv1 "k8s.io/apiextensions-apiserver/pkg/apis/apiextensions/v1"
+	"k8s.io/apimachinery/pkg/api/equality"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
@@ -36,15 +39,23 @@ const (
 	// Definition is the name of the CustomResourceDefinition that is
 	// converted.
 	Definition = "nodepools.apps.openyurt.io"
-	// Service is the name of the Service that leads to the webhook.
+	// Checks is the name of the ValidatingWebhookConfiguration.
+	Checks = "yurt-manager"
+	// Service is the name of the Service that leads to the webhooks.
 	Service = "yurt-manager-webhook-service"
 )
 
 // Rules are what the controller writes.
-var Rules = []rbacv1.PolicyRule{{
-	APIGroups: []string{apiextensionsv1.GroupName}, Resources: []string{"customresourcedefinitions"},
-	ResourceNames: []string{Definition}, Verbs: []string{"patch"},
-}}
+var Rules = []rbacv1.PolicyRule{
+	{
+		APIGroups: []string{apiextensionsv1.GroupName}, Resources: []string{"customresourcedefinitions"},
+		ResourceNames: []string{Definition}, Verbs: []string{"patch"},
+	},
+	{
+		APIGroups: []string{admissionv1.GroupName}, Resources: []string{"validatingwebhookconfigurations"},
+		ResourceNames: []string{Checks}, Verbs: []string{"patch"},
+	},
+}
 
 // NamespacedRules are what it writes in the manager's namespace.
 var NamespacedRules = []rbacv1.PolicyRule{
@@ -94,13 +105,14 @@ func Setup(mgr ctrl.Manager, write client.Client, namespace string, holder *Hold
 		names:  []string{Service + "." + namespace + ".svc", Service + "." + namespace, Service, "localhost"},
 	}
 	everyReplica := false
+	secret := handler.EnqueueRequestsFromMapFunc(func(context.Context, client.Object) []reconcile.Request {
+		return []reconcile.Request{{NamespacedName: c.secret}}
+	})
 	err := ctrl.NewControllerManagedBy(mgr).Named("webhookcert").
 		WithOptions(controller.Options{NeedLeaderElection: &everyReplica}).
 		For(&corev1.Secret{}).
-		Watches(&apiextensionsv1.CustomResourceDefinition{}, handler.EnqueueRequestsFromMapFunc(
-			func(context.Context, client.Object) []reconcile.Request {
-				return []reconcile.Request{{NamespacedName: c.secret}}
-			})).
+		Watches(&apiextensionsv1.CustomResourceDefinition{}, secret).
+		Watches(&admissionv1.ValidatingWebhookConfiguration{}, secret).
 		Complete(c)
 	if err != nil {
 		return fmt.Errorf("set up webhookcert: %w", err)
@@ -122,16 +134,9 @@ func (c *keeper) Reconcile(ctx context.Context, _ reconcile.Request) (reconcile.
 	if pair, err := tls.X509KeyPair(secret.Data[serverKey], secret.Data[serverKeyKey]); err == nil {
 		c.holder.certificate.Store(&pair)
 	}
-	bundle := secret.Data[bundleKey]
-	client := clientConfig(&definition)
-	if client != nil && len(bundle) > 0 && !bytes.Equal(client.CABundle, bundle) {
-		if err := c.trust(ctx, &definition, bundle); err != nil {
-			return reconcile.Result{}, err
-		}
-	}
-	trusted := bundle
-	if client != nil {
-		trusted = client.CABundle
+	trusted, err := c.trust(ctx, &definition, secret.Data[bundleKey])
+	if err != nil {
+		return reconcile.Result{}, err
 	}
 	data, wait, err := next(secret.Data, trusted, c.names, time.Now())
 	if err != nil {
@@ -160,13 +165,43 @@ func (c *keeper) save(ctx context.Context, secret *corev1.Secret, data map[strin
 	return reconcile.Result{RequeueAfter: 5 * time.Second}, nil
 }
 
-func (c *keeper) trust(ctx context.Context, definition *apiextensionsv1.CustomResourceDefinition, bundle []byte) error {
-	was := definition.DeepCopy()
-	clientConfig(definition).CABundle = bundle
-	if err := c.write.Patch(ctx, definition, client.MergeFrom(was)); err != nil {
-		return fmt.Errorf("patch bundle of CustomResourceDefinition: %w", err)
+// trust writes the bundle where API servers look for it, and returns the one
+// that all of them had before: the bundle itself, or the first that differs.
+func (c *keeper) trust(ctx context.Context, definition *apiextensionsv1.CustomResourceDefinition, bundle []byte) ([]byte, error) {
+	trusted := bundle
+	if conversion := clientConfig(definition); conversion != nil && !bytes.Equal(conversion.CABundle, bundle) {
+		trusted = conversion.CABundle
+		if len(bundle) > 0 {
+			was := definition.DeepCopy()
+			conversion.CABundle = bundle
+			if err := c.write.Patch(ctx, definition, client.MergeFrom(was)); err != nil {
+				return nil, fmt.Errorf("patch bundle of CustomResourceDefinition: %w", err)
+			}
+		}
 	}
-	return nil
+	var checks admissionv1.ValidatingWebhookConfiguration
+	if err := c.read.Get(ctx, types.NamespacedName{Name: Checks}, &checks); err != nil {
+		if apierrors.IsNotFound(err) {
+			return trusted, nil // its coming is an event
+		}
+		return nil, fmt.Errorf("read ValidatingWebhookConfiguration: %w", err)
+	}
+	was := checks.DeepCopy()
+	for i := range checks.Webhooks {
+		if check := &checks.Webhooks[i].ClientConfig; !bytes.Equal(check.CABundle, bundle) {
+			trusted, check.CABundle = check.CABundle, bundle
+		}
+	}
+	if len(bundle) == 0 || equality.Semantic.DeepEqual(was.Webhooks, checks.Webhooks) {
+		return trusted, nil
+	}
+	// Webhooks are a list that a merge patch replaces. If somebody else was
+	// first, that is an event.
+	err := c.write.Patch(ctx, &checks, client.MergeFromWithOptions(was, client.MergeFromWithOptimisticLock{}))
+	if err != nil && !apierrors.IsConflict(err) {
+		return nil, fmt.Errorf("patch bundle of ValidatingWebhookConfiguration: %w", err)
+	}
+	return trusted, nil
 }
 
 // clientConfig says how API servers reach the webhook, nil where they do not.
