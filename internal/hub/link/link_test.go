@@ -223,6 +223,50 @@ func TestIdleLinkCostsLittle(t *testing.T) {
 	}
 }
 
+// TestNothingToSayIsNoSilence: a connection on which something was sent that
+// needs no answer is not suspected, since the other end's kernel has it. Each
+// suspicion would cost a handshake.
+func TestNothingToSayIsNoSilence(t *testing.T) {
+	t.Parallel()
+	ca := newAuthority(t)
+	u := newUpstream(t, ca, func(w http.ResponseWriter, r *http.Request) {
+		c := http.NewResponseController(w)
+		_ = c.EnableFullDuplex()
+		_ = c.Flush()
+		_, _ = io.Copy(io.Discard, r.Body)
+	})
+	r := newRig(t, ca, func(c *Config) {
+		c.Budgets.Idle, c.Budgets.Ping, c.Budgets.Stall = patience, patience, 50*time.Millisecond
+	}, u.addr())
+	r.waitUp(t)
+	body, send := io.Pipe()
+	req := newRequest(t, "/api?watch=1")
+	req.Method, req.Body = http.MethodPost, body
+	resp, err := r.Node().RoundTrip(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	defer send.Close()
+	if _, err := io.WriteString(send, "nothing to say to that"); err != nil {
+		t.Fatal(err)
+	}
+	waitFor(t, func() bool {
+		return r.lanes.Load().those(func(c *closer) bool { return c.conn != nil && c.conn.waits(c.conn.link.cfg.Budgets.Stall) }) != nil
+	})
+	probed := func() (at time.Time, suspected bool) {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		return r.tracker.servers[0].probed, r.tracker.servers[0].suspected
+	}
+	waitFor(t, func() bool { _, suspected := probed(); return !suspected }) // its beginning may have been slow
+	before, _ := probed()
+	r.sweepOnce()
+	if at, suspected := probed(); suspected || !at.Equal(before) {
+		t.Error("the connection is suspected")
+	}
+}
+
 func TestSlowAnswerIsNoCut(t *testing.T) {
 	t.Parallel()
 	ca := newAuthority(t)

@@ -213,11 +213,15 @@ func (l *Link) sweep(ctx context.Context) {
 			return
 		case <-tick.C:
 		}
-		lanes := l.lanes.Load()
-		for i := range l.servers {
-			if lanes.silent(i, l.cfg.Budgets.Stall) != nil {
-				l.suspect(i)
-			}
+		l.sweepOnce()
+	}
+}
+
+func (l *Link) sweepOnce() {
+	lanes := l.lanes.Load()
+	for i := range l.servers {
+		if len(lanes.silent(i, l.cfg.Budgets.Stall)) > 0 {
+			l.suspect(i)
 		}
 	}
 }
