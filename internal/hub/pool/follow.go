@@ -41,9 +41,10 @@ func (p *Pool) follow(ctx context.Context) {
 		p.mu.Lock()
 		changed := p.changed
 		p.mu.Unlock()
-		wait := p.decide(begun, up)
+		bare := len(p.cfg.Ages()) == 0
+		wait := p.decide(begun, up, bare)
 		p.poll(ctx)
-		wait = min(wait, p.decide(begun, up))
+		wait = min(wait, p.decide(begun, up, bare))
 		timer := time.NewTimer(min(wait, pollEvery) + rand.N(pollEvery/10))
 		select {
 		case <-ctx.Done():
@@ -57,12 +58,13 @@ func (p *Pool) follow(ctx context.Context) {
 
 // decide runs the machine on what is known now, and tells those who wait for
 // another upstream.
-func (p *Pool) decide(begun time.Time, link bool) (wait time.Duration) {
+func (p *Pool) decide(begun time.Time, link, bare bool) (wait time.Duration) {
 	now := time.Now()
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	m := p.machine
 	m.setLink(link)
+	m.setBare(bare)
 	if p.known || p.member.Pool != "" || now.Sub(begun) >= joinPatience {
 		leaders := make([]string, 0, len(p.member.Leaders))
 		for _, l := range p.member.Leaders {

@@ -25,6 +25,11 @@ const (
 	leaderStart = 3 * time.Second
 	memberStart = 4 * time.Second
 	startSpread = 2 * time.Second
+	// One that holds nothing yet would fetch all, and waits longer, whether the
+	// machine of a leader answers or not: machines of a site that is powered up
+	// take unlike times to boot.
+	bareLeaderStart = 10 * time.Second
+	bareMemberStart = 30 * time.Second
 	// startPoll is how often they are asked meanwhile.
 	startPoll = 500 * time.Millisecond
 
@@ -85,12 +90,14 @@ type member struct {
 	others  []string // the pool's other hubs whose address is known, in an order of this hub's own
 	peers   map[string]*peer
 
-	link bool
+	link   bool
+	isBare bool
 
 	known   bool                 // the pool is known, or that there is none
 	pool    string               // its name
 	since   time.Time            // since when it is known
 	start   time.Duration        // how long it waits then
+	bare    time.Duration        // how long if it holds nothing of what is shared
 	chosen  bool                 // current counts
 	current string               // who is followed; cloud, or a peer
 	good    map[string]time.Time // since when those who are good are so
@@ -111,9 +118,9 @@ func newMember(self string, seed uint64, p patience) *member {
 func (m *member) setPool(now time.Time, pool string, leaders, others []string) {
 	if !m.known || pool != m.pool {
 		m.known, m.pool, m.chosen = true, pool, false
-		m.since, m.start = now, leaderStart
+		m.since, m.start, m.bare = now, leaderStart, bareLeaderStart
 		if !slices.Contains(leaders, m.self) {
-			m.start = m.draw(memberStart, startSpread)
+			m.start, m.bare = m.draw(memberStart, startSpread), m.draw(bareMemberStart, bareMemberStart/2)
 		}
 	}
 	m.leaders = leaders
@@ -144,6 +151,9 @@ func (m *member) setPool(now time.Time, pool string, leaders, others []string) {
 }
 
 func (m *member) setLink(up bool) { m.link = up }
+
+// setBare tells whether the hub holds nothing of what is shared.
+func (m *member) setBare(is bool) { m.isBare = is }
 
 // heard is told what a peer says of itself.
 func (m *member) heard(now time.Time, node string, s State) {
@@ -285,6 +295,10 @@ func (m *member) first(now time.Time, order []string, best int) (upstream string
 			return cloud, false, min(left, startPoll)
 		}
 	}
+	atCloud := best < 0 || order[best] == cloud
+	if left := m.bare - now.Sub(m.since); m.isBare && atCloud && left > 0 && slices.ContainsFunc(m.ahead(), m.mayCome) {
+		return cloud, false, min(left, startPoll)
+	}
 	if best >= 0 {
 		m.choose(order[best])
 		return m.current, true, time.Second
@@ -309,6 +323,9 @@ func (m *member) mayStart(node string) bool {
 	}
 	return !m.loops(node)
 }
+
+// mayCome reports whether a peer may be good once its machine has started.
+func (m *member) mayCome(node string) bool { return m.peers[node] != nil && !m.loops(node) }
 
 // anyAlive returns the first hub that answers and does not follow this one.
 func (m *member) anyAlive(now time.Time, order []string) (string, bool) {

@@ -357,6 +357,50 @@ func TestFirstStartAsksTheCloudOnce(t *testing.T) {
 	}
 }
 
+// TestPoweredUpSiteAsksTheCloudOnce boots the machines of a site that hold
+// nothing within half a minute, the leaders at any place among them: one hub
+// takes the cloud. Where the leader never comes, all take it in the end, and one
+// that holds something takes it at once.
+func TestPoweredUpSiteAsksTheCloudOnce(t *testing.T) {
+	t.Parallel()
+	for seed := range uint64(60) {
+		w := newWorld(seed, 2+int(seed)%49, 1+int(seed%2))
+		begin, asked := map[string]time.Time{}, map[string]bool{}
+		for node, h := range w.hubs {
+			h.dead = true
+			begin[node] = w.now.Add(time.Duration(w.rand.Int64N(int64(bareMemberStart))))
+		}
+		lost := seed%4 == 0
+		if seed%2 == 1 { // the second leader is late
+			begin["n1"] = begin["n0"].Add(bareLeaderStart / 2)
+		}
+		for range int(3 * bareMemberStart / tick) {
+			for _, node := range w.nodes {
+				h := w.hubs[node]
+				if h.dead && !w.now.Before(begin[node]) && !(lost && node == "n0") {
+					h.dead, h.machine = false, newMember(node, w.rand.Uint64(), defaults)
+					h.machine.setBare(true)
+					w.elect(w.leaders)
+				}
+			}
+			for _, a := range w.nodes { // a machine that boots answers nothing at all
+				for _, b := range w.leaders {
+					w.cut[[2]string{a, b}] = a != b && (w.hubs[a].dead || w.hubs[b].dead)
+				}
+			}
+			w.step(t)
+			for _, node := range w.nodes {
+				if m := w.hubs[node].machine; m.chosen && m.current == cloud {
+					asked[node] = true
+				}
+			}
+		}
+		if delete(asked, "n0"); len(asked) > 0 != lost {
+			t.Errorf("seed %d: the leader comes: %v; the cloud was asked by %v too", seed, !lost, asked)
+		}
+	}
+}
+
 func TestJoiningWaitsForTheLeader(t *testing.T) {
 	t.Parallel()
 	now := time.Unix(1e9, 0)
@@ -389,6 +433,17 @@ func TestJoiningWaitsForTheLeader(t *testing.T) {
 	m.failedOf(now, "a", false)
 	if got, ok, _ := m.decide(now); !ok || got != cloud {
 		t.Errorf("the leader's machine does not answer: follows %q, %v", got, ok)
+	}
+	bare := newMember("b", 1, defaults)
+	bare.setLink(true)
+	bare.setBare(true)
+	bare.setPool(now, "pool", []string{"a"}, nil)
+	bare.failedOf(now, "a", false)
+	if _, ok, wait := bare.decide(now.Add(bareMemberStart - time.Millisecond)); ok || wait > startPoll {
+		t.Errorf("it holds nothing, and decided before the leader's machine could boot: %v, %v", ok, wait)
+	}
+	if got, ok, _ := bare.decide(now.Add(bareMemberStart * 3 / 2)); !ok || got != cloud {
+		t.Errorf("it holds nothing, and the leader's machine does not boot: follows %q, %v", got, ok)
 	}
 	m.setPool(now.Add(time.Minute), "another", []string{"c"}, nil)
 	m.heard(now.Add(time.Minute), "c", State{Live: true})

@@ -49,7 +49,7 @@ func (st *stream) feed(ctx context.Context, c Credential, query url.Values) (*fe
 		return nil, err
 	}
 	f := &feed{st: st, end: cancel, patience: silentAfter}
-	f.body = &moving{ReadCloser: resp.Body, moved: func() { f.silence.Reset(f.patience) }}
+	f.body = &moving{ReadCloser: resp.Body, moved: func() { f.silence.Reset(f.patience) }, count: st.counter()}
 	f.silence = time.AfterFunc(f.patience, func() {
 		f.silent.Store(true)
 		cancel()

@@ -9,6 +9,7 @@ type metrics struct {
 	scopes      prometheus.Gauge
 	watchers    prometheus.Gauge
 	streams     *prometheus.GaugeVec
+	shared      *prometheus.CounterVec
 }
 
 func newMetrics(reg prometheus.Registerer) *metrics {
@@ -38,7 +39,11 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 		Name: "node_yurthub_replica_streams",
 		Help: "Open streams, by upstream: cloud, leader or peer.",
 	}, []string{"upstream"})
-	reg.MustRegister(m.streams)
+	m.shared = prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "node_yurthub_shared_bytes_total",
+		Help: "Bytes of lists and watches of what the pool shares, as they came, by upstream: cloud, leader or peer.",
+	}, []string{"upstream"})
+	reg.MustRegister(m.streams, m.shared)
 	reg.MustRegister(m.events, m.relists, m.storeErrors, m.scopes, m.watchers)
 	return m
 }

@@ -15,6 +15,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus/testutil"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/runtime/schema"
 
@@ -552,6 +553,44 @@ func TestFollowerOfARestoredCloud(t *testing.T) {
 		pass(2 * time.Minute)
 		follower.current(follower.held(configMaps))
 	})
+}
+
+// TestLeaderThatListedLater: a hub that listed from the cloud a moment before
+// its leader did has no place in the leader's history. The next change brings it
+// there, and it follows the leader within seconds, without a list.
+func TestLeaderThatListedLater(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p := newPeers(t, 1)
+		p.hubs[2].stop()
+		p.hubs = p.hubs[:2]
+		defer p.stop()
+		leader, follower := p.hubs[0], p.hubs[1]
+		p.cloud.put("configmaps", "ns", "a", "1", nil)
+		pin(follower.bed, configMaps)
+		p.cloud.put("widgets", "ns", "w", "1", nil) // the cloud moves on, and the follower hears nothing of it
+		pin(leader.bed, configMaps)
+		follower.moveTo(leader.name)
+		pass(time.Second)
+		if leader.expired == 0 || leader.serves() != 0 {
+			t.Fatalf("the leader had the history of %d watches, and serves %d", leader.expired, leader.serves())
+		}
+		p.cloud.put("configmaps", "ns", "b", "1", nil)
+		pass(2 * avoidFor)
+		if leader.serves() == 0 {
+			t.Error("the follower is still with the cloud")
+		}
+		follower.current(follower.held(configMaps))
+		if lists := testutil.ToFloat64(follower.metrics.relists); leader.listed != 0 || lists != 1 {
+			t.Errorf("the leader was listed %d times, and the follower has listed %.0f times", leader.listed, lists)
+		}
+	})
+}
+
+// serves is how many requests of others are in flight at the hub.
+func (h *sharing) serves() int {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return len(h.calls)
 }
 
 // TestLeaderThatServesNothing: a follower does not ask the cloud every few

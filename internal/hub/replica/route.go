@@ -19,6 +19,9 @@ type Route struct {
 
 	Peer string // name of the hub
 	Kind string // for metrics: cloud, leader or peer
+	// Shared says that the hub's pool shares the scope: what comes of it is
+	// counted.
+	Shared bool
 	// Contact is when the cloud last proved what the peer holds of the scope,
 	// zero if nobody knows. Live tells whether the peer still hears the cloud.
 	// They are nil for the cloud itself.
@@ -33,10 +36,12 @@ type Route struct {
 type Router func(scope Scope, avoid func(peer string) bool) (route Route, ok bool, changed <-chan struct{})
 
 const (
-	// A peer that cannot serve a scope is left alone with it for this long;
-	// one whose history does not reach back, for longer.
-	avoidFor     = 5 * time.Second
-	avoidGoneFor = time.Minute
+	// A peer that cannot serve a scope is left alone with it for this long, also
+	// one whose history does not reach back: it may have listed a moment after
+	// this hub did, and the next change brings the stream to where it began. One
+	// that says nothing is left alone for longer.
+	avoidFor       = 5 * time.Second
+	avoidSilentFor = time.Minute
 	// Each time that it fails again at once avoidFor is twice as long, at most
 	// this: the cloud must not be asked for what a leader lacks every few
 	// seconds.
@@ -126,6 +131,16 @@ func (st *stream) avoid(peer string, d time.Duration) {
 	st.avoided[peer] = time.Now().Add(d + rand.N(d/2))
 }
 
+// avoidLonger keeps the stream from a peer, each time that it fails at once for
+// twice as long.
+func (st *stream) avoidLonger(peer string) {
+	st.avoid(peer, min(avoidFor<<st.failures[peer], avoidMost))
+	if st.failures == nil {
+		st.failures = map[string]int{}
+	}
+	st.failures[peer] = min(st.failures[peer]+1, maxFailures)
+}
+
 // take makes a route the stream's own. The set then counts as proved when what
 // comes by the route was.
 func (st *stream) take(route Route) {
@@ -207,17 +222,13 @@ func (st *stream) failed(ctx context.Context, err error, lasted time.Duration, w
 	switch {
 	case errors.Is(err, errGone):
 		st.tooOld, st.doubted = true, true
-		st.avoid(peer, avoidGoneFor)
+		st.avoidLonger(peer)
 	case errors.Is(err, errSilent):
 		st.doubted = true
-		st.avoid(peer, avoidGoneFor)
+		st.avoid(peer, avoidSilentFor)
 	case errors.Is(err, errSyncing) && st.mayWait():
 	case errors.Is(err, errAnswered), errors.Is(err, errBehind), errors.Is(err, errSyncing), errors.Is(err, errAtOnce) && wait.n >= maxPeerTries:
-		st.avoid(peer, min(avoidFor<<st.failures[peer], avoidMost))
-		if st.failures == nil {
-			st.failures = map[string]int{}
-		}
-		st.failures[peer] = min(st.failures[peer]+1, maxFailures)
+		st.avoidLonger(peer)
 	}
 	st.log.Debug("stream from a peer ended", "peer", peer, "err", err)
 	wait.sleep(ctx, 0, st.hurried)

@@ -18,6 +18,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/time/rate"
 	"k8s.io/apimachinery/pkg/watch"
 
@@ -842,6 +843,7 @@ func readBody(resp *http.Response, limit int64) ([]byte, error) {
 type moving struct {
 	io.ReadCloser
 	moved func()
+	count prometheus.Counter // of its bytes; nil: nobody counts
 	err   error
 }
 
@@ -849,8 +851,19 @@ func (m *moving) Read(p []byte) (n int, err error) {
 	n, m.err = m.ReadCloser.Read(p)
 	if n > 0 {
 		m.moved()
+		if m.count != nil {
+			m.count.Add(float64(n))
+		}
 	}
 	return n, m.err
+}
+
+// counter counts what comes by the stream's route, nil if nobody does.
+func (st *stream) counter() prometheus.Counter {
+	if !st.route.Shared {
+		return nil
+	}
+	return st.metrics.shared.WithLabelValues(st.route.Kind)
 }
 
 func (st *stream) page(ctx context.Context, c Credential, query url.Values) (wire.List, wire.Encoding, error) {
@@ -863,7 +876,7 @@ func (st *stream) page(ctx context.Context, c Credential, query url.Values) (wir
 		return wire.List{}, 0, err
 	}
 	defer resp.Body.Close()
-	resp.Body = &moving{ReadCloser: resp.Body, moved: func() { stalled.Reset(pageStall) }}
+	resp.Body = &moving{ReadCloser: resp.Body, moved: func() { stalled.Reset(pageStall) }, count: st.counter()}
 	body, err := readBody(resp, maxPage)
 	if err != nil {
 		return wire.List{}, 0, fmt.Errorf("read list of %s: %w", st.set.id, err)
