@@ -199,6 +199,7 @@ func (h *Hub) choose(scope replica.Scope, avoid func(string) bool) (replica.Rout
 	if !h.isShared(scope.Resource) {
 		return cloud, true, nil
 	}
+	cloud.Shared = true
 	up, other, ok, changed := h.pool.Choose(avoid)
 	switch {
 	case !ok:
@@ -208,7 +209,7 @@ func (h *Hub) choose(scope replica.Scope, avoid func(string) bool) (replica.Rout
 	}
 	id := scope.ID()
 	return replica.Route{
-		Upstream: peerUpstream{h.pool.Transport(up.Peer)}, Peer: up.Peer, Kind: up.Kind,
+		Upstream: peerUpstream{h.pool.Transport(up.Peer)}, Peer: up.Peer, Kind: up.Kind, Shared: true,
 		Contact: func() time.Time {
 			if at := h.pool.Proved(up.Peer, id); !at.IsZero() {
 				return h.clock.Now().Add(-time.Since(at))
@@ -287,6 +288,9 @@ func (h *Hub) membership(name string) (pool.Membership, error) {
 		for _, l := range np.Status.LeaderEndpoints {
 			m.Leaders = append(m.Leaders, pool.Leader{Node: l.NodeName, Address: l.Address})
 		}
+	}
+	for _, c := range np.Status.Contacts {
+		m.Contacts = append(m.Contacts, pool.Leader{Node: c.NodeName, Address: c.Address})
 	}
 	for _, r := range np.Shared() {
 		m.Shared = append(m.Shared, schema.GroupVersionResource(r))

@@ -268,7 +268,12 @@ func (s *site) status(t *testing.T, nodes []string, leaders map[string]string, o
 	for _, node := range order {
 		endpoints = append(endpoints, map[string]string{"nodeName": node, "address": leaders[node]})
 	}
-	patch, err := json.Marshal(map[string]any{"status": map[string]any{"nodes": nodes, "leaderEndpoints": endpoints}})
+	s.patchStatus(t, map[string]any{"nodes": nodes, "leaderEndpoints": endpoints})
+}
+
+func (s *site) patchStatus(t *testing.T, status map[string]any) {
+	t.Helper()
+	patch, err := json.Marshal(map[string]any{"status": status})
 	if err != nil {
 		t.Fatal(err)
 	}

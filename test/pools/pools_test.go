@@ -137,6 +137,31 @@ func TestPool(t *testing.T) {
 	})
 }
 
+// TestContacts: hubs of a pool without leaders find each other by its contacts.
+// One that has lost its link hears the cloud through another, with which it has
+// never spoken.
+func TestContacts(t *testing.T) {
+	s := newSite(t, "contacts", 2)
+	s.args = []string{"--pool-grace=3s", "--pool-return=3s"}
+	var contacts []map[string]string
+	for i, h := range s.hubs {
+		contacts = append(contacts, map[string]string{"nodeName": s.node(i), "address": h.address})
+	}
+	s.patchStatus(t, map[string]any{"nodes": []string{s.node(0), s.node(1)}, "contacts": contacts})
+	for range s.names() {
+		s.write(t)
+	}
+	for i := range s.hubs {
+		s.start(t, i)
+		s.watch(t, i)
+		s.hubs[i].follows(t, "cloud", true)
+	}
+	cut(t, s.hubs[1], bed.Blackhole)
+	s.write(t)
+	s.seen(t, 0, 1)
+	s.hubs[1].follows(t, s.node(0), true)
+}
+
 // offline waits until the hub knows that its link is cut.
 func (h *hub) offline(t *testing.T) {
 	t.Helper()

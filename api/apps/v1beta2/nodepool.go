@@ -126,7 +126,10 @@ type NodePoolSpec struct {
 	LeaderReplicas int32 `json:"leaderReplicas,omitempty"`
 }
 
-// Leader is a node that leads its pool.
+// MaxContacts bounds the contacts of a pool.
+const MaxContacts = 8
+
+// Leader is a node that leads its pool, or a contact.
 type Leader struct {
 	NodeName string `json:"nodeName"`
 	// Address is the node's internal IP, where the other hubs of the pool
@@ -162,6 +165,12 @@ type NodePoolStatus struct {
 	// +optional
 	// +listType=atomic
 	LeaderEndpoints []Leader `json:"leaderEndpoints,omitempty"`
+	// Contacts are nodes by which the hubs of the pool find each other when they
+	// know of no leader that answers: all of a small pool.
+	//
+	// +optional
+	// +listType=atomic
+	Contacts []Leader `json:"contacts,omitempty"`
 	// +optional
 	LeaderNum int32 `json:"leaderNum,omitempty"`
 	// +optional

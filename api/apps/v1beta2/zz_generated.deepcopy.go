@@ -161,6 +161,11 @@ func (in *NodePoolStatus) DeepCopyInto(out *NodePoolStatus) {
 		*out = make([]Leader, len(*in))
 		copy(*out, *in)
 	}
+	if in.Contacts != nil {
+		in, out := &in.Contacts, &out.Contacts
+		*out = make([]Leader, len(*in))
+		copy(*out, *in)
+	}
 	in.LeaderLastElectedTime.DeepCopyInto(&out.LeaderLastElectedTime)
 	if in.Conditions != nil {
 		in, out := &in.Conditions, &out.Conditions

@@ -36,7 +36,7 @@ import (
 // DefaultPort is where the hubs of a pool listen, on their node's address.
 const DefaultPort = 10269
 
-// Leader is a hub that others shall follow.
+// Leader is a hub that others shall follow, or, as a contact, may.
 type Leader struct{ Node, Address string }
 
 // Membership is what the cluster last said of this node's pool. The zero value
@@ -45,7 +45,9 @@ type Membership struct {
 	Pool    string
 	Nodes   []string // this one too
 	Leaders []Leader // in the order in which hubs try them
-	Shared  []schema.GroupVersionResource
+	// Contacts are hubs by which others find each other, leaders or not.
+	Contacts []Leader
+	Shared   []schema.GroupVersionResource
 }
 
 // Has reports whether the node is in the pool.
@@ -162,7 +164,7 @@ func (p *Pool) Set(m Membership, address net.IP, known bool) {
 			delete(p.book, node)
 		}
 	}
-	for _, l := range m.Leaders {
+	for _, l := range slices.Concat(m.Contacts, m.Leaders) {
 		if l.Node != p.cfg.Node && m.Has(l.Node) {
 			p.entryLocked(l.Node).setAddress(l.Address)
 		}
@@ -181,7 +183,7 @@ func (p *Pool) Set(m Membership, address net.IP, known bool) {
 }
 
 func same(a, b Membership) bool {
-	return a.Pool == b.Pool && slices.Equal(a.Nodes, b.Nodes) && slices.Equal(a.Leaders, b.Leaders) && slices.Equal(a.Shared, b.Shared)
+	return a.Pool == b.Pool && slices.Equal(a.Nodes, b.Nodes) && slices.Equal(a.Leaders, b.Leaders) && slices.Equal(a.Contacts, b.Contacts) && slices.Equal(a.Shared, b.Shared)
 }
 
 // Membership returns what Set was last told.

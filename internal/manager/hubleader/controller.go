@@ -70,9 +70,9 @@ func candidacyChanged(e event.UpdateEvent) bool {
 }
 
 func candidateOf(node *corev1.Node) candidate {
-	c := candidate{name: node.Name, labels: node.Labels, fit: node.DeletionTimestamp == nil && nodepool.Ready(node)}
-	if node.Labels[apps.EdgeWorkerLabel] == "false" {
-		c.fit = false // it has no hub
+	c := candidate{name: node.Name, labels: node.Labels, fit: nodepool.Ready(node)}
+	if node.DeletionTimestamp != nil || node.Labels[apps.EdgeWorkerLabel] == "false" { // that has no hub
+		c.fit, c.never = false, true
 	}
 	if nodepool.VouchedFor(node) {
 		c.fit = false // it has no link
@@ -111,13 +111,14 @@ func (c *elector) Reconcile(ctx context.Context, req reconcile.Request) (reconci
 	}
 	was := pool.DeepCopy()
 	now := metav1.NewTime(c.clock.Now())
-	leaders := elect(&pool, candidates)
+	leaders, last := elect(&pool, candidates)
 	if !slices.Equal(leaders, pool.Status.LeaderEndpoints) {
 		pool.Status.LeaderLastElectedTime = now
 	}
 	pool.Status.LeaderEndpoints, pool.Status.LeaderNum = leaders, int32(len(leaders)) //nolint:gosec // 16 at most
+	pool.Status.Contacts = contacts(&pool, candidates)
 	pool.Status.Conditions = slices.DeleteFunc(pool.Status.Conditions, func(c v1beta2.NodePoolCondition) bool { return c.Type == v1beta2.LeaderReady })
-	if condition := ready(was, leaders, now); condition != nil {
+	if condition := ready(was, leaders, last, now); condition != nil {
 		pool.Status.Conditions = append(pool.Status.Conditions, *condition)
 	}
 	if reflect.DeepEqual(was.Status, pool.Status) {

@@ -21,15 +21,20 @@ type candidate struct {
 	labels  map[string]string
 	// fit says that the node is ready, its hub is sound and its link is up.
 	fit bool
+	// never says that it cannot lead however it does: it goes, or has no hub.
+	never bool
 }
 
 // elect returns the leaders of a pool, in the order in which hubs try them.
 // Leaders that still qualify stay, at their place, so that nothing moves that
 // need not; free places go to the candidates in an order that is random but
-// always the same, so that replicas of the manager agree.
-func elect(pool *v1beta2.NodePool, candidates []candidate) []v1beta2.Leader {
+// always the same, so that replicas of the manager agree. While nobody
+// qualifies, who led last still does: a site that is cut off, or without power,
+// returns to the leaders that its hubs know, and not each hub to the cloud.
+// It then reports that these are the last.
+func elect(pool *v1beta2.NodePool, candidates []candidate) (leaders []v1beta2.Leader, last bool) {
 	if !pool.Spec.EnableLeaderElection {
-		return nil
+		return nil, false
 	}
 	may := map[string]candidate{}
 	for _, c := range candidates {
@@ -37,8 +42,15 @@ func elect(pool *v1beta2.NodePool, candidates []candidate) []v1beta2.Leader {
 			may[c.name] = c
 		}
 	}
+	if last = len(may) == 0; last {
+		for _, c := range candidates {
+			if led := slices.ContainsFunc(pool.Status.LeaderEndpoints, func(l v1beta2.Leader) bool { return l.NodeName == c.name }); led && !c.never &&
+				c.address != "" && qualifies(pool, c) {
+				may[c.name] = c
+			}
+		}
+	}
 	places := int(max(pool.Spec.LeaderReplicas, 1))
-	var leaders []v1beta2.Leader
 	for _, l := range pool.Status.LeaderEndpoints {
 		if c, ok := may[l.NodeName]; ok && len(leaders) < places {
 			leaders = append(leaders, v1beta2.Leader{NodeName: c.name, Address: c.address})
@@ -49,13 +61,51 @@ func elect(pool *v1beta2.NodePool, candidates []candidate) []v1beta2.Leader {
 	for _, c := range may {
 		rest = append(rest, c)
 	}
-	slices.SortFunc(rest, func(a, b candidate) int {
-		return cmp.Or(cmp.Compare(lot(pool.Name, a.name), lot(pool.Name, b.name)), strings.Compare(a.name, b.name))
-	})
+	slices.SortFunc(rest, byLot(pool.Name))
 	for _, c := range rest[:min(len(rest), places-len(leaders))] {
 		leaders = append(leaders, v1beta2.Leader{NodeName: c.name, Address: c.address})
 	}
-	return leaders
+	return leaders, last
+}
+
+// contacts returns nodes by which hubs of the pool find each other, leaders or
+// not, by name. Those that are fit come before those that are not, and who was
+// one before who was none.
+func contacts(pool *v1beta2.NodePool, candidates []candidate) []v1beta2.Leader {
+	if !pool.Spec.InterConnectivity {
+		return nil
+	}
+	was := map[string]bool{}
+	for _, c := range pool.Status.Contacts {
+		was[c.NodeName] = true
+	}
+	may := slices.DeleteFunc(slices.Clone(candidates), func(c candidate) bool { return c.never || c.address == "" })
+	slices.SortFunc(may, func(a, b candidate) int {
+		return cmp.Or(first(a.fit, b.fit), first(was[a.name], was[b.name]), byLot(pool.Name)(a, b))
+	})
+	var out []v1beta2.Leader
+	for _, c := range may[:min(len(may), v1beta2.MaxContacts)] {
+		out = append(out, v1beta2.Leader{NodeName: c.name, Address: c.address})
+	}
+	slices.SortFunc(out, func(a, b v1beta2.Leader) int { return strings.Compare(a.NodeName, b.NodeName) })
+	return out
+}
+
+// first puts who is before who is not.
+func first(a, b bool) int {
+	switch {
+	case a == b:
+		return 0
+	case a:
+		return -1
+	}
+	return 1
+}
+
+func byLot(pool string) func(a, b candidate) int {
+	return func(a, b candidate) int {
+		return cmp.Or(cmp.Compare(lot(pool, a.name), lot(pool, b.name)), strings.Compare(a.name, b.name))
+	}
 }
 
 func qualifies(pool *v1beta2.NodePool, c candidate) bool {
@@ -71,7 +121,7 @@ func lot(pool, node string) uint64 {
 }
 
 // ready is the pool's condition LeaderReady, nil where no leaders are wanted.
-func ready(pool *v1beta2.NodePool, leaders []v1beta2.Leader, now metav1.Time) *v1beta2.NodePoolCondition {
+func ready(pool *v1beta2.NodePool, leaders []v1beta2.Leader, last bool, now metav1.Time) *v1beta2.NodePoolCondition {
 	if !pool.Spec.EnableLeaderElection {
 		return nil
 	}
@@ -84,6 +134,8 @@ func ready(pool *v1beta2.NodePool, leaders []v1beta2.Leader, now metav1.Time) *v
 			c.Message += ", and matches leaderNodeLabelSelector"
 		}
 		c.Message += "; nodes follow the cloud themselves"
+	case last:
+		c.Status, c.Reason, c.Message = corev1.ConditionFalse, "NoneHeard", "no node is ready with its link up; who led last still does"
 	case len(leaders) < want:
 		c.Reason, c.Message = "FewCandidates", "fewer nodes can lead than leaderReplicas asks for"
 	}

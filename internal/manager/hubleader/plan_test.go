@@ -57,25 +57,76 @@ func TestElect(t *testing.T) {
 		all  []candidate
 		want string
 	}{
-		"off":                              {off, candidates("1"), ""},
-		"nobody":                           {led(random, 1), nil, ""},
-		"only one can":                     {led(random, 2), candidates("1!", "2-", "3"), "3"},
-		"leaders stay at their place":      {led(random, 2, "3", "1"), candidates("1", "2", "3"), "3 1"},
-		"a leader that is unfit goes":      {led(random, 2, "3", "1"), candidates("1", "2", "3!"), "1 2"},
-		"a leader that left the pool goes": {led(random, 1, "9"), candidates("2"), "2"},
-		"fewer wanted":                     {led(random, 1, "3", "1"), candidates("1", "2", "3"), "3"},
-		"strategy mark drops the unmarked": {led(mark, 2, "1", "2"), candidates("1", "2*", "3*"), "2 3"},
-		"nobody is marked":                 {led(mark, 2, "1"), candidates("1", "2"), ""},
-		"no replicas said is one":          {led(random, 0), candidates("1"), "1"},
+		"off":                               {off, candidates("1"), ""},
+		"nobody":                            {led(random, 1), nil, ""},
+		"only one can":                      {led(random, 2), candidates("1!", "2-", "3"), "3"},
+		"leaders stay at their place":       {led(random, 2, "3", "1"), candidates("1", "2", "3"), "3 1"},
+		"a leader that is unfit goes":       {led(random, 2, "3", "1"), candidates("1", "2", "3!"), "1 2"},
+		"a leader that left the pool goes":  {led(random, 1, "9"), candidates("2"), "2"},
+		"fewer wanted":                      {led(random, 1, "3", "1"), candidates("1", "2", "3"), "3"},
+		"strategy mark drops the unmarked":  {led(mark, 2, "1", "2"), candidates("1", "2*", "3*"), "2 3"},
+		"nobody is marked":                  {led(mark, 2, "1"), candidates("1", "2"), ""},
+		"nobody is heard: the last stay":    {led(random, 2, "3", "1"), candidates("1!", "2!", "3!"), "3 1"},
+		"nobody is heard, and one has left": {led(random, 2, "3", "1"), candidates("1!", "2!"), "1"},
+		"nobody is heard or marked":         {led(mark, 1, "1"), candidates("1!", "2!"), ""},
+		"the last leader is going":          {led(random, 1, "1"), []candidate{{name: "1", address: "10.0.0.1", never: true}}, ""},
+		"no replicas said is one":           {led(random, 0), candidates("1"), "1"},
 	} {
-		if got := names(elect(tc.pool, tc.all)); got != tc.want {
-			t.Errorf("%s: got %q, want %q", name, got, tc.want)
+		got, last := elect(tc.pool, tc.all)
+		if names(got) != tc.want {
+			t.Errorf("%s: got %q, want %q", name, names(got), tc.want)
+		}
+		if last && slices.ContainsFunc(got, func(l v1beta2.Leader) bool { return candidateNamed(tc.all, l.NodeName).fit }) {
+			t.Errorf("%s: %q are said to be the last, and fit", name, names(got))
 		}
 	}
 	moved := candidates("1")
 	moved[0].address = "10.9.9.9"
-	if got := elect(led(random, 1, "1"), moved); len(got) != 1 || got[0].Address != "10.9.9.9" {
+	if got, _ := elect(led(random, 1, "1"), moved); len(got) != 1 || got[0].Address != "10.9.9.9" {
 		t.Errorf("a leader with a new address: got %v", got)
+	}
+}
+
+func candidateNamed(all []candidate, name string) candidate {
+	return all[slices.IndexFunc(all, func(c candidate) bool { return c.name == name })]
+}
+
+// TestContactsOfAPool: all of a small pool, leaders elected or not; of a large one as
+// many as are allowed, and no other ones as long as these do.
+func TestContactsOfAPool(t *testing.T) {
+	pool := led(v1beta2.ElectRandom, 1)
+	pool.Spec.EnableLeaderElection = false
+	if got := contacts(pool, candidates("1")); got != nil {
+		t.Errorf("of a pool whose nodes do not reach each other: %v", got)
+	}
+	pool.Spec.InterConnectivity = true
+	if got := names(contacts(pool, candidates("3", "2!", "1-", "4"))); got != "2 3 4" {
+		t.Errorf("of a small pool: %s", got)
+	}
+	var all []candidate
+	for i := range 20 {
+		all = append(all, candidate{name: fmt.Sprintf("n%02d", i), address: fmt.Sprintf("10.0.0.%d", i), fit: i != 3})
+	}
+	pool.Status.Contacts = contacts(pool, all)
+	before := names(pool.Status.Contacts)
+	if len(pool.Status.Contacts) != v1beta2.MaxContacts || strings.Contains(before, "n03") {
+		t.Fatalf("of a large pool: %s", before)
+	}
+	all[3].fit = true
+	slices.Reverse(all)
+	if got := names(contacts(pool, all)); got != before {
+		t.Errorf("one more is fit: %s, and before %s", got, before)
+	}
+	gone := pool.Status.Contacts[0].NodeName
+	all = slices.DeleteFunc(all, func(c candidate) bool { return c.name == gone })
+	if got := contacts(pool, all); len(got) != v1beta2.MaxContacts || names(got[:1]) == gone {
+		t.Errorf("without %s: %s", gone, names(got))
+	}
+	for i := range all {
+		all[i].fit = false
+	}
+	if got := names(contacts(pool, all)); !strings.Contains(got, strings.Fields(before)[1]) {
+		t.Errorf("nobody is heard: %s, and before %s", got, before)
 	}
 }
 
@@ -87,12 +138,12 @@ func TestElectIsRandomAndTheSameForAll(t *testing.T) {
 		pool := led(v1beta2.ElectRandom, 1)
 		pool.Name = fmt.Sprintf("pool-%d", i)
 		all := candidates("1", "2", "3", "4")
-		first := names(elect(pool, all))
+		first, _ := elect(pool, all)
 		slices.Reverse(all)
-		if second := names(elect(pool, all)); second != first {
-			t.Fatalf("%s: got %s, then %s", pool.Name, first, second)
+		if second, _ := elect(pool, all); names(second) != names(first) {
+			t.Fatalf("%s: got %s, then %s", pool.Name, names(first), names(second))
 		}
-		chosen[first]++
+		chosen[names(first)]++
 	}
 	for _, n := range []string{"1", "2", "3", "4"} {
 		if chosen[n] < 10 {
@@ -135,17 +186,21 @@ func TestLeaderReady(t *testing.T) {
 	pool.Status.Conditions = []v1beta2.NodePoolCondition{{Type: v1beta2.LeaderReady, Status: corev1.ConditionTrue, LastTransitionTime: before}}
 	for _, tc := range []struct {
 		leaders int
+		last    bool
 		status  corev1.ConditionStatus
 		reason  string
 		since   metav1.Time
-	}{{2, "True", "Elected", before}, {1, "True", "FewCandidates", before}, {0, "False", "NoCandidate", now}} {
-		got := ready(pool, make([]v1beta2.Leader, tc.leaders), now)
+	}{
+		{2, false, "True", "Elected", before}, {1, false, "True", "FewCandidates", before},
+		{0, true, "False", "NoCandidate", now}, {2, true, "False", "NoneHeard", now},
+	} {
+		got := ready(pool, make([]v1beta2.Leader, tc.leaders), tc.last, now)
 		if got.Status != tc.status || got.Reason != tc.reason || got.LastTransitionTime != tc.since {
 			t.Errorf("%d leaders: got %+v", tc.leaders, got)
 		}
 	}
 	pool.Spec.EnableLeaderElection = false
-	if got := ready(pool, nil, now); got != nil {
+	if got := ready(pool, nil, false, now); got != nil {
 		t.Errorf("off: got %+v", got)
 	}
 }
