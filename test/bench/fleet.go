@@ -42,32 +42,37 @@ type fleet struct {
 	links   []*bed.Link // by pool
 	members []member
 	workers []*workerProcess
-	held    int // slices that a hub has when it is ready
+	number  int           // of the bench's fleets
+	within  time.Duration // of their start; 0: in order, leaders first
+	held    int           // slices that a hub has when it is ready
 
 	mu    sync.Mutex // guards the following
 	ready int
 	seen  []map[int]int64 // by hub: when its watcher got which update first
 	lost  int             // streams that ended
+	said  int             // workers that have said what they took
+	took  float64         // bytes, in all
 	fault error           // of workers
 }
 
 // workerProcess is a worker seen from here.
 type workerProcess struct {
 	cmd   *exec.Cmd
-	stdin io.Closer
+	stdin io.WriteCloser
 	ended chan struct{}
 }
 
 // startFleet makes pools and their nodes, starts their hubs and waits until
-// each holds that many slices and has a watcher.
-func (b *bench) startFleet(ctx context.Context, pools, hubs, held int, shared bool) (_ *fleet, err error) {
-	f := &fleet{bench: b, held: held}
+// each holds that many slices and has a watcher. All start within spread; if it
+// is 0, one after the other, as a fleet grows.
+func (b *bench) startFleet(ctx context.Context, pools, hubs, held int, shared bool, spread time.Duration) (_ *fleet, err error) {
+	b.fleets++
+	f := &fleet{bench: b, number: b.fleets, held: held, within: spread}
 	defer func() {
 		if err != nil {
 			f.close()
 		}
 	}()
-	b.fleets++
 	// The data of many hubs on one disk would measure the disk.
 	if f.dir, err = os.MkdirTemp(memoryDir(), "yurt-scale-"); err != nil {
 		return nil, err
@@ -99,14 +104,44 @@ func (b *bench) startFleet(ctx context.Context, pools, hubs, held int, shared bo
 	if err := b.poolsKnow(ctx, f.pools, hubs, shared); err != nil {
 		return nil, err
 	}
+	if shared && spread == 0 {
+		if err := f.leadersFirst(ctx); err != nil {
+			return nil, err
+		}
+	}
 	return f, f.launch(ctx)
+}
+
+// leadersFirst orders the hubs as they are to start. A few start at a time, and
+// one that holds nothing waits for its leader.
+func (f *fleet) leadersFirst(ctx context.Context) error {
+	all, err := f.bench.listPools(ctx)
+	if err != nil {
+		return err
+	}
+	leads := map[string]bool{}
+	for i := range all {
+		for _, l := range all[i].Status.LeaderEndpoints {
+			leads[l.NodeName] = true
+		}
+	}
+	slices.SortStableFunc(f.members, func(a, b member) int {
+		switch {
+		case leads[a.Node] == leads[b.Node]:
+			return 0
+		case leads[a.Node]:
+			return -1
+		}
+		return 1
+	})
+	return nil
 }
 
 // launch starts the hubs, on what they have on disk, and waits until all are
 // ready.
 func (f *fleet) launch(ctx context.Context) error {
 	for hubs := range slices.Chunk(f.members, hubsPerWorker) {
-		if err := f.startWorker(ctx, order{Slices: f.held, Hubs: hubs}); err != nil {
+		if err := f.startWorker(ctx, order{Slices: f.held, Debug: f.bench.logs != "", Spread: f.within, Hubs: hubs}); err != nil {
 			return err
 		}
 	}
@@ -213,7 +248,7 @@ func (f *fleet) startWorker(ctx context.Context, o order) error {
 	cmd := exec.Command(self) //nolint:noctx // it ends with its input, in good order
 	// Ceilings are for one hub; these are many.
 	cmd.Env = append(os.Environ(), workerEnv+"=1", "GOMEMLIMIT=off", "GOGC=100")
-	log, err := os.OpenFile(filepath.Join(f.dir, "workers.log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	log, err := os.OpenFile(f.logFile(), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	if err != nil {
 		return err
 	}
@@ -243,15 +278,23 @@ func (f *fleet) startWorker(ctx context.Context, o order) error {
 			f.mu.Unlock()
 		}
 	}()
-	if _, err := io.Copy(stdin, bytes.NewReader(text)); err != nil {
+	if _, err := io.Copy(stdin, bytes.NewReader(append(text, '\n'))); err != nil {
 		return fmt.Errorf("tell worker: %w", err)
 	}
 	return ctx.Err()
 }
 
+// logFile is what the fleet's workers log to.
+func (f *fleet) logFile() string {
+	if f.bench.logs == "" {
+		return filepath.Join(f.dir, "workers.log")
+	}
+	return filepath.Join(f.bench.logs, fmt.Sprintf("fleet-%d.log", f.number))
+}
+
 // lastWords are the last lines that workers logged.
 func (f *fleet) lastWords() string {
-	text, err := os.ReadFile(filepath.Join(f.dir, "workers.log"))
+	text, err := os.ReadFile(f.logFile())
 	if err != nil {
 		return err.Error()
 	}
@@ -266,6 +309,9 @@ func (f *fleet) hear(line string) {
 	switch word {
 	case "ready":
 		f.ready++
+	case "shared":
+		n, _ := strconv.ParseFloat(rest, 64)
+		f.said, f.took = f.said+1, f.took+n
 	case "lost":
 		f.lost++
 		fmt.Fprintf(f.bench.log, "stream of a watcher ended: hub %s\n", rest)
@@ -341,6 +387,23 @@ func (f *fleet) bytes() float64 {
 		sum += float64(up + down)
 	}
 	return sum
+}
+
+// shared are the bytes of what pools share that hubs took from the cloud, by
+// their own count: lists as they came, packed, and watches.
+func (f *fleet) shared(ctx context.Context) (float64, error) {
+	f.mu.Lock()
+	f.said, f.took = 0, 0
+	f.mu.Unlock()
+	for _, w := range f.workers {
+		if _, err := io.WriteString(w.stdin, "shared\n"); err != nil {
+			return 0, fmt.Errorf("ask worker: %w", err)
+		}
+	}
+	err := f.await(ctx, workerEnd, "workers asked", func() (int, int) { return f.said, len(f.workers) })
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.took, err
 }
 
 // cut cuts, or heals, every uplink.

@@ -38,6 +38,7 @@ func main() {
 	flag.StringVar(&opts.json, "json", "", "file to write the figures to, as JSON")
 	flag.StringVar(&opts.merge, "merge", "", "JSON file of more figures to show, such as the demo's")
 	flag.StringVar(&opts.profiles, "profiles", "", "directory for the hub's CPU and heap profiles")
+	flag.StringVar(&opts.logs, "logs", "", "with -scale: directory for the hubs' logs, at debug")
 	flag.BoolVar(&opts.scaled, "scale", false, "measure pools of many hubs instead of one hub")
 	opts.scale.flags(flag.CommandLine)
 	flag.Parse()
@@ -50,11 +51,11 @@ func main() {
 }
 
 type options struct {
-	short, http1                bool
-	cut                         time.Duration
-	only, json, merge, profiles string
-	scaled                      bool
-	scale                       scale
+	short, http1                      bool
+	cut                               time.Duration
+	only, json, merge, profiles, logs string
+	scaled                            bool
+	scale                             scale
 }
 
 // sections are measured in this order: those that want few objects in the

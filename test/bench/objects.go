@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"fmt"
 	"net/http"
 	"strconv"
@@ -16,6 +17,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	protobufcodec "k8s.io/apimachinery/pkg/runtime/serializer/protobuf"
+	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/kubernetes/scheme"
 )
@@ -134,6 +136,24 @@ func newSlice(namespace, name string, n int) *discoveryv1.EndpointSlice {
 		})
 	}
 	return s
+}
+
+// variedSliceIn makes slices of which no two endpoints have the names and UIDs
+// of their pods in common: they pack as those of a real cluster do.
+func variedSliceIn(namespace string) func(string) runtime.Object {
+	return func(name string) runtime.Object {
+		s := newSlice(namespace, name, endpoints)
+		for i := range s.Endpoints {
+			sum := sha256.Sum256(fmt.Append(nil, name, i))
+			pod := s.Endpoints[i].TargetRef
+			pod.UID = types.UID(fmt.Sprintf("%x-%x-%x-%x-%x", sum[:4], sum[4:6], sum[6:8], sum[8:10], sum[10:16]))
+			pod.Name = fmt.Sprintf("order-service-backend-%x-%x", sum[16:21], sum[21:24])
+			host := pod.Name
+			s.Endpoints[i].Hostname = &host
+			s.Endpoints[i].Addresses = []string{fmt.Sprintf("10.%d.%d.%d", sum[24], sum[25], sum[26])}
+		}
+		return s
+	}
 }
 
 func update(n int) string { return fmt.Sprintf("%s%0*d", mark, marked, n) }

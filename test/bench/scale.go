@@ -26,11 +26,13 @@ type scale struct {
 	leases                       int
 	quiet                        time.Duration // how long a fleet at rest is looked at
 	settle                       time.Duration // how long hubs may take to find their leaders
+	spread                       time.Duration // within which the hubs behind that uplink start
 }
 
 // defaultScale is what design.md asks for.
 var defaultScale = scale{
 	pools: 50, hubs: 20, slices: 20, changes: 20, objects: 1000, uplink: 50, leases: 2000, quiet: 15 * time.Second, settle: 75 * time.Second,
+	spread: 20 * time.Second,
 }
 
 func (s *scale) flags(fs *flag.FlagSet) {
@@ -93,7 +95,7 @@ func (b *bench) side(ctx context.Context, w *writer, shared bool) (o outcome, er
 		return o, err
 	}
 	begin := time.Now()
-	f, err := b.startFleet(ctx, b.scale.pools, b.scale.hubs, b.scale.slices, shared)
+	f, err := b.startFleet(ctx, b.scale.pools, b.scale.hubs, b.scale.slices, shared, 0)
 	if err != nil {
 		return o, err
 	}
@@ -435,67 +437,88 @@ func (b *bench) sharedUplink(ctx context.Context) error {
 	}
 	const space = "uplink"
 	objects := b.scale.objects
-	if err := b.slices(ctx, space, objects); err != nil {
+	if err := b.create(ctx, slicePath, space, objects, variedSliceIn(space)); err != nil {
 		return err
 	}
 	if err := b.create(ctx, servicePath, space+"-services", objects, newServiceIn(space+"-services")); err != nil {
 		return err
 	}
-	w, err := b.newWriter(space, endpoints, objects, 2*objects)
+	w, err := b.newWriterOf(space, objects, 2*objects, variedSliceIn(space))
 	if err != nil {
 		return err
 	}
-	var first, later [2]float64
+	var of [2]crossed
 	for i, n := range []int{1, b.scale.uplink} {
-		if first[i], later[i], err = b.poolOf(ctx, n, w); err != nil {
+		if of[i], err = b.poolOf(ctx, n, w); err != nil {
 			return fmt.Errorf("%d machines: %w", n, err)
 		}
 	}
 	// In these rows the sides are one machine and many.
-	ratio := func(what string, of [2]float64) {
-		r := of[1] / of[0]
-		many := of[1] / 1e6
+	ratio := func(what string, figure func(crossed) float64, most bar, note string) {
+		one, many := figure(of[0])/1e6, figure(of[1])/1e6
+		r := many / one
 		b.add(Row{
 			What: fmt.Sprintf("bytes of a pool of %d machines, of one machine's: %s", b.scale.uplink, what), Unit: "MB", Hub: &many, Ratio: &r,
-			Note: fmt.Sprintf("one machine %.1f MB; %d services, %d slices", of[0]/1e6, objects, objects),
-		}, ratioAtMost(1.1))
+			Note: fmt.Sprintf("one machine %.1f MB; %s", one, note),
+		}, most)
 	}
-	ratio("first start of all at once", first)
-	ratio("every slice changed once", later)
-	ratio("both", [2]float64{first[0] + later[0], first[1] + later[1]})
+	once := ratioAtMost(1.1)
+	started := fmt.Sprintf("%d services, %d slices; all start within %s, in any order, on this machine's processors", objects, objects, b.scale.spread)
+	ratio("what they share, first start of all at once", func(c crossed) float64 { return c.sharedFirst }, once, started)
+	ratio("what they share, every slice changed once", func(c crossed) float64 { return c.sharedLater }, once,
+		fmt.Sprintf("%d changes a second", perSecond(b.scale.uplink)))
+	own := (of[1].first - of[0].first) / 1e3 / float64(max(b.scale.uplink-1, 1))
+	ratio("all, first start of all at once", func(c crossed) float64 { return c.first }, bar{},
+		fmt.Sprintf("each further machine %.0f KB: handshakes, its Node, its lease", own))
+	ratio("all, every slice changed once", func(c crossed) float64 { return c.later }, bar{}, "TLS and all")
+	ratio("all, both", func(c crossed) float64 { return c.first + c.later }, bar{}, "TLS and all")
 	return nil
 }
 
+// crossed are the bytes that crossed an uplink until all had all, and while
+// every slice changed: all of them, and those of what the pool shares.
+type crossed struct{ first, later, sharedFirst, sharedLater float64 }
+
+// perSecond is the pace at which slices change. All hubs of the pool and their
+// watchers are on this machine: as many changes reach as many hubs of a site
+// whose every machine has processors of its own without any of them being late.
+func perSecond(machines int) int { return max(1, min(50, 800/machines)) }
+
 // poolOf starts a pool of n machines that have nothing yet, and returns the
-// bytes on its uplink until all have all, and while every slice changes.
-func (b *bench) poolOf(ctx context.Context, n int, w *writer) (start, changes float64, err error) {
+// bytes on its uplink.
+func (b *bench) poolOf(ctx context.Context, n int, w *writer) (c crossed, err error) {
 	others, err := b.apiServer(ctx)
 	if err != nil {
-		return 0, 0, err
+		return c, err
 	}
-	f, err := b.startFleet(ctx, 1, n, b.scale.slices, true)
+	f, err := b.startFleet(ctx, 1, n, b.scale.slices, true, b.scale.spread)
 	if err != nil {
-		return 0, 0, err
+		return c, err
 	}
 	defer f.close()
 	// Who took the cloud at its start takes the changes from there too, until
 	// it has come back to a leader.
 	if err := f.settle(ctx, others.shared+streamsPerLeader); err != nil {
-		return 0, 0, err
+		return c, err
 	}
 	if err := f.calm(ctx); err != nil {
-		return 0, 0, err
+		return c, err
 	}
-	start = f.bytes()
-	const perSecond = 50
-	first, _, err := w.write(ctx, len(w.bodies), perSecond)
+	c.first = f.bytes()
+	if c.sharedFirst, err = f.shared(ctx); err != nil {
+		return c, err
+	}
+	first, _, err := w.write(ctx, len(w.bodies), perSecond(n))
 	if err != nil {
-		return 0, 0, err
+		return c, err
 	}
 	if err := f.have(ctx, haveBudget, first, w.next-1); err != nil {
-		return 0, 0, err
+		return c, err
 	}
-	return start, f.bytes() - start, nil
+	c.later = f.bytes() - c.first
+	all, err := f.shared(ctx)
+	c.sharedLater = all - c.sharedFirst
+	return c, err
 }
 
 const servicePath = "/api/v1/namespaces/%s/services"

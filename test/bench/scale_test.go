@@ -27,7 +27,7 @@ func TestScale(t *testing.T) {
 	var table, told bytes.Buffer
 	err := run(t.Context(), options{
 		scaled: true, cut: 2 * time.Second, json: figures,
-		scale: scale{pools: 2, hubs: 3, slices: 5, changes: 3, objects: 20, uplink: 3, leases: 40, quiet: 1500 * time.Millisecond, settle: 3 * time.Second},
+		scale: scale{pools: 2, hubs: 3, slices: 5, changes: 3, objects: 20, uplink: 3, leases: 40, quiet: 1500 * time.Millisecond, settle: 3 * time.Second, spread: time.Second},
 	}, &table, &told)
 	if err != nil {
 		t.Fatalf("%v\n%s", err, told.Bytes())
@@ -42,9 +42,11 @@ func TestScale(t *testing.T) {
 		t.Fatal(err)
 	}
 	must := map[string]bool{ // by what is measured, without the size
-		"fleet: all uplinks cut for 2s, every slice changed: streams of local watchers that ended": false,
-		"fleet: all uplinks cut for 2s, every slice changed: requests that the API server refused": false,
-		"leases: leases that lapsed while they were vouched for":                                   false,
+		"fleet: all uplinks cut for 2s, every slice changed: streams of local watchers that ended":             false,
+		"fleet: all uplinks cut for 2s, every slice changed: requests that the API server refused":             false,
+		"uplink: bytes of a pool of 3 machines, of one machine's: what they share, first start of all at once": false,
+		"uplink: bytes of a pool of 3 machines, of one machine's: what they share, every slice changed once":   false,
+		"leases: leases that lapsed while they were vouched for":                                               false,
 	}
 	for _, r := range rows {
 		name := r.Section + ": " + r.What

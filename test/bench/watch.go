@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"golang.org/x/sync/errgroup"
+	"k8s.io/apimachinery/pkg/runtime"
 )
 
 // watcher reads one watch and tells of every numbered update that arrives.
@@ -85,12 +86,17 @@ type writer struct {
 // newWriter writes to objects count objects of a namespace, at most most
 // times in all.
 func (b *bench) newWriter(namespace string, endpoints, objects, most int) (*writer, error) {
+	return b.newWriterOf(namespace, objects, most, func(name string) runtime.Object { return newSlice(namespace, name, endpoints) })
+}
+
+// newWriterOf writes to EndpointSlices as build made them.
+func (b *bench) newWriterOf(namespace string, objects, most int, build func(name string) runtime.Object) (*writer, error) {
 	w := &writer{
 		target: b.direct(), path: fmt.Sprintf(slicePath, namespace), next: 1,
 		sent: make([]atomic.Int64, most+1), base: time.Now(),
 	}
 	for i := range objects {
-		body, err := encode(newSlice(namespace, fmt.Sprintf("object-%05d", i), endpoints))
+		body, err := encode(build(fmt.Sprintf("object-%05d", i)))
 		if err != nil {
 			return nil, err
 		}

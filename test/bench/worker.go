@@ -1,14 +1,17 @@
 package main
 
 import (
+	"bufio"
 	"context"
 	"encoding/json"
 	"fmt"
 	"io"
 	"log/slog"
+	"math/rand/v2"
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"sync"
 	"time"
@@ -29,6 +32,9 @@ import (
 //	ready <hub>                  the hub has all, and a local watcher
 //	seen <hub> <update> <time>   the watcher got an update
 //	lost <hub> <reason>          the watcher's stream ended; there is another
+//	shared <bytes>               the bytes that its hubs took from the cloud of what
+//	                             their pools share; said for each line that it is
+//	                             told after its hubs
 const workerEnv = "YURT_BENCH_WORKER"
 
 // What a hub may take to be ready, on a machine that starts many.
@@ -40,7 +46,11 @@ const (
 
 // order is what a worker is told.
 type order struct {
-	Slices int // that each hub must hold before it is ready
+	Slices int  // that each hub must hold before it is ready
+	Debug  bool // log all
+	// Spread is the time within which all hubs start, in any order. Without it
+	// they start in their order, a few at a time.
+	Spread time.Duration
 	Hubs   []member
 }
 
@@ -65,8 +75,9 @@ type worker struct {
 	order
 	log *slog.Logger
 
-	mu  sync.Mutex // guards out
-	out io.Writer
+	mu         sync.Mutex // guards the following
+	out        io.Writer
+	registries []*prometheus.Registry // of the hubs
 }
 
 func (w *worker) tell(format string, args ...any) {
@@ -76,21 +87,36 @@ func (w *worker) tell(format string, args ...any) {
 }
 
 func work(in io.Reader, out io.Writer) error {
-	w := &worker{out: out, log: slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelWarn}))}
+	w := &worker{out: out}
 	orders := json.NewDecoder(in)
 	if err := orders.Decode(&w.order); err != nil {
 		return fmt.Errorf("read order: %w", err)
 	}
+	level := slog.LevelWarn
+	if w.Debug {
+		level = slog.LevelDebug
+	}
+	w.log = slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: level}))
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	go func() { // ends with the input
-		_, _ = io.Copy(io.Discard, in)
+		for lines := bufio.NewScanner(io.MultiReader(orders.Buffered(), in)); lines.Scan(); {
+			if lines.Text() != "" { // the end of the order is an empty line
+				w.tell("shared %.0f", w.shared())
+			}
+		}
 		cancel()
 	}()
 	all, ctx := errgroup.WithContext(ctx)
 	slots := make(chan struct{}, readyAtOnce)
 	for i := range w.Hubs {
 		all.Go(func() error {
+			if w.Spread > 0 {
+				if err := pause(ctx, rand.N(w.Spread)); err != nil {
+					return nil //nolint:nilerr // it was told to end
+				}
+				return w.runHub(ctx, &w.Hubs[i], func() {})
+			}
 			select {
 			case slots <- struct{}{}:
 			case <-ctx.Done():
@@ -119,6 +145,9 @@ func (w *worker) runHub(ctx context.Context, m *member, started func()) error {
 		return fmt.Errorf("hub of %s: %w", m.Node, err)
 	}
 	registry := prometheus.NewRegistry()
+	w.mu.Lock()
+	w.registries = append(w.registries, registry)
+	w.mu.Unlock()
 	cfg.Log, cfg.Registerer, cfg.Gatherer = w.log.With("node", m.Node), registry, registry
 	g, running := errgroup.WithContext(ctx)
 	g.Go(func() error { return yurthub.Run(running, cfg) })
@@ -134,6 +163,27 @@ func (w *worker) runHub(ctx context.Context, m *member, started func()) error {
 		return fmt.Errorf("hub of %s: %w", m.Node, err)
 	}
 	return nil
+}
+
+// shared is what the hubs took from the cloud of what their pools share.
+func (w *worker) shared() (bytes float64) {
+	w.mu.Lock()
+	registries := slices.Clone(w.registries)
+	w.mu.Unlock()
+	for _, r := range registries {
+		families, _ := r.Gather() // what cannot be gathered is none of these
+		for _, f := range families {
+			if f.GetName() != "node_yurthub_shared_bytes_total" {
+				continue
+			}
+			for _, m := range f.GetMetric() {
+				if m.GetLabel()[0].GetValue() == "cloud" {
+					bytes += m.GetCounter().GetValue()
+				}
+			}
+		}
+	}
+	return bytes
 }
 
 // await returns once the hub holds all EndpointSlices, by its own word. To ask
