@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -30,6 +31,7 @@ type target struct {
 	token string
 	tls   *tls.Config
 	http1 bool
+	agent string // what it calls itself; empty: the bench
 }
 
 func newTarget(cfg *rest.Config, http1 bool) (target, error) {
@@ -78,7 +80,7 @@ func (c *conn) open(ctx context.Context, method, path, accept string, body []byt
 	if body == nil {
 		req.Body, req.GetBody = http.NoBody, nil
 	}
-	req.Header.Set("User-Agent", "yurt-bench")
+	req.Header.Set("User-Agent", cmp.Or(c.agent, "yurt-bench"))
 	req.Header.Set("Accept", accept)
 	if c.gzip {
 		req.Header.Set("Accept-Encoding", "gzip")
@@ -130,6 +132,16 @@ func (c *conn) send(ctx context.Context, method, path, accept string, body []byt
 
 func (c *conn) get(ctx context.Context, path, accept string) (int, error) {
 	return c.send(ctx, http.MethodGet, path, accept, nil, "")
+}
+
+// read returns an answer.
+func (c *conn) read(ctx context.Context, path, accept string) ([]byte, error) {
+	resp, err := c.open(ctx, http.MethodGet, path, accept, nil, "")
+	if err != nil {
+		return nil, err
+	}
+	defer resp.Body.Close()
+	return io.ReadAll(resp.Body)
 }
 
 // list returns the names of the bench's objects in a list, and its resource
@@ -235,13 +247,19 @@ func (c comparison) note() string {
 	return fmt.Sprintf("%s each; %.2f to %.2f in %d rounds", size, spread[0], spread[1], len(c.pace))
 }
 
-// compare measures a request both ways in alternating rounds.
+// compare measures a request both ways.
 func (s sides) compare(ctx context.Context, h *hub, l load, n int, d time.Duration) (comparison, error) {
-	var out comparison
 	cloud, err := servers()
 	if err != nil {
-		return out, err
+		return comparison{}, err
 	}
+	return s.measure(ctx, [2][]int{cloud, {h.PID()}}, l, n, d)
+}
+
+// measure measures a request both ways in alternating rounds, and what it takes
+// the processes that serve each.
+func (s sides) measure(ctx context.Context, serving [2][]int, l load, n int, d time.Duration) (comparison, error) {
+	var out comparison
 	for _, side := range s { // warm connections and caches
 		if _, _, err := rate(ctx, side, l, d/4); err != nil {
 			return out, err
@@ -251,7 +269,7 @@ func (s sides) compare(ctx context.Context, h *hub, l load, n int, d time.Durati
 		var pace, cost [2]float64
 		for j := range 2 {
 			which := (i + j) % 2 // neither is always first
-			pids := [][]int{cloud, {h.PID()}}[which]
+			pids := serving[which]
 			before, err := busy(pids...)
 			if err != nil {
 				return out, err

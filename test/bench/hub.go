@@ -23,7 +23,7 @@ type hub struct {
 
 // startHub starts a hub on a node of its own. A relayed hub reaches the cloud
 // over a link that can be cut, which costs processor time in this process.
-func (b *bench) startHub(ctx context.Context, relayed bool) (*hub, error) {
+func (b *bench) startHub(ctx context.Context, relayed bool, args ...string) (*hub, error) {
 	b.node++
 	node := "bench-" + strconv.Itoa(b.node)
 	h := &hub{bench: b}
@@ -40,7 +40,7 @@ func (b *bench) startHub(ctx context.Context, relayed bool) (*hub, error) {
 	if err != nil {
 		return nil, err
 	}
-	h.Args = []string{"--log-level", "info"}
+	h.Args = append([]string{"--log-level", "info"}, args...)
 	if err := h.Start(ctx); err != nil {
 		h.close()
 		return nil, err

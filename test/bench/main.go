@@ -70,6 +70,7 @@ func sections() []section {
 		{"kill", (*bench).kills},
 		{"replica", (*bench).replica},
 		{"fan-out", (*bench).fanOut},
+		{"filters", (*bench).filters},
 		{"uplink", (*bench).uplink},
 		{"reconnect", (*bench).reconnect},
 		{"links", (*bench).links},

@@ -47,6 +47,7 @@ kind: ClusterRole
 metadata: {name: bench}
 rules:
 - {apiGroups: [""], resources: [configmaps], verbs: [get, list, watch]}
+- {apiGroups: [apps.openyurt.io], resources: [nodepools], verbs: [get, list, watch]}
 `)
 	if err != nil {
 		return err
@@ -116,7 +117,7 @@ func newSlice(namespace, name string, n int) *discoveryv1.EndpointSlice {
 	s := &discoveryv1.EndpointSlice{
 		TypeMeta: metav1.TypeMeta{APIVersion: "discovery.k8s.io/v1", Kind: "EndpointSlice"},
 		ObjectMeta: metav1.ObjectMeta{
-			Namespace: namespace, Name: name, Labels: map[string]string{"kubernetes.io/service-name": name},
+			Namespace: namespace, Name: name, Labels: map[string]string{"kubernetes.io/service-name": namespace},
 			Annotations: map[string]string{"bench": update(0)},
 		},
 		AddressType: discoveryv1.AddressTypeIPv4,

@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"slices"
 	"strconv"
+	"sync"
 	"time"
 
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -166,6 +167,26 @@ type writer struct {
 	// turn to give up.
 	ticket *turn.Ticket
 	ctx    context.Context //nolint:containedctx // of the request, for the ticket
+}
+
+// spares are buffers for answers, so that each need not grow its own.
+var spares = sync.Pool{New: func() any { return new(buffer) }}
+
+// buffer is one of spares.
+type buffer struct{ b []byte }
+
+func spare() *buffer {
+	b, _ := spares.Get().(*buffer)
+	return b
+}
+
+// end gives the buffer back: nobody uses its bytes any more.
+func (b *buffer) end() {
+	if cap(b.b) > 2*chunk {
+		return
+	}
+	b.b = b.b[:0]
+	spares.Put(b)
 }
 
 // begin takes a turn for the work that fills the writer. The caller ends it.
@@ -350,10 +371,18 @@ func (o *Object) Write(w http.ResponseWriter, r *http.Request, formats []request
 		out.buf = append(append(out.buf, text...), '\n')
 		return out.whole()
 	}
-	data, err := f.object(nil, o.Data, true)
-	if err != nil {
-		return o.set.note(err)
+	data := o.Data
+	if f.View != request.Whole || f.Encoding != f.kind.Encoding {
+		scratch := spare()
+		defer scratch.end()
+		if scratch.b, err = f.object(scratch.b, data, true); err != nil {
+			return o.set.note(err)
+		}
+		data = scratch.b
 	}
+	buf := spare()
+	defer func() { buf.b = out.buf; buf.end() }()
+	out.buf = buf.b
 	apiVersion, kind := f.typed()
 	out.buf = wire.AppendObject(out.buf, f.Encoding, apiVersion, kind, data)
 	return out.whole()
