@@ -303,6 +303,12 @@ data: {servicetopology: %q}
 			t.Fatal(err)
 		}
 	}
+	t.Cleanup(func() { // it is the cluster's: other tests' hubs would follow it
+		configs := shared.admin.CoreV1().ConfigMaps("kube-system")
+		if err := configs.Delete(context.WithoutCancel(t.Context()), "yurt-hub-cfg", metav1.DeleteOptions{}); err != nil {
+			t.Error(err)
+		}
+	})
 	configure("envoy, traefik")
 	traefik.sees(t, "it was named", near, mate)
 	bucket("buckets-b", "buckets", mate, far)
