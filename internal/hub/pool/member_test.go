@@ -377,7 +377,7 @@ func TestPoweredUpSiteAsksTheCloudOnce(t *testing.T) {
 		for range int(3 * bareMemberStart / tick) {
 			for _, node := range w.nodes {
 				h := w.hubs[node]
-				if h.dead && !w.now.Before(begin[node]) && !(lost && node == "n0") {
+				if h.dead && !w.now.Before(begin[node]) && (node != "n0" || !lost) {
 					h.dead, h.machine = false, newMember(node, w.rand.Uint64(), defaults)
 					h.machine.setBare(true)
 					w.elect(w.leaders)

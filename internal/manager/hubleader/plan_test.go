@@ -191,8 +191,10 @@ func TestLeaderReady(t *testing.T) {
 		reason  string
 		since   metav1.Time
 	}{
-		{2, false, "True", "Elected", before}, {1, false, "True", "FewCandidates", before},
-		{0, true, "False", "NoCandidate", now}, {2, true, "False", "NoneHeard", now},
+		{2, false, "True", "Elected", before},
+		{1, false, "True", "FewCandidates", before},
+		{0, true, "False", "NoCandidate", now},
+		{2, true, "False", "NoneHeard", now},
 	} {
 		got := ready(pool, make([]v1beta2.Leader, tc.leaders), tc.last, now)
 		if got.Status != tc.status || got.Reason != tc.reason || got.LastTransitionTime != tc.since {
