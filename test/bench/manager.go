@@ -17,6 +17,7 @@ import (
 	"time"
 
 	authenticationv1 "k8s.io/api/authentication/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 
@@ -198,8 +199,14 @@ func (b *bench) makePools(ctx context.Context, names []string, shared bool) erro
 		if err != nil {
 			return fmt.Errorf("make pool: %w", err)
 		}
-		if err := b.admin.RESTClient().Post().AbsPath(poolsPath).Body(body).Do(ctx).Error(); err != nil {
-			return fmt.Errorf("make pool: %w", err)
+		// Admission learns of a new kind a while after it is established.
+		var last error
+		err = until(ctx, time.Minute, 200*time.Millisecond, func() (bool, error) {
+			last = b.admin.RESTClient().Post().AbsPath(poolsPath).Body(body).Do(ctx).Error()
+			return last == nil || apierrors.IsAlreadyExists(last), nil
+		})
+		if err != nil {
+			return fmt.Errorf("make pool %s: %w: %w", name, err, last)
 		}
 	}
 	return nil
