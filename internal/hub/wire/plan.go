@@ -56,6 +56,9 @@ type message struct {
 	fields []member
 	silent []bool  // whether a field that is absent writes nothing
 	byNum  []int16 // index into fields by Protobuf number, -1 if unknown
+
+	once   sync.Once
+	routes map[string]route // made by byName
 }
 
 type member struct {

@@ -1,0 +1,331 @@
+package wire
+
+import (
+	"bytes"
+	"encoding/json"
+	"math/rand/v2"
+	"reflect"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime/schema"
+)
+
+// filled calls f with some objects of each kind, the first of each empty.
+func filled(t *testing.T, rounds int, f func(gvk schema.GroupVersionKind, apiVersion, kind string, data []byte)) {
+	t.Helper()
+	fill := newFiller(2)
+	for _, gvk := range protoKinds() {
+		if strings.HasSuffix(gvk.Kind, "List") || gvk.Kind == "TableOptions" {
+			continue
+		}
+		for i := range rounds + 1 {
+			obj, err := kinds().New(gvk)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if i > 0 {
+				fill.Fill(obj)
+			}
+			data, err := obj.(protoMessage).Marshal()
+			if err != nil {
+				t.Fatalf("%s: %v", gvk, err)
+			}
+			apiVersion, kind := gvk.ToAPIVersionAndKind()
+			f(gvk, apiVersion, kind, data)
+		}
+	}
+}
+
+// asJSON is what JSON makes of an object, and what a view's values are.
+func asJSON(t *testing.T, apiVersion, kind string, data []byte) map[string]any {
+	t.Helper()
+	text, err := ToJSON(nil, apiVersion, kind, data, true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	tree, err := parse(text)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return tree.(map[string]any)
+}
+
+func TestViewIsAsJSONForEveryKind(t *testing.T) {
+	filled(t, 6, func(gvk schema.GroupVersionKind, apiVersion, kind string, data []byte) {
+		v, err := NewView(apiVersion, kind, data)
+		if err != nil {
+			t.Fatalf("%s: %v", gvk, err)
+		}
+		text, err := json.Marshal(unviewed(v)) // mends names that are no text
+		if err != nil {
+			t.Fatalf("%s: %v", gvk, err)
+		}
+		got, err := parse(text)
+		if err != nil {
+			t.Fatalf("%s: %v", gvk, err)
+		}
+		if want := asJSON(t, apiVersion, kind, data); !reflect.DeepEqual(got, any(want)) {
+			g, _ := json.MarshalIndent(got, "", " ")
+			w, _ := json.MarshalIndent(want, "", " ")
+			t.Fatalf("%s: view\n%s\nJSON\n%s", gvk, g, w)
+		}
+		if _, ok := v.Get("no such field"); ok {
+			t.Fatalf("%s has a field that it has not", gvk)
+		}
+	})
+}
+
+// without is a tree without what JSON may write or leave out: the zero of each
+// type, and what holds nothing else.
+func without(x any) any {
+	switch x := x.(type) {
+	case map[string]any:
+		out := map[string]any{}
+		for k, v := range x {
+			if v := without(v); v != nil {
+				out[k] = v
+			}
+		}
+		if len(out) == 0 {
+			return nil
+		}
+		return out
+	case []any:
+		if len(x) == 0 {
+			return nil
+		}
+		out := make([]any, len(x))
+		for i := range x {
+			out[i] = without(x[i])
+		}
+		return out
+	case string:
+		if x == "" || x == "0" { // a quantity
+			return nil
+		}
+	case int64:
+		if x == 0 {
+			return nil
+		}
+	case bool:
+		if !x {
+			return nil
+		}
+	}
+	return x
+}
+
+// paths are those of all that a tree has, elements of lists and entries of
+// maps included.
+func paths(x any, at []string, f func(path []string, value any)) {
+	switch x := x.(type) {
+	case map[string]any:
+		for k, v := range x {
+			p := append(slices.Clip(at), k)
+			f(p, v)
+			paths(v, p, f)
+		}
+	case []any:
+		for i, v := range x {
+			p := append(slices.Clip(at), strconv.Itoa(i))
+			f(p, v)
+			paths(v, p, f)
+		}
+	}
+}
+
+// put sets a path of a tree, or removes it if value is nil.
+func put(x any, path []string, value any) any {
+	switch x := x.(type) {
+	case map[string]any:
+		out := map[string]any{}
+		for k, v := range x {
+			out[k] = v
+		}
+		if len(path) > 1 {
+			out[path[0]] = put(out[path[0]], path[1:], value)
+		} else if value == nil {
+			delete(out, path[0])
+		} else {
+			out[path[0]] = value
+		}
+		return out
+	case []any:
+		out := slices.Clone(x)
+		i, _ := strconv.Atoi(path[0])
+		switch {
+		case len(path) > 1:
+			out[i] = put(out[i], path[1:], value)
+		case value == nil:
+			out = slices.Delete(out, i, i+1)
+		default:
+			out[i] = value
+		}
+		return out
+	}
+	return x
+}
+
+// TestEditIsAsJSONForEveryKind sets and removes fields of objects of every
+// kind, in Protobuf and in JSON: the outcome is the same.
+func TestEditIsAsJSONForEveryKind(t *testing.T) {
+	pick := rand.New(rand.NewPCG(3, 3))
+	edits := 0
+	filled(t, 2, func(gvk schema.GroupVersionKind, apiVersion, kind string, data []byte) {
+		before := slices.Clone(data)
+		tree := asJSON(t, apiVersion, kind, data)
+		check := func(path []string, value any) {
+			got, err := Edit(apiVersion, kind, data, path, value)
+			if err != nil && strings.Contains(err.Error(), "it has no field") {
+				return // within JSON that the Go type only carries
+			}
+			if err != nil {
+				t.Fatalf("%s %v: %v", gvk, path, err)
+			}
+			edits++
+			want := without(put(tree, path, value))
+			if have := without(asJSON(t, apiVersion, kind, got)); !reflect.DeepEqual(have, want) {
+				g, _ := json.MarshalIndent(have, "", " ")
+				w, _ := json.MarshalIndent(want, "", " ")
+				t.Fatalf("%s %v: edited\n%s\nwant\n%s", gvk, path, g, w)
+			}
+			if !bytes.Equal(data, before) {
+				t.Fatalf("%s %v: the object itself was changed", gvk, path)
+			}
+		}
+		type at struct {
+			path  []string
+			value any
+		}
+		var all []at
+		paths(tree, nil, func(path []string, value any) {
+			last := path[len(path)-1]
+			if last == "apiVersion" || last == "kind" || strings.Contains(strings.Join(path, ""), "\ufffd") {
+				return // some have these not on the wire, where names are bytes
+			}
+			all = append(all, at{path, value})
+		})
+		pick.Shuffle(len(all), func(i, j int) { all[i], all[j] = all[j], all[i] })
+		for _, p := range all[:min(len(all), 10)] {
+			if p.value != nil {
+				check(p.path, p.value) // as it is
+			}
+			if _, err := strconv.Atoi(p.path[len(p.path)-1]); err != nil {
+				check(p.path, nil)
+			}
+		}
+	})
+	if edits < 5000 {
+		t.Errorf("only %d edits", edits)
+	}
+}
+
+func TestEdit(t *testing.T) {
+	pod := &corev1.Pod{
+		ObjectMeta: metav1.ObjectMeta{Name: "a", Labels: map[string]string{"x": "1", "y": "2"}},
+		Spec: corev1.PodSpec{
+			Containers: []corev1.Container{{Name: "c", Image: "old"}, {Name: "d"}},
+			Volumes:    []corev1.Volume{{Name: "v", VolumeSource: corev1.VolumeSource{EmptyDir: &corev1.EmptyDirVolumeSource{}}}},
+		},
+	}
+	data, err := pod.Marshal()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, tc := range []struct {
+		path  string
+		value any
+		want  string // of what is at the path then, or the error's end
+	}{
+		{"metadata/labels/x", "3", `"3"`},
+		{"metadata/labels/z", "3", `"3"`},
+		{"metadata/labels/z", nil, `null`},
+		{"metadata/annotations/a", "b", `"b"`},
+		{"spec/containers/1/image", "new", `"new"`},
+		{"spec/containers/0", map[string]any{"name": "e", "ports": []any{map[string]any{"containerPort": int64(80)}}}, `{"name":"e","ports":[{"containerPort":80}],"resources":{}}`},
+		{"spec/containers/0/resources/limits/cpu", "1500m", `"1500m"`},
+		{"spec/containers/0/livenessProbe/httpGet/port", int64(80), `80`},
+		{"spec/volumes/0/emptyDir/sizeLimit", "1Gi", `"1Gi"`},
+		{"spec/volumes/0/hostPath/path", "/x", `"/x"`},
+		{"spec/terminationGracePeriodSeconds", 30.0, `30`},
+		{"spec/hostNetwork", true, `true`},
+		{"status/startTime", "2026-01-02T03:04:05Z", `"2026-01-02T03:04:05Z"`},
+
+		{"spec/containers/2/image", "new", "the list has no element 2"},
+		{"spec/containers/first/image", "new", `"first" is no index of a list`},
+		{"spec/contianers", []any{}, `there is no field "contianers"`},
+		{"spec/hostNetwork", "yes", "it is a bool, and a string is given"},
+		{"spec/terminationGracePeriodSeconds", 1.5, "it is a whole number, and a number is given"},
+		{"spec/containers/0/livenessProbe/periodSeconds", int64(1) << 40, "1099511627776 does not fit into 32 bits"},
+		{"metadata/labels/x/y", "z", `it has no field "y"`},
+		{"spec/hostNetwork/x", "z", `it has no field "x"`},
+		{"spec/containers", map[string]any{}, "it is a list, and an object is given"},
+		{"spec/containers/0", map[string]any{"nam": "x"}, `there is no field "nam"`},
+		{"metadata/labels", map[string]any{"a": int64(1)}, "a: it is a string, and a number is given"},
+		{"spec/containers/0/resources/limits/cpu", "many", "quantities must match the regular expression"},
+	} {
+		path := strings.Split(tc.path, "/")
+		out, err := Edit("v1", "Pod", data, path, tc.value)
+		if err != nil {
+			if !strings.Contains(err.Error(), tc.want) {
+				t.Errorf("%s: %v, want %s", tc.path, err, tc.want)
+			}
+			continue
+		}
+		v, err := NewView("v1", "Pod", out)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var got any = v
+		for _, name := range path {
+			if list, ok := got.([]any); ok {
+				i, _ := strconv.Atoi(name)
+				got = list[i]
+			} else if _, get, ok := object(got); ok {
+				got, _ = get(name)
+			}
+		}
+		text, _ := json.Marshal(unviewed(got))
+		if string(text) != tc.want {
+			t.Errorf("%s: %s, want %s", tc.path, text, tc.want)
+		}
+	}
+	if same, err := Edit("v1", "Pod", data, []string{"spec", "dnsConfig", "nameservers"}, nil); err != nil || !bytes.Equal(same, data) {
+		t.Errorf("what is not there is removed: %v", err)
+	}
+}
+
+// TestEditKeepsWhatIsNotKnown: fields of the future survive, around what is
+// changed and within what is moved.
+func TestEditKeepsWhatIsNotKnown(t *testing.T) {
+	strange := appendStringField(nil, 900, "from the future")
+	meta := appendBytesField(appendStringField(slices.Clone(strange), 1, "a"), 11, appendStringField(appendStringField(slices.Clone(strange), 1, "x"), 2, "1"))
+	container := func(name string) []byte { return appendStringField(slices.Clone(strange), 1, name) }
+	spec := appendBytesField(appendBytesField(slices.Clone(strange), 2, container("c")), 2, container("d"))
+	data := appendBytesField(appendBytesField(slices.Clone(strange), 1, meta), 2, spec)
+	count := func(b []byte) int { return bytes.Count(b, strange) }
+
+	out, err := Edit("v1", "Pod", data, []string{"metadata", "labels", "y"}, "2")
+	if err != nil || count(out) != count(data) {
+		t.Errorf("a label: %d of %d are left: %v", count(out), count(data), err)
+	}
+	if out, err = Edit("v1", "Pod", data, []string{"spec", "containers", "1", "image"}, "i"); err != nil || count(out) != count(data) {
+		t.Errorf("an image: %d of %d are left: %v", count(out), count(data), err)
+	}
+	v, err := NewView("v1", "Pod", data)
+	if err != nil {
+		t.Fatal(err)
+	}
+	in, _ := v.Get("spec")
+	containers, _ := in.(*View).Get("containers")
+	list := containers.([]any)
+	out, err = Edit("v1", "Pod", data, []string{"spec", "containers"}, []any{list[1]})
+	if err != nil || count(out) != count(data)-1 {
+		t.Errorf("a container less: %d of %d are left: %v", count(out), count(data), err)
+	}
+}
