@@ -54,7 +54,7 @@ var anyObject = sync.OnceValues(func() (*cel.Env, error) {
 func newEnvironment(object *apiservercel.DeclType, t environment.Type) (*cel.Env, error) {
 	options := environment.VersionedOptions{
 		IntroducedVersion: version.MajorMinor(1, 0),
-		ProgramOptions:    []cel.ProgramOption{cel.CostLimit(expressionCost)},
+		ProgramOptions:    []cel.ProgramOption{cel.CostLimit(mostCost)},
 	}
 	declare := func(name string, t *apiservercel.DeclType) {
 		options.EnvOptions = append(options.EnvOptions, cel.Variable(name, t.CelType()))

@@ -22,11 +22,10 @@ import (
 )
 
 const (
-	// expressionCost bounds what one expression may cost on one object, in
-	// CEL's units: some milliseconds.
-	expressionCost = 100_000
-	// objectCost bounds what all expressions of a filter may cost on one.
-	objectCost = 2 * expressionCost
+	// mostCost bounds what a filter's expressions may cost on one object, each
+	// and together, in CEL's units: some milliseconds. An EndpointSlice with its
+	// 1000 endpoints can be gone through a few times.
+	mostCost = 50_000
 	// textMost bounds the characters of an expression, and changesMost those
 	// that a filter sets or removes, as the definition of the type does.
 	textMost    = 4096
@@ -47,8 +46,8 @@ type Filter struct {
 
 	drop, keep *expression
 	changes    []change // in the order in which they are made
-	usesPool   bool     // the pool's nodes
-	usesNode   bool     // the node's labels
+	usesPool   bool     // what is known of the pool
+	usesNode   bool     // what is known of the node
 }
 
 // change is a field that is set, or removed if value is nil.
@@ -93,6 +92,10 @@ func (f *Filter) Applies(component string, resource schema.GroupVersionResource)
 func (f *Filter) Uses() (components []string, resources []schema.GroupVersionResource) {
 	return sets.List(f.components), f.resources.UnsortedList()
 }
+
+// UsesPlace reports whether what the filter makes of an object depends on the
+// node or its pool.
+func (f *Filter) UsesPlace() bool { return f.usesNode || f.usesPool }
 
 // Selects reports whether the filter is for a node of that pool, which is empty
 // for one in none, and with those labels.
