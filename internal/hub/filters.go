@@ -72,6 +72,9 @@ const (
 	// what filters go by: the next is looked at after this many times what the
 	// last one took.
 	filtersShare = 10
+	// accessAbsentEvery is how often it is looked whether the cluster has
+	// AccessFilters after all.
+	accessAbsentEvery = 10 * time.Second
 
 	filterConfigNamespace = "kube-system"
 	filterConfigName      = "yurt-hub-cfg"
@@ -99,6 +102,7 @@ type filters struct {
 	pool  string // whose buckets are held
 	// behind is set while some programs are not shown what the table says.
 	behind bool
+	access accessFilters
 }
 
 // filterOf is the replica's source of filters.
@@ -131,8 +135,11 @@ func (h *Hub) keepFilters(ctx context.Context) error {
 		}
 		pause := time.NewTimer(filtersShare * time.Since(begun))
 		var again <-chan time.Time
-		if err != nil || !whole {
+		switch {
+		case err != nil || !whole:
 			again = time.After(filtersEvery)
+		case changed[accessChange] == nil: // a cluster may know no AccessFilters
+			again = time.After(accessAbsentEvery)
 		}
 		select {
 		case <-ctx.Done():
@@ -141,6 +148,7 @@ func (h *Hub) keepFilters(ctx context.Context) error {
 		case <-changed[1]:
 		case <-changed[2]:
 		case <-changed[3]:
+		case <-changed[4]:
 		}
 		services = err != nil || changed[servicesChange] == nil
 		select {
@@ -157,12 +165,16 @@ func (h *Hub) keepFilters(ctx context.Context) error {
 	}
 }
 
-// servicesChange is the place of the Services in what filterChanges returns.
-const servicesChange = 2
+// The places of the Services and of the AccessFilters in what filterChanges
+// returns.
+const (
+	servicesChange = 2
+	accessChange   = 4
+)
 
 // filterChanges returns channels that are closed when what filters go by may
-// have changed, and whether there is one for all of it.
-func (h *Hub) filterChanges() (changed [4]<-chan struct{}, whole bool) {
+// have changed, and whether there is one for all that every cluster has.
+func (h *Hub) filterChanges() (changed [5]<-chan struct{}, whole bool) {
 	node, _ := h.ownNode()
 	nodes := replica.Scope{Resource: poolsResource, Fields: "metadata.name=" + h.poolName(node)}
 	if h.cfg.Filters.Buckets {
@@ -171,10 +183,11 @@ func (h *Hub) filterChanges() (changed [4]<-chan struct{}, whole bool) {
 	whole = h.cfg.DummyIP == nil || h.certs.ServesPods()
 	for i, scope := range []replica.Scope{
 		{Resource: nodesResource, Fields: "metadata.name=" + h.cfg.NodeName}, nodes, {Resource: servicesResource}, filterConfigScope,
+		accessFiltersScope,
 	} {
 		slice, ok := h.replica.Held(scope)
 		if !ok {
-			whole = false
+			whole = whole && i == accessChange
 			continue
 		}
 		changed[i] = slice.Changed()
@@ -206,9 +219,12 @@ func (h *Hub) refilter(services bool) error {
 	if err := h.readHub(&next); err != nil {
 		errs = append(errs, err)
 	}
+	if err := h.readAccessFilters(&next); err != nil {
+		errs = append(errs, err)
+	}
 	before := h.filters.table.Load()
 	if before != nil && !h.filters.behind && next.Hub == h.filters.state.Hub && next.Place == h.filters.state.Place &&
-		next.Services == h.filters.state.Services && maps.EqualFunc(extra, h.filters.extra, slices.Equal) {
+		next.Services == h.filters.state.Services && slices.Equal(next.Programs, h.filters.state.Programs) && maps.EqualFunc(extra, h.filters.extra, slices.Equal) {
 		return errors.Join(errs...)
 	}
 	h.filters.state, h.filters.extra = next, extra
@@ -269,6 +285,7 @@ func (h *Hub) readPlace(s *filter.State) error {
 	}
 	place := &filter.Place{Node: h.cfg.NodeName, Pool: name}
 	if node != nil {
+		place.Labels = node.Labels
 		s.Saw(node.ResourceVersion)
 	}
 	var err error
@@ -283,7 +300,8 @@ func (h *Hub) readPlace(s *filter.State) error {
 		return err
 	}
 	old := s.Place
-	if old == nil || old.Pool != place.Pool || (old.Nodes == nil) != (place.Nodes == nil) || !maps.Equal(old.Nodes, place.Nodes) {
+	if old == nil || old.Pool != place.Pool || (old.Nodes == nil) != (place.Nodes == nil) || !maps.Equal(old.Nodes, place.Nodes) ||
+		!maps.Equal(old.Labels, place.Labels) {
 		s.Place = place
 	}
 	return nil

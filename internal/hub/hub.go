@@ -205,7 +205,7 @@ func Run(ctx context.Context, cfg Config) error {
 	}
 	runs := []func(context.Context) error{
 		h.clock.Run, h.certs.Run, h.link.Run, h.answers.run, h.announce, h.keepAddress, h.runEndpoints, h.keepNeeds,
-		h.reask, h.awaitDisk, h.beat, h.keepFilters,
+		h.reask, h.awaitDisk, h.beat, h.keepFilters, h.reportAccessFilters,
 		h.certified(h.replica.Run), h.certified(h.journal.Run), h.certified(h.authn.Run), h.certified(h.follow),
 		h.certified(h.prefetch), h.certified(h.conditions.Run), h.certified(h.pool.Run), h.certified(h.keepPool), h.certified(h.vouch.Run),
 		h.gate.Run, h.runDNS,
@@ -337,6 +337,7 @@ func (h *Hub) build() error {
 		return err
 	}
 	h.show()
+	h.filters.access.failures = newAccessFailures(cfg.Registerer)
 	if err := h.refilter(true); err != nil {
 		h.log.Warn("filters are not up to date", "err", err)
 	}
@@ -360,6 +361,12 @@ func (h *Hub) build() error {
 	}
 	for _, scope := range h.pinned {
 		if err := h.replica.Pin(scope); err != nil {
+			return err
+		}
+	}
+	if !cfg.Filters.Off {
+		// Not one that a node cannot do without: a cluster may not have it.
+		if err := h.replica.Pin(accessFiltersScope); err != nil {
 			return err
 		}
 	}

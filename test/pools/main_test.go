@@ -43,6 +43,7 @@ rules:
 - {apiGroups: [""], resources: [configmaps], resourceNames: [yurt-hub-cfg], verbs: [get, list, watch]}
 - {apiGroups: [""], resources: [services], verbs: [get, list, watch]}
 - {apiGroups: [discovery.k8s.io], resources: [endpointslices], verbs: [get, list, watch]}
+- {apiGroups: [network.openyurt.io], resources: [accessfilters], verbs: [get, list, watch]}
 - {apiGroups: [pools.test], resources: [widgets], verbs: [get, list, watch]}
 ---
 apiVersion: rbac.authorization.k8s.io/v1

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime/schema"
@@ -175,6 +176,84 @@ func benchmarkList(b *testing.B, pool int) {
 					b.SetBytes(int64(w.bytes))
 				}
 			})
+		}
+	}
+}
+
+// BenchmarkLook shows 10 000 objects, to filters of the hub and to programs
+// that do the same.
+func BenchmarkLook(b *testing.B) {
+	s := &State{
+		Services: &Services{Topology: map[string]string{}},
+		Place:    &Place{Node: "node-000", Pool: "p", Nodes: map[string]struct{}{}},
+	}
+	for n := range 50 {
+		s.Place.Nodes[fmt.Sprintf("node-%03d", n)] = struct{}{}
+	}
+	ready := true
+	slices, services := make([][]byte, 10_000), make([][]byte, 10_000)
+	for i := range slices {
+		service := fmt.Sprintf("service-%05d", i)
+		s.Services.Topology["bench/"+service] = apps.TopologyPool
+		slice := discoveryv1.EndpointSlice{
+			ObjectMeta: metav1.ObjectMeta{Namespace: "bench", Name: service + "-x", UID: "u", Labels: map[string]string{discoveryv1.LabelServiceName: service}},
+		}
+		for e := range 50 {
+			node := fmt.Sprintf("node-%03d", (7*i+13*e)%500)
+			slice.Endpoints = append(slice.Endpoints, discoveryv1.Endpoint{
+				Addresses: []string{"10.0.0.1"}, Conditions: discoveryv1.EndpointConditions{Ready: &ready}, NodeName: &node,
+			})
+		}
+		svc := corev1.Service{
+			ObjectMeta: metav1.ObjectMeta{Namespace: "bench", Name: service, UID: "u", Annotations: map[string]string{"a": "b", DiscardService: fmt.Sprint(i%2 == 0)}},
+			Spec:       corev1.ServiceSpec{Type: corev1.ServiceTypeLoadBalancer, ClusterIP: "10.0.0.1", Ports: []corev1.ServicePort{{Port: 80}}},
+		}
+		var err error
+		if slices[i], err = slice.Marshal(); err != nil {
+			b.Fatal(err)
+		}
+		if services[i], err = svc.Marshal(); err != nil {
+			b.Fatal(err)
+		}
+	}
+	const discard = `drop: >-
+  object.metadata.?annotations['svc.openyurt.io/discard'].orValue('') == 'true' && object.spec.type == 'LoadBalancer' ||
+  object.metadata.namespace == 'kube-system' && object.metadata.name == 'x-tunnel-server-internal-svc'`
+	for _, tc := range []struct {
+		name     string
+		resource schema.GroupVersionResource
+		kind     string
+		objects  [][]byte
+		builtin  *Filter
+		program  string
+	}{
+		{"topology", slicesV1, "EndpointSlice", slices, serviceTopology(), nearEndpoints},
+		{"discard", servicesV1, "Service", services, discardCloudService(), discard},
+	} {
+		k := replica.Kind{APIVersion: tc.resource.GroupVersion().String(), Kind: tc.kind, Encoding: wire.Protobuf}
+		var off []string
+		for _, f := range All() {
+			if f.Name != tc.builtin.Name {
+				off = append(off, f.Name)
+			}
+		}
+		with := *s
+		with.Programs = []*Program{program(b, "p", tc.resource, tc.program)}
+		for name, reader := range map[string]*Reader{
+			"builtin": New(Config{Disabled: off}, s, nil).Reader("kube-proxy"),
+			"program": New(Config{Disabled: append(off, tc.builtin.Name)}, &with, nil).Reader("kube-proxy"),
+		} {
+			b.Run(tc.name+"/"+name, func(b *testing.B) {
+				b.ReportAllocs()
+				for b.Loop() {
+					for _, object := range tc.objects {
+						reader.Show(tc.resource, k, object)
+					}
+				}
+			})
+		}
+		if why := with.Programs[0].Failure(); why != "" {
+			b.Errorf("the program fails: %s", why)
 		}
 	}
 }

@@ -17,6 +17,7 @@ import (
 
 	"k8s.io/apimachinery/pkg/runtime/schema"
 
+	"github.com/yurt-edge/yurt/internal/accessfilter"
 	"github.com/yurt-edge/yurt/internal/hub/replica"
 	"github.com/yurt-edge/yurt/internal/hub/wire"
 )
@@ -85,13 +86,18 @@ type Table struct {
 	filtered   map[use]struct{}
 }
 
+// use is a resource that a component sees filtered, in all versions if it names
+// none.
 type use struct {
 	component string
-	resource  schema.GroupResource
+	resource  schema.GroupVersionResource
 }
 
 // New returns the table for a state. extra are the further components of a
 // filter, by its name.
+//
+// Programs come after all filters, so they see what a component would have
+// seen without them.
 func New(c Config, s *State, extra map[string][]string) *Table {
 	t := &Table{components: map[string]*Reader{}, others: &Reader{state: s}, filtered: map[use]struct{}{}}
 	if c.Off {
@@ -102,25 +108,47 @@ func New(c Config, s *State, extra map[string][]string) *Table {
 			continue
 		}
 		for _, component := range slices.Concat(f.Components, extra[f.Name]) {
-			r := t.components[component]
-			if r == nil {
-				r = &Reader{state: s, chains: map[schema.GroupResource][]*Filter{}}
-				t.components[component] = r
-			}
+			r := t.reader(component)
 			for _, resource := range f.Resources {
 				if chain := r.chains[resource]; !slices.ContainsFunc(chain, func(g *Filter) bool { return g.Name == f.Name }) {
 					r.chains[resource] = append(chain, f)
-					t.filtered[use{component, resource}] = struct{}{}
+					t.filtered[use{component, resource.WithVersion("")}] = struct{}{}
 				}
+			}
+		}
+	}
+	for _, p := range s.Programs {
+		components, resources := p.Uses()
+		for _, component := range components {
+			r := t.reader(component)
+			for _, resource := range resources {
+				r.programs.of[resource] = append(r.programs.of[resource], p)
+				t.filtered[use{component, resource}] = struct{}{}
 			}
 		}
 	}
 	return t
 }
 
+// reader returns the reader of a component that sees something filtered.
+func (t *Table) reader(component string) *Reader {
+	r, ok := t.components[component]
+	if !ok {
+		s := t.others.state
+		r = &Reader{s, map[schema.GroupResource][]*Filter{}, programs{
+			accessfilter.NewScene(component, s.Place.scene()), map[schema.GroupVersionResource][]*Program{},
+		}}
+		t.components[component] = r
+	}
+	return r
+}
+
 // Filters reports whether a component is shown a resource otherwise than it is.
 func (t *Table) Filters(component string, resource schema.GroupVersionResource) bool {
-	_, ok := t.filtered[use{component, resource.GroupResource()}]
+	_, ok := t.filtered[use{component, resource.GroupResource().WithVersion("")}]
+	if !ok {
+		_, ok = t.filtered[use{component, resource}]
+	}
 	return ok
 }
 
@@ -129,8 +157,8 @@ func (t *Table) Filters(component string, resource schema.GroupVersionResource) 
 func (t *Table) Adds(to *Table) []schema.GroupResource {
 	var out []schema.GroupResource
 	for u := range t.filtered {
-		if _, ok := to.filtered[u]; !ok && !slices.Contains(out, u.resource) {
-			out = append(out, u.resource)
+		if r := u.resource.GroupResource(); !to.Filters(u.component, u.resource) && !slices.Contains(out, r) {
+			out = append(out, r)
 		}
 	}
 	return out
@@ -150,8 +178,9 @@ func (t *Table) Reader(component string) *Reader {
 
 // Reader is how one component sees the cluster. It is a replica.Filter.
 type Reader struct {
-	state  *State
-	chains map[schema.GroupResource][]*Filter
+	state    *State
+	chains   map[schema.GroupResource][]*Filter
+	programs programs
 }
 
 // Version is the newest resource version of what the filters go by.
@@ -165,6 +194,8 @@ func (r *Reader) Same(resource schema.GroupVersionResource, other replica.Filter
 	}
 	return slices.EqualFunc(r.chains[resource.GroupResource()], o.chains[resource.GroupResource()], func(a, b *Filter) bool {
 		return a.Name == b.Name && a.uses(r.state) == b.uses(o.state)
+	}) && slices.EqualFunc(r.programs.of[resource], o.programs.of[resource], func(a, b *Program) bool {
+		return a == b && (!a.UsesPlace() || r.state.Place == o.state.Place)
 	})
 }
 
@@ -180,7 +211,7 @@ func (r *Reader) Show(resource schema.GroupVersionResource, k replica.Kind, obje
 		}
 		object = shown
 	}
-	return object, true
+	return r.programs.show(resource, k, object)
 }
 
 // Component is what a program calls itself: the first word of its User-Agent.

@@ -7,6 +7,7 @@ import (
 
 	"google.golang.org/protobuf/encoding/protowire"
 
+	"github.com/yurt-edge/yurt/internal/accessfilter"
 	"github.com/yurt-edge/yurt/internal/hub/wire"
 )
 
@@ -15,9 +16,10 @@ import (
 type State struct {
 	// Version is the newest resource version of what the state was made of.
 	Version  uint64
-	Hub      *Hub      // nil: pods cannot reach the hub, or not trust it
-	Place    *Place    // nil: not known yet
-	Services *Services // nil: not known yet
+	Hub      *Hub       // nil: pods cannot reach the hub, or not trust it
+	Place    *Place     // nil: not known yet
+	Services *Services  // nil: not known yet
+	Programs []*Program // in order
 }
 
 // Saw notes the resource version of something that the state is made of.
@@ -42,6 +44,15 @@ type Place struct {
 	Pool string // empty: in none
 	// Nodes are those of the pool; nil while they are not known.
 	Nodes map[string]struct{}
+	// Labels are the node's.
+	Labels map[string]string
+}
+
+func (p *Place) scene() *accessfilter.Place {
+	if p == nil {
+		return nil
+	}
+	return &accessfilter.Place{Node: p.Node, Labels: p.Labels, Pool: p.Pool, Nodes: p.Nodes}
 }
 
 // Services holds what the annotations of Services ask for.
