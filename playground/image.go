@@ -20,8 +20,9 @@ import (
 	"github.com/yurt-edge/yurt/internal/daemon"
 )
 
-// Images that every machine has; see also [ManagerImage]. There is no registry:
-// a tag that a machine does not have can not be pulled.
+// Images that machines have, CoreDNS those without a hub; see also
+// [ManagerImage]. There is no registry: a tag that a machine does not have can
+// not be pulled.
 const (
 	PauseImage   = "yurt.local/pause:1"
 	WebImage     = "yurt.local/web:1"
@@ -80,15 +81,18 @@ func fileLayer(path string, content []byte) (v1.Layer, error) {
 }
 
 // ensureImages builds the programs of the images and writes the archives into
-// dir, those for cloud machines alone into dir/cloud.
+// dir, those for cloud machines alone into dir/cloud, and those for machines
+// without a hub into dir/nohub.
 func ensureImages(ctx context.Context, bin Binaries, dir string) error {
-	if err := os.MkdirAll(filepath.Join(dir, RoleCloud), 0o755); err != nil {
-		return err
+	for _, sub := range []string{RoleCloud, "nohub"} {
+		if err := os.MkdirAll(filepath.Join(dir, sub), 0o755); err != nil {
+			return err
+		}
 	}
 	for _, i := range []struct{ tag, program, pkg, archive string }{
 		{PauseImage, "pause", "./playground/images/pause", "pause.tar"},
 		{WebImage, "web", "./playground/images/web", "web.tar"},
-		{CoreDNSImage, "coredns", "", "coredns.tar"},
+		{CoreDNSImage, "coredns", "", "nohub/coredns.tar"},
 		{ManagerImage, "yurt-manager", "./cmd/yurt-manager", RoleCloud + "/yurt-manager.tar"},
 	} {
 		if i.pkg != "" {

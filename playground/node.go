@@ -22,6 +22,7 @@ var unitFiles embed.FS
 
 const (
 	hubURL      = "https://127.0.0.1:10268"
+	hubIP       = "169.254.2.1" // where pods reach it
 	hubCAFile   = "/var/lib/yurthub/pki/ca-bundle.crt"
 	nodeCAFile  = "/etc/kubernetes/ca.crt"
 	imagesMount = "/opt/images"
@@ -30,13 +31,14 @@ const (
 // node is what the templates of a machine's files see.
 type node struct {
 	Machine
-	Edge             bool
-	PoolType         string
-	DNS, ClusterCIDR string
-	CAFile           string // appears once the API can be trusted
-	CgroupDriver     string
-	RestrictOOM      bool
-	PauseImage       string
+	Edge         bool
+	PoolType     string
+	DNS, HubIP   string
+	ClusterCIDR  string
+	CAFile       string // appears once the API can be trusted
+	CgroupDriver string
+	RestrictOOM  bool
+	PauseImage   string
 }
 
 // credentials are the tokens that all machines start with.
@@ -102,6 +104,7 @@ func (p *Playground) files(m Machine, c credentials) (map[string]machine.File, e
 		Edge:         m.Role == RoleEdge,
 		PoolType:     p.topology.poolType(m.Pool),
 		DNS:          p.topology.DNS,
+		HubIP:        hubIP,
 		ClusterCIDR:  p.topology.ClusterCIDR,
 		CAFile:       nodeCAFile,
 		CgroupDriver: machine.CgroupDriver(),

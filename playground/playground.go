@@ -278,11 +278,16 @@ func (p *Playground) start(ctx context.Context, progress Progress, base string) 
 	if err := p.waitNodes(ctx, step.Update); err != nil {
 		return step.Fail(err)
 	}
-	// It approves the serving certificates that DNS meets at its hub.
 	if err := p.waitManager(ctx, step.Update); err != nil {
 		return step.Fail(err)
 	}
-	if err := p.waitPods(ctx, "kube-system", "k8s-app=kube-dns", len(t.Machines), step.Update); err != nil {
+	withoutHub := 0
+	for _, m := range t.Machines {
+		if !m.Hub {
+			withoutHub++
+		}
+	}
+	if err := p.waitPods(ctx, "kube-system", "k8s-app=kube-dns", withoutHub, step.Update); err != nil {
 		return step.Fail(err)
 	}
 	step.Done()
@@ -307,14 +312,7 @@ func (p *Playground) applyDNS(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	type variant struct {
-		Name string
-		Hub  bool
-	}
-	manifest, err := renderText("coredns.yaml", string(text), map[string]any{
-		"DNS": p.topology.DNS, "Image": CoreDNSImage,
-		"Variants": []variant{{"coredns", false}, {"coredns-hub", true}},
-	})
+	manifest, err := renderText("coredns.yaml", string(text), map[string]any{"DNS": p.topology.DNS, "Image": CoreDNSImage})
 	if err != nil {
 		return err
 	}

@@ -7,10 +7,12 @@
 //
 // "web get URL" asks another one, from within its pod.
 //
-// The pod's spec gives POD_NAME and NODE_NAME by the downward API.
+// The pod's spec gives NODE_NAME by the downward API, and POD_NAME if it is not
+// the pod's host name.
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -46,12 +48,16 @@ func run() error {
 		return get(ctx, os.Args[2])
 	}
 	start := time.Now()
+	host, err := os.Hostname()
+	if err != nil {
+		return err
+	}
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /{$}", func(w http.ResponseWriter, _ *http.Request) {
 		token, err := os.ReadFile(tokenFile)
 		w.Header().Set("Content-Type", "application/json")
 		_ = json.NewEncoder(w).Encode(answer{
-			Pod: os.Getenv("POD_NAME"), Node: os.Getenv("NODE_NAME"),
+			Pod: cmp.Or(os.Getenv("POD_NAME"), host), Node: os.Getenv("NODE_NAME"),
 			Start: start, Token: err == nil && len(token) > 0,
 		})
 	})
