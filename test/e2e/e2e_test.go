@@ -64,6 +64,10 @@ func run(m *testing.M) int {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}
+	if err := loadClient(ctx, dir); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
 	return m.Run()
 }
 
@@ -195,6 +199,15 @@ func params(dir string, vars map[string]string) testscript.Params {
 			"changed":     simple(1, changed),
 			"sees":        simple(2, sees),
 			"unfollowed":  simple(1, unfollowed),
+			"client":      simple(2, client),
+			"within":      simple(3, within),
+			"resolves":    simple(4, resolves),
+			"asked":       simple(3, asked),
+			"near":        simple(2, near),
+			"hits":        simple(5, hits),
+			"moves":       simple(2, moves),
+			"addressof":   addressOf,
+			"outside":     outside,
 			"led":         led,
 			"whereis":     whereIs,
 			"stay":        stay,

@@ -184,7 +184,7 @@ func tokenIs(ctx context.Context, args []string) (string, error) {
 // token and authority, the URL gives that at last: the beginning of status,
 // address and port.
 func inside(ctx context.Context, args []string) (string, error) {
-	script := `P=$(for p in $(pgrep -x web); do tr '\0' '\n' </proc/$p/environ | grep -qx HOSTNAME=` + args[1] + ` && echo $p; done)
+	script := `P=$(for p in $(pgrep -x 'web|client'); do tr '\0' '\n' </proc/$p/environ | grep -qx HOSTNAME=` + args[1] + ` && echo $p; done)
 export $(tr '\0' '\n' </proc/$P/environ | grep ^KUBERNETES_SERVICE_)
 R=/proc/$P/root/var/run/secrets/kubernetes.io/serviceaccount
 echo "Authorization: Bearer $(cat $R/token)" | nsenter -t $P -n curl -sS --max-time 5 -o /dev/null -H @- --cacert $R/ca.crt \
