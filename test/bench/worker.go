@@ -110,20 +110,20 @@ func work(in io.Reader, out io.Writer) error {
 	all, ctx := errgroup.WithContext(ctx)
 	slots := make(chan struct{}, readyAtOnce)
 	for i := range w.Hubs {
-		all.Go(func() error {
-			if w.Spread > 0 {
+		if w.Spread > 0 {
+			all.Go(func() error {
 				if err := pause(ctx, rand.N(w.Spread)); err != nil {
 					return nil //nolint:nilerr // it was told to end
 				}
 				return w.runHub(ctx, &w.Hubs[i], func() {})
-			}
-			select {
-			case slots <- struct{}{}:
-			case <-ctx.Done():
-				return nil
-			}
-			return w.runHub(ctx, &w.Hubs[i], func() { <-slots })
-		})
+			})
+			continue
+		}
+		select {
+		case slots <- struct{}{}:
+			all.Go(func() error { return w.runHub(ctx, &w.Hubs[i], func() { <-slots }) })
+		case <-ctx.Done():
+		}
 	}
 	return all.Wait()
 }
