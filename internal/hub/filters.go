@@ -444,13 +444,13 @@ func (q *query) through(held *replica.Slice) (*replica.Slice, error) {
 	return held.Through(q.component, strings.Join(reader, "/"))
 }
 
-// listFiltered answers a list of a caller that is shown it filtered. Versions
-// are the replica's own then, so the cloud is not asked: what the replica
-// follows is as new as a watch would have it.
+// listFiltered answers a list of a caller that is shown it otherwise than the
+// cloud has it. The cloud is not asked then: what the replica follows is as new
+// as a watch would have it.
 func (q *query) listFiltered() error {
 	opts := q.info.Options
 	if opts.Continue != "" {
-		return fmt.Errorf("the continue token is the cloud's, and this list is filtered by the hub: %w", replica.ErrExpired)
+		return fmt.Errorf("the continue token is the cloud's, and this list is the hub's own: %w", replica.ErrExpired)
 	}
 	v, err := q.version()
 	if err != nil {
@@ -482,7 +482,7 @@ func (q *query) listFiltered() error {
 			return err
 		}
 		if opts.ResourceVersionMatch == metav1.ResourceVersionMatchExact && seen.Version() != v {
-			return fmt.Errorf("this list is filtered by the hub, which keeps no older states: %w", replica.ErrExpired)
+			return fmt.Errorf("this list is the hub's own, which keeps no older states: %w", replica.ErrExpired)
 		}
 	}
 	if latest && !held.Current() {

@@ -4,11 +4,15 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"hash/fnv"
+	"strings"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/apimachinery/pkg/util/validation"
 	"k8s.io/apimachinery/pkg/watch"
 
 	"github.com/yurt-edge/yurt/api/apps/v1beta2"
@@ -50,12 +54,35 @@ func (h *Hub) newGate() *gentle.Gate {
 
 // gentleHold is what local watchers of the node's pods wait for.
 func (h *Hub) gentleHold() replica.Hold {
-	return replica.Hold{Scope: h.ownPods(), After: h.cfg.Gentle.After, Ask: func(ch replica.Change) <-chan struct{} {
-		if e, ends := endingOf(ch); ends {
-			return h.gate.Hold(e)
-		}
-		return nil
-	}}
+	return replica.Hold{
+		Scope: h.ownPods(), After: h.cfg.Gentle.After,
+		Ask: func(ch replica.Change) ([]byte, <-chan struct{}) {
+			e, ends := endingOf(ch)
+			if !ends {
+				return nil, nil
+			}
+			note, err := json.Marshal(heldEnding{e, h.clock.Now()})
+			if err != nil {
+				return nil, nil // it cannot be: there are but strings in it
+			}
+			return note, h.gate.Hold(e, ch.Pass)
+		},
+		Again: func(note []byte, pass func(context.Context) error) <-chan struct{} {
+			var e heldEnding
+			if err := json.Unmarshal(note, &e); err != nil {
+				h.log.Warn("a pod ends at once that waited before a restart", "err", err)
+				return nil
+			}
+			return h.gate.Resume(e.Ending, h.clock.Since(e.Since), pass)
+		},
+	}
+}
+
+// heldEnding is an ending on disk.
+type heldEnding struct {
+	gentle.Ending
+
+	Since time.Time
 }
 
 func (h *Hub) ownPods() replica.Scope {
@@ -82,22 +109,16 @@ func endingOf(ch replica.Change) (e gentle.Ending, ends bool) {
 		return m.Phase == string(corev1.PodSucceeded) || m.Phase == string(corev1.PodFailed)
 	}
 	prev := ch.Prev
-	if prev != nil && (prev.DeletionTimestamp || over(prev)) {
-		return e, false
+	if ch.Type == watch.Added || prev != nil && (prev.DeletionTimestamp || over(prev)) {
+		return e, false // it does not run here
 	}
 	deleted := ch.Type == watch.Deleted || ch.Meta.DeletionTimestamp
 	if !deleted && (prev == nil || !over(ch.Meta)) {
 		return e, false
 	}
-	pod := &corev1.Pod{}
-	var err error
-	if ch.Kind.Encoding == wire.Protobuf {
-		err = pod.Unmarshal(ch.Object)
-	} else {
-		err = json.Unmarshal(ch.Object, pod)
-	}
-	if err != nil {
-		pod = &corev1.Pod{}
+	pod := podOf(ch)
+	if _, mirror := pod.Annotations[corev1.MirrorPodAnnotationKey]; mirror {
+		return e, false // what it shows runs on, whatever becomes of it
 	}
 	e = gentle.Ending{Namespace: ch.Meta.Namespace, Name: ch.Meta.Name, UID: ch.Meta.UID, Why: "deleted"}
 	if deleted && !pod.DeletionTimestamp.IsZero() {
@@ -120,8 +141,24 @@ func endingOf(ch replica.Change) (e gentle.Ending, ends bool) {
 	return e, deleted
 }
 
+// podOf returns what can be read of a change's pod.
+func podOf(ch replica.Change) *corev1.Pod {
+	pod := &corev1.Pod{}
+	var err error
+	if ch.Kind.Encoding == wire.Protobuf {
+		err = pod.Unmarshal(ch.Object)
+	} else {
+		err = json.Unmarshal(ch.Object, pod)
+	}
+	if err != nil {
+		return &corev1.Pod{}
+	}
+	return pod
+}
+
 // tellEnding makes the event that announces the end of a pod: in the cloud, or
-// in the journal while that is away again.
+// in the journal while that is away again. It is made once, whatever restarts
+// meanwhile.
 func (h *Hub) tellEnding(ctx context.Context, e gentle.Ending, due time.Time) error {
 	now := time.Now()
 	when := "now"
@@ -130,7 +167,7 @@ func (h *Hub) tellEnding(ctx context.Context, e gentle.Ending, due time.Time) er
 	}
 	event := &corev1.Event{
 		TypeMeta:       metav1.TypeMeta{APIVersion: "v1", Kind: "Event"},
-		ObjectMeta:     metav1.ObjectMeta{Namespace: e.Namespace, Name: fmt.Sprintf("%s.%x", e.Name, now.UnixNano())},
+		ObjectMeta:     metav1.ObjectMeta{Namespace: e.Namespace, Name: stopEventName(e)},
 		InvolvedObject: corev1.ObjectReference{APIVersion: "v1", Kind: "Pod", Namespace: e.Namespace, Name: e.Name, UID: types.UID(e.UID)},
 		Type:           corev1.EventTypeNormal, Reason: stopReason, Count: 1,
 		Message:        fmt.Sprintf("Will be stopped %s: %s in the cloud while node %s was away", when, e.Why, h.cfg.NodeName),
@@ -142,11 +179,22 @@ func (h *Hub) tellEnding(ctx context.Context, e gentle.Ending, due time.Time) er
 	if err != nil {
 		return fmt.Errorf("write event: %w", err)
 	}
-	if h.addOwnEvent(ctx, e.Namespace, text) == nil {
+	err = h.addOwnEvent(ctx, e.Namespace, text)
+	if err != nil && !apierrors.IsAlreadyExists(err) {
+		_, err = h.journal.AddEvent(ctx, "/api/v1/namespaces/"+e.Namespace+"/events", e.Namespace, text)
+	}
+	if apierrors.IsAlreadyExists(err) {
 		return nil
 	}
-	_, err = h.journal.AddEvent(ctx, "/api/v1/namespaces/"+e.Namespace+"/events", e.Namespace, text)
 	return err
+}
+
+// stopEventName is the same for the same pod.
+func stopEventName(e gentle.Ending) string {
+	sum := fnv.New64a()
+	_, _ = sum.Write([]byte(e.UID)) // it never fails
+	name := e.Name[:min(len(e.Name), validation.DNS1123SubdomainMaxLength-17)]
+	return fmt.Sprintf("%s.%016x", strings.TrimRight(name, ".-"), sum.Sum64())
 }
 
 func (h *Hub) endings() []report.Ending {

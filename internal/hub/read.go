@@ -84,6 +84,9 @@ type query struct {
 	began   time.Time
 	// component is set for a caller that is shown this resource filtered.
 	component string
+	// holds is set for a caller from whom the replica holds back what the cloud
+	// would tell, or may have to; see [replica.Hold].
+	holds bool
 }
 
 // errCloud sends a read to the cloud: the replica is not asked.
@@ -99,7 +102,7 @@ func (q *query) fallBack(cause error) {
 	}
 	// What is filtered has the replica's own versions, and where there is no
 	// place for one more scope nobody else can filter it.
-	ours := q.component != "" && (errors.Is(cause, replica.ErrExpired) || errors.Is(cause, replica.ErrAhead) || errors.Is(cause, replica.ErrFull))
+	ours := (q.component != "" || q.holds) && (errors.Is(cause, replica.ErrExpired) || errors.Is(cause, replica.ErrAhead) || errors.Is(cause, replica.ErrFull))
 	if q.hub.link.Online() && !q.caller.Local && !ours {
 		q.hub.link.Forward(q.w, q.r, q.as, q.keep(true))
 		return
@@ -390,6 +393,9 @@ func (q *query) list() error { //nolint:gocyclo // the API's rules for a list, o
 	opts := q.info.Options
 	scope := replica.ScopeOf(q.info)
 	held, ok := q.hub.replica.Held(scope)
+	if q.holds = ok && held.Holds(); q.holds {
+		return q.listFiltered()
+	}
 	latest := opts.ResourceVersion == "" && opts.Continue == ""
 	switch {
 	case opts.Continue != "":
@@ -476,6 +482,7 @@ func (q *query) watch() error {
 	held, ok := q.hub.replica.Held(scope)
 	fresh := opts.ResourceVersion == "" || opts.ResourceVersion == "0" ||
 		(opts.SendInitialEvents != nil && *opts.SendInitialEvents)
+	q.holds = ok && held.Holds()
 	if !ok {
 		if !fresh && !q.hub.isLocal(q.caller) && q.component == "" {
 			return errCloud

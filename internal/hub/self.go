@@ -3,6 +3,7 @@ package hub
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -18,6 +19,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 	"golang.org/x/sys/unix"
 	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/types"
 
@@ -193,6 +195,10 @@ func (h *Hub) sendOwn(ctx context.Context, method, path, contentType string, bod
 	defer resp.Body.Close()
 	text, _ := io.ReadAll(io.LimitReader(resp.Body, 4<<10)) // for the error only
 	if resp.StatusCode/100 != 2 {
+		status := new(apierrors.StatusError)
+		if json.Unmarshal(text, &status.ErrStatus) == nil && status.ErrStatus.Reason != "" {
+			return fmt.Errorf("%s %s: the cloud answered %d: %w", method, path, resp.StatusCode, status)
+		}
 		return fmt.Errorf("%s %s: the cloud answered %d: %.200q", method, path, resp.StatusCode, text)
 	}
 	return nil

@@ -23,8 +23,9 @@ const (
 	maxWaiting = 512
 	// burst is how many pods of a pool may end at once.
 	burst = 5
-	// tellBudget is how long an event may take.
+	// tellBudget is how long an event may take, and passBudget the disk.
 	tellBudget = 5 * time.Second
+	passBudget = 10 * time.Second
 )
 
 // Config is what a gate needs.
@@ -67,6 +68,8 @@ type Gate struct {
 	mu      sync.Mutex // guards the following
 	queue   []*turn
 	full    time.Time     // when all of the burst is free again
+	resumed time.Time     // when turns of an earlier life were taken over; zero: full tells all
+	phase   float64       // of this node then, in turns
 	changed chan struct{} // closed when the queue or what is told of it changes
 }
 
@@ -75,6 +78,7 @@ type turn struct {
 
 	since time.Time
 	told  bool
+	pass  func(context.Context) error
 	gone  chan struct{} // closed when it passes
 }
 
@@ -102,11 +106,27 @@ func New(cfg Config) *Gate {
 	return g
 }
 
-// Hold lets an ending wait. The channel is closed when it may pass; nil: now.
-// It does not block.
-func (g *Gate) Hold(e Ending) <-chan struct{} {
+// Hold lets an ending wait. The channel is closed when it may pass, after a
+// call of pass; nil: now. It does not block.
+func (g *Gate) Hold(e Ending, pass func(context.Context) error) <-chan struct{} {
 	g.mu.Lock()
 	defer g.mu.Unlock()
+	return g.holdLocked(e, 0, pass)
+}
+
+// Resume is Hold for an ending that has waited for some time in an earlier life
+// of the gate. When the last one passed there is not known: the first waits as
+// long as if that was just now.
+func (g *Gate) Resume(e Ending, waited time.Duration, pass func(context.Context) error) <-chan struct{} {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if len(g.queue) == 0 {
+		g.resumed, g.phase = time.Now(), rand.Float64()
+	}
+	return g.holdLocked(e, min(max(0, waited), g.cfg.Most), pass)
+}
+
+func (g *Gate) holdLocked(e Ending, waited time.Duration, pass func(context.Context) error) <-chan struct{} {
 	if len(g.queue) >= maxWaiting {
 		return nil
 	}
@@ -118,7 +138,7 @@ func (g *Gate) Hold(e Ending) <-chan struct{} {
 			g.full = now.Add(rand.N(min(g.each(n), g.cfg.Most/10)))
 		}
 	}
-	t := &turn{Ending: e, since: now, gone: make(chan struct{})}
+	t := &turn{Ending: e, since: now.Add(-waited), pass: pass, gone: make(chan struct{})}
 	g.queue = append(g.queue, t)
 	g.held.Inc()
 	g.turnLocked()
@@ -149,10 +169,27 @@ func (g *Gate) paceLocked(now time.Time) (each time.Duration, free int) {
 	return each, max(1, burst/n)
 }
 
+// fullLocked returns when all of the burst is free again. How many nodes there
+// are may not be known yet when turns are taken over.
+func (g *Gate) fullLocked(each time.Duration, free int) time.Time {
+	full := g.full
+	if g.resumed.IsZero() {
+		return full
+	}
+	then := g.resumed.Add(time.Duration(free) * each)
+	if g.nodes() > burst {
+		then = then.Add(time.Duration(g.phase * float64(each)))
+	}
+	if full.Before(then) {
+		full = then
+	}
+	return full
+}
+
 // dueLocked returns when each of the queue passes, as it stands.
 func (g *Gate) dueLocked(now time.Time) []time.Time {
 	each, free := g.paceLocked(now)
-	full, out := g.full, make([]time.Time, len(g.queue))
+	full, out := g.fullLocked(each, free), make([]time.Time, len(g.queue))
 	for i, t := range g.queue {
 		at := full.Add(-time.Duration(free-1) * each)
 		if at.Before(now) {
@@ -188,7 +225,13 @@ func (g *Gate) Run(ctx context.Context) error {
 	telling.Go(func() { g.tell(ctx) })
 	defer telling.Wait()
 	for {
-		wait, changed := g.pass()
+		head, why, wait, changed := g.next()
+		if head != nil {
+			if !g.letGo(ctx, head, why) {
+				return nil
+			}
+			continue
+		}
 		var timer <-chan time.Time // never
 		if wait > 0 {
 			timer = time.After(wait)
@@ -202,40 +245,55 @@ func (g *Gate) Run(ctx context.Context) error {
 	}
 }
 
-// pass lets go whose turn it is. It returns after how long to come back, 0:
-// not before the change.
-func (g *Gate) pass() (wait time.Duration, changed <-chan struct{}) {
+// next returns whose turn it is, and why. If it is nobody's, it returns after
+// how long to come back, 0: not before the change.
+func (g *Gate) next() (head *turn, why string, wait time.Duration, changed <-chan struct{}) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	for len(g.queue) > 0 {
-		now := time.Now()
-		head, due, last := g.queue[0], g.dueLocked(now)[0], g.queue[0].since.Add(g.cfg.Most)
-		switch {
-		case !now.Before(last):
-			g.letGoLocked(now, "overdue")
-		case head.told && !now.Before(due):
-			g.letGoLocked(now, "turn")
-		case head.told:
-			return due.Sub(now), g.changed
-		default:
-			return last.Sub(now), g.changed
-		}
+	if len(g.queue) == 0 {
+		return nil, "", 0, g.changed
 	}
-	return 0, g.changed
+	now := time.Now()
+	head, due, last := g.queue[0], g.dueLocked(now)[0], g.queue[0].since.Add(g.cfg.Most)
+	switch {
+	case !now.Before(last):
+		return head, "overdue", 0, nil
+	case head.told && !now.Before(due):
+		return head, "turn", 0, nil
+	case head.told:
+		return nil, "", due.Sub(now), g.changed
+	}
+	return nil, "", last.Sub(now), g.changed
 }
 
-func (g *Gate) letGoLocked(now time.Time, why string) {
-	each, _ := g.paceLocked(now)
+// letGo lets the head of the queue pass, unless ctx ends first: then it waits for
+// its turn in the next life.
+func (g *Gate) letGo(ctx context.Context, head *turn, why string) bool {
+	passing, cancel := context.WithTimeout(ctx, passBudget)
+	err := head.pass(passing)
+	cancel()
+	if ctx.Err() != nil {
+		return false
+	}
+	log := g.cfg.Log.With("pod", head.Namespace+"/"+head.Name)
+	if err != nil {
+		log.Warn("a pod ends, and could begin again if the hub is restarted now", "err", err)
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	now := time.Now()
+	each, free := g.paceLocked(now)
+	g.full, g.resumed = g.fullLocked(each, free), time.Time{}
 	if g.full.Before(now) {
 		g.full = now
 	}
 	g.full = g.full.Add(each)
-	head := g.queue[0]
 	g.queue = g.queue[1:]
 	close(head.gone)
 	g.released.WithLabelValues(why).Inc()
-	g.cfg.Log.Info("a pod ends as the cloud decided while the node was away",
-		"pod", head.Namespace+"/"+head.Name, "cause", head.Why, "waited", now.Sub(head.since).Round(time.Millisecond))
+	log.Info("a pod ends as the cloud decided while the node was away",
+		"cause", head.Why, "waited", now.Sub(head.since).Round(time.Millisecond))
+	return true
 }
 
 // tell announces endings, each once, in their order.

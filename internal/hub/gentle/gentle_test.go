@@ -30,12 +30,18 @@ type bed struct {
 	told   map[string]time.Duration
 	due    map[string]time.Duration
 	passed map[string]time.Duration
+	noted  map[string]bool
+	disk   error
+
+	stop  func()
+	ended chan struct{}
 }
 
 func newBed(t *testing.T, nodes int, change func(*Config)) *bed {
 	t.Helper()
 	b := &bed{
 		begin: time.Now(), told: map[string]time.Duration{}, due: map[string]time.Duration{}, passed: map[string]time.Duration{},
+		noted: map[string]bool{}, ended: make(chan struct{}),
 	}
 	cfg := Config{
 		Rate: 30, Most: 10 * time.Minute, Nodes: func() int { return nodes },
@@ -58,10 +64,12 @@ func newBed(t *testing.T, nodes int, change func(*Config)) *bed {
 			t.Error(err)
 		}
 	})
-	t.Cleanup(func() {
+	b.stop = sync.OnceFunc(func() {
 		cancel()
 		running.Wait()
+		close(b.ended)
 	})
+	t.Cleanup(b.stop)
 	return b
 }
 
@@ -70,17 +78,38 @@ func (b *bed) hold(t *testing.T, from, to int) {
 	t.Helper()
 	for i := from; i < to; i++ {
 		name := fmt.Sprintf("pod-%03d", i)
-		gone := b.Hold(Ending{Namespace: "shop", Name: name})
-		if gone == nil {
-			t.Fatalf("%s is not held", name)
-		}
-		go func() {
-			<-gone
-			b.mu.Lock()
-			defer b.mu.Unlock()
-			b.passed[name] = time.Since(b.begin)
-		}()
+		b.await(t, name, b.Hold(Ending{Namespace: "shop", Name: name}, b.pass(name)))
 	}
+}
+
+// pass is what the gate calls before a pod passes.
+func (b *bed) pass(name string) func(context.Context) error {
+	return func(context.Context) error {
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		b.noted[name] = true
+		return b.disk
+	}
+}
+
+func (b *bed) await(t *testing.T, name string, gone <-chan struct{}) {
+	t.Helper()
+	if gone == nil {
+		t.Fatalf("%s is not held", name)
+	}
+	go func() {
+		select {
+		case <-gone:
+		case <-b.ended:
+			return
+		}
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		b.passed[name] = time.Since(b.begin)
+		if !b.noted[name] {
+			t.Errorf("%s passes and nobody has noted it", name)
+		}
+	}()
 }
 
 // passedBy returns how many have passed at a time since the beginning.
@@ -236,13 +265,120 @@ func TestManyWait(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newBed(t, 1000, nil)
 		b.hold(t, 0, maxWaiting)
-		if b.Hold(Ending{Name: "more"}) != nil {
+		if b.Hold(Ending{Name: "more"}, b.pass("more")) != nil {
 			t.Error("one too many is held")
 		}
 		<-time.After(10 * time.Minute)
 		synctest.Wait()
 		if got := b.passedBy(time.Hour); got != maxWaiting {
 			t.Errorf("%d passed", got)
+		}
+	})
+}
+
+// resume takes over what waits at the gate of an earlier life.
+func (b *bed) resume(t *testing.T, before *bed) {
+	t.Helper()
+	for _, w := range before.Waiting() {
+		b.await(t, w.Name, b.Resume(w.Ending, time.Since(w.Since), b.pass(w.Name)))
+	}
+}
+
+// TestPaceGoesOnAfterARestart: who waited goes on waiting, in the same order and
+// at the same pace, without another burst, and no longer in all than one may; a
+// gate that is always restarted lets all pass all the same.
+func TestPaceGoesOnAfterARestart(t *testing.T) {
+	for name, nodes := range map[string]int{"one node": 1, "twenty": 20} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				known := 0 // how many nodes there are is not known at first
+				slow := func(c *Config) { c.Nodes = func() int { return known } }
+				b := newBed(t, nodes, nil)
+				each := b.each(nodes)
+				b.hold(t, 0, 12)
+				<-time.After(5*time.Second + each*3/2)
+				synctest.Wait()
+				before := b.passedBy(time.Hour)
+				b.stop()
+
+				again := newBed(t, nodes, slow)
+				again.resume(t, b)
+				known = nodes
+				synctest.Wait()
+				if n := len(again.Waiting()); before < 1 || n != 12-before {
+					t.Fatalf("%d passed, %d wait", before, n)
+				}
+				passed := 0
+				for i := 1; i <= 3; i++ {
+					<-time.After(each)
+					synctest.Wait()
+					now := again.passedBy(time.Hour)
+					if now < i-1 || now > i || now < passed {
+						t.Fatalf("%d passed after %d turns", now, i)
+					}
+					passed = now
+				}
+				if passed == 0 {
+					t.Fatal("none has passed")
+				}
+				<-time.After(again.cfg.Most - time.Since(b.begin))
+				synctest.Wait()
+				if n := len(again.Waiting()); n != 0 {
+					t.Errorf("%d have waited longer than any may", n)
+				}
+			})
+		})
+	}
+	t.Run("again and again", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			b := newBed(t, 20, nil)
+			b.hold(t, 0, 12)
+			for range 60 {
+				<-time.After(b.each(20) / 4)
+				b.stop()
+				next := newBed(t, 20, nil)
+				next.resume(t, b)
+				next.begin, b = b.begin, next
+			}
+			synctest.Wait()
+			if n := len(b.Waiting()); n != 0 {
+				t.Errorf("%d have waited longer than any may", n)
+			}
+		})
+	})
+}
+
+// TestADiskThatFails: it delays no turn.
+func TestADiskThatFails(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBed(t, 1, nil)
+		b.disk = errors.New("full")
+		b.hold(t, 0, 2)
+		synctest.Wait()
+		if b.passedBy(0) != 2 {
+			t.Error("a pod waits for the disk")
+		}
+	})
+}
+
+// TestStoppedAtATurn: a gate that is stopped while it notes a turn lets nobody
+// pass.
+func TestStoppedAtATurn(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBed(t, 1, nil)
+		gone := b.Hold(Ending{Name: "a"}, func(ctx context.Context) error {
+			<-ctx.Done()
+			return ctx.Err()
+		})
+		synctest.Wait()
+		b.stop()
+		select {
+		case <-gone:
+			t.Error("it passed")
+		default:
+		}
+		if len(b.Waiting()) != 1 {
+			t.Error("it does not wait any more")
 		}
 	})
 }

@@ -44,6 +44,7 @@ type bed struct {
 	crash func() // ends Run without a last write
 	conf  func(*Config)
 
+	local   bool     // clients are shown what the node puts over the cloud's state
 	watches []func() // end the watches of the clients, as a stopping server does
 }
 
@@ -216,7 +217,7 @@ type client struct {
 func (b *bed) watch(sl *Slice, version uint64) *client {
 	c := &client{
 		bed: b, scope: sl.scope, state: map[string]string{}, handled: map[string]string{}, uids: map[string]string{},
-		version: version, blank: version > 0,
+		version: version, blank: version > 0, local: b.local,
 	}
 	c.follow(sl, version)
 	return c
@@ -225,7 +226,7 @@ func (b *bed) watch(sl *Slice, version uint64) *client {
 // inform lists and then watches, as informers do.
 func (b *bed) inform(sl *Slice) *client {
 	b.t.Helper()
-	c := &client{bed: b, scope: sl.scope, handled: map[string]string{}}
+	c := &client{bed: b, scope: sl.scope, handled: map[string]string{}, local: b.local}
 	c.relist(sl)
 	return c
 }

@@ -483,7 +483,7 @@ func TestHoldThroughAFilter(t *testing.T) {
 				}
 			}
 		}
-		k.letGo()
+		k.letGo(t)
 		for who, client := range map[string]*client{"who watched": c, "who listed": fresh} {
 			if log := client.settled(); len(log) != 1 || !strings.HasPrefix(log[0], "DELETED ns/a@") {
 				t.Errorf("%s was told %q", who, log)

@@ -351,7 +351,7 @@ var ErrFull = errors.New("the replica holds as many scopes as it may")
 func (r *Replica) newSet(scope Scope) *set {
 	s := newSet(r.cfg.Store, scope, r.cfg.Overlay, r.cfg.Clock)
 	s.window.total, s.filters, s.marks = &r.windows, r.cfg.Filter, r.marks
-	if r.cfg.Hold.After > 0 && scope == r.cfg.Hold.Scope {
+	if r.cfg.Hold.Ask != nil && scope == r.cfg.Hold.Scope {
 		s.hold = &r.cfg.Hold
 	}
 	return s

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"math"
 	"math/rand/v2"
 	"net/http"
 	"slices"
@@ -646,7 +647,10 @@ func (sl *Slice) Watch(w http.ResponseWriter, r *http.Request, info request.Info
 	defer timer.Stop()
 	out := newWriter(w, f)
 	out.start(true)
-	watcher := &watcher{slice: sl, out: out, bookmarks: info.Options.AllowWatchBookmarks, owed: start.owed}
+	watcher := &watcher{slice: sl, out: out, bookmarks: info.Options.AllowWatchBookmarks, owed: start.owed, mute: map[string]uint64{}}
+	for _, k := range start.owed {
+		watcher.mute[k.key] = math.MaxUint64
+	}
 	// What happens while it is sent what there is waits for it too.
 	s.mu.Lock()
 	history := sl.windowLocked()
@@ -766,8 +770,11 @@ type watcher struct {
 	ahead     bool    // see watchStart
 	due       bool    // see watchStart
 	owed      []*kept // see watchStart
-	scratch   []byte
-	tables    int // tables sent: only the first names its columns
+	// mute is before which events those of a key are not shown: what is owed of
+	// it tells the same.
+	mute    map[string]uint64
+	scratch []byte
+	tables  int // tables sent: only the first names its columns
 }
 
 func (w *watcher) initial(ctx context.Context, start watchStart) error {
@@ -875,7 +882,7 @@ func (w *watcher) insideGap(version uint64) bool {
 // the version that it showed, would be told of it again.
 func (w *watcher) changes(events []*event, after uint64) (told uint64, again bool, err error) {
 	for _, e := range events {
-		if e.position <= after && (!e.local || w.ahead) || e.local && w.slice.base {
+		if e.position <= after && (!e.local || w.ahead) || e.local && w.slice.base || e.seq < w.mute[e.key] {
 			continue
 		}
 		sent, err := w.show(e)
@@ -1011,9 +1018,9 @@ func (w *watcher) next(seq uint64, start watchStart) (
 	case w.due:
 		// After the events before them: an overlay has the version of the
 		// object beneath, and who comes back with that has missed nothing.
-		shown, w.due = s.unheldLocked(s.overlaidLocked(), seq), false
+		shown, w.due = s.unheldLocked(w.unmuted(s.overlaidLocked()), seq), false
 	case w.ahead && held == nil && version >= start.after && !w.slice.base:
-		shown = s.overlaidLocked()
+		shown = w.unmuted(s.overlaidLocked())
 	}
 	return events, shown, version, s.changed, held, ok
 }

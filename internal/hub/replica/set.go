@@ -44,6 +44,9 @@ type position struct {
 	// stored: it resumes once that caller, or another that may read the
 	// scope, asks again.
 	Borrowed bool `json:"borrowed,omitempty"`
+	// AbsentTo is up to where changes are of an absence, if the set is not there
+	// yet.
+	AbsentTo uint64 `json:"absentTo,omitempty"`
 }
 
 // entry is one object of a set. It is immutable but for data: an overwrite
@@ -118,7 +121,10 @@ type set struct {
 	hold     *Hold     // nil: nothing is held
 	left     time.Time // when the last watch of the upstream ended
 	absentTo uint64    // up to here the cloud changed while it was away
-	kept     map[string]*kept
+	// kept is what clients see in place of changes that are held, and dirtyKept
+	// the keys whose stored form is out of date.
+	kept      map[string]*kept
+	dirtyKept map[string]struct{}
 
 	onLost  func()      // called, not under mu, when an object is lost
 	overlay OverlayFunc // nil when there is no journal
@@ -132,7 +138,7 @@ type set struct {
 func newSet(s *store.Store, scope Scope, overlay OverlayFunc, by *clock.Clock) *set {
 	return &set{
 		scope: scope, id: scope.ID(), store: s, overlay: overlay, clock: by,
-		changed: make(chan struct{}), dirty: map[string]struct{}{}, bases: map[string]*entry{},
+		changed: make(chan struct{}), dirty: map[string]struct{}{}, dirtyKept: map[string]struct{}{}, bases: map[string]*entry{},
 		used:   time.Now(),
 		window: window{taken: map[*watcher]uint64{}},
 		drop:   true, // the store may hold what an earlier life left behind
@@ -171,6 +177,12 @@ func (s *set) load(p position) error {
 	s.window.start = p.Version
 	if missing := p.Objects - s.index.Len(); missing != 0 {
 		s.lost = fmt.Errorf("%d objects of %s were damaged: %w", missing, s.id, store.ErrDamaged)
+	}
+	if s.hold != nil {
+		if s.hold.After > 0 {
+			s.absentTo = p.AbsentTo
+		}
+		s.loadKeptLocked(snap)
 	}
 	return nil
 }
@@ -268,7 +280,9 @@ func (s *set) clearLocked() {
 	// Open views share the nodes of the old tree.
 	s.index = btree.Map[string, *entry]{}
 	clear(s.bases)
-	clear(s.kept)
+	for key := range s.kept {
+		s.dropKeptLocked(key)
+	}
 	s.dropLensesLocked(true)
 	s.synced, s.lost, s.opaque, s.version, s.absentTo = false, nil, false, 0, 0
 	s.window.reset()
@@ -592,9 +606,8 @@ func (s *set) publishLocked(e *event, old []byte) {
 	if !s.synced {
 		return
 	}
-	s.holdLocked(e)
+	s.holdLocked(e, old)
 	s.window.add(e, s.version)
-	s.keepBackLocked(e, old)
 	for _, l := range s.lenses {
 		l.followLocked(s, e)
 	}
@@ -618,7 +631,7 @@ func (s *set) due(progress bool) bool {
 	if s.retired {
 		return false
 	}
-	return len(s.dirty) > 0 || s.synced != (s.persisted != 0) || progress && s.movedLocked()
+	return len(s.dirty) > 0 || len(s.dirtyKept) > 0 || s.synced != (s.persisted != 0) || progress && s.movedLocked()
 }
 
 // stale reports whether the set's progress has been unwritten for too long.
@@ -651,7 +664,11 @@ func (s *set) collect(batch *store.Batch) (written func(error) error) {
 	}
 	if s.drop {
 		batch.Drop(s.id)
+		if s.hold != nil {
+			batch.Drop(heldBucket)
+		}
 	}
+	takenKept, errKept := s.collectKeptLocked(batch)
 	taken := s.dirty
 	entries := make(map[string]*entry, len(taken))
 	s.dirty = map[string]struct{}{}
@@ -671,9 +688,13 @@ func (s *set) collect(batch *store.Batch) (written func(error) error) {
 	record := position{Scope: s.scope, Kind: s.kind, Contact: s.contact, Borrowed: s.borrowed, Objects: s.index.Len()}
 	if s.synced {
 		record.Version = s.version
+		if s.absentTo > s.version {
+			record.AbsentTo = s.absentTo
+		}
 	}
 	s.touched = false
 	text, err := json.Marshal(record)
+	err = errors.Join(err, errKept)
 	if err == nil {
 		batch.Put(scopesBucket, s.id, store.Record{Version: record.Version, Encoding: uint8(wire.JSON), Data: text})
 	}
@@ -684,6 +705,9 @@ func (s *set) collect(batch *store.Batch) (written func(error) error) {
 		if outcome = errors.Join(err, outcome); outcome != nil {
 			for key := range taken {
 				s.dirty[key] = struct{}{}
+			}
+			for key := range takenKept {
+				s.dirtyKept[key] = struct{}{}
 			}
 			s.touched = true
 			return fmt.Errorf("commit %s: %w", s.id, outcome)
@@ -708,6 +732,9 @@ func (s *set) retire(ctx context.Context) error {
 	s.mu.Unlock()
 	batch := store.NewBatch()
 	batch.Drop(s.id)
+	if s.hold != nil {
+		batch.Drop(heldBucket)
+	}
 	batch.Delete(scopesBucket, s.id)
 	if err := s.store.Commit(ctx, batch); err != nil {
 		return fmt.Errorf("drop %s: %w", s.id, err)
