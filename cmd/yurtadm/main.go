@@ -11,6 +11,7 @@ import (
 
 	"github.com/yurt-edge/yurt/internal/daemon"
 	"github.com/yurt-edge/yurt/internal/doctor"
+	"github.com/yurt-edge/yurt/internal/filtercli"
 	"github.com/yurt-edge/yurt/internal/playgroundcli"
 	"github.com/yurt-edge/yurt/playground"
 )
@@ -42,6 +43,6 @@ func command() *cobra.Command {
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	}
-	cmd.AddCommand(playgroundcli.New(), doctor.NewStatus(), doctor.NewDoctor())
+	cmd.AddCommand(playgroundcli.New(), doctor.NewStatus(), doctor.NewDoctor(), filtercli.New())
 	return cmd
 }
