@@ -108,7 +108,7 @@ func find(t *apiservercel.DeclType, text string, p pointer) (*cel.Type, int, err
 type asJSON struct{ *openapi.Schema }
 
 func (s asJSON) IsXIntOrString() bool {
-	kind := s.Schema.Type()
+	kind := s.Type()
 	return s.Schema.IsXIntOrString() || kind == "" ||
 		kind == "object" && s.Schema.Schema.AdditionalProperties == nil && len(s.Schema.Schema.Properties) == 0 ||
 		kind == "object" && s.IsXPreserveUnknownFields() || kind == "array" && s.Schema.Schema.Items == nil

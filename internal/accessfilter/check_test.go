@@ -125,8 +125,7 @@ func TestCheck(t *testing.T) {
 				}
 				return
 			}
-			var problems Problems
-			if !errors.As(err, &problems) {
+			if _, ok := errors.AsType[Problems](err); !ok {
 				t.Fatalf("no problems, but %v", err)
 			}
 			if !strings.HasPrefix(err.Error(), tc.want) {

@@ -43,9 +43,17 @@ func parsePointer(text string) (p pointer, at int, err error) {
 // that saw it otherwise would take the object for another, and what is removed
 // here is the API server's alone to say.
 var identity = []pointer{
-	{"apiVersion"}, {"kind"}, {"metadata", "name"}, {"metadata", "namespace"}, {"metadata", "uid"},
-	{"metadata", "resourceVersion"}, {"metadata", "generation"}, {"metadata", "generateName"},
-	{"metadata", "creationTimestamp"}, {"metadata", "deletionTimestamp"}, {"metadata", "deletionGracePeriodSeconds"},
+	{"apiVersion"},
+	{"kind"},
+	{"metadata", "name"},
+	{"metadata", "namespace"},
+	{"metadata", "uid"},
+	{"metadata", "resourceVersion"},
+	{"metadata", "generation"},
+	{"metadata", "generateName"},
+	{"metadata", "creationTimestamp"},
+	{"metadata", "deletionTimestamp"},
+	{"metadata", "deletionGracePeriodSeconds"},
 }
 
 func (p pointer) check() error {

@@ -146,30 +146,6 @@ func native(v ref.Val, depth int) (any, error) {
 			return out, nil
 		}
 		return v.Members, nil
-	case types.String:
-		return string(v), nil
-	case types.Bool:
-		return bool(v), nil
-	case types.Int:
-		return int64(v), nil
-	case types.Uint:
-		if v > math.MaxInt64 {
-			return nil, fmt.Errorf("%d is too large", v)
-		}
-		return int64(v), nil
-	case types.Double:
-		if math.IsNaN(float64(v)) || math.IsInf(float64(v), 0) {
-			return nil, fmt.Errorf("JSON has no %v", v)
-		}
-		return float64(v), nil
-	case types.Null:
-		return nil, nil //nolint:nilnil // null
-	case types.Bytes:
-		return base64.StdEncoding.EncodeToString(v), nil
-	case types.Timestamp:
-		return v.UTC().Format(time.RFC3339), nil
-	case types.Duration:
-		return v.String(), nil
 	case *types.Optional:
 		if !v.HasValue() {
 			return nil, nil //nolint:nilnil // null
@@ -202,6 +178,37 @@ func native(v ref.Val, depth int) (any, error) {
 		return out, nil
 	case *types.Err:
 		return nil, v
+	}
+	return scalar(v)
+}
+
+// scalar is native for what holds no other values.
+func scalar(v ref.Val) (any, error) {
+	switch v := v.(type) {
+	case types.String:
+		return string(v), nil
+	case types.Bool:
+		return bool(v), nil
+	case types.Int:
+		return int64(v), nil
+	case types.Uint:
+		if v > math.MaxInt64 {
+			return nil, fmt.Errorf("%d is too large", v)
+		}
+		return int64(v), nil
+	case types.Double:
+		if math.IsNaN(float64(v)) || math.IsInf(float64(v), 0) {
+			return nil, fmt.Errorf("JSON has no %v", v)
+		}
+		return float64(v), nil
+	case types.Null:
+		return nil, nil //nolint:nilnil // null
+	case types.Bytes:
+		return base64.StdEncoding.EncodeToString(v), nil
+	case types.Timestamp:
+		return v.UTC().Format(time.RFC3339), nil
+	case types.Duration:
+		return v.String(), nil
 	}
 	return nil, fmt.Errorf("a field cannot be a %s", v.Type().TypeName())
 }

@@ -182,7 +182,10 @@ func (h *Hub) filterChanges() (changed [5]<-chan struct{}, whole bool) {
 	}
 	whole = h.cfg.DummyIP == nil || h.certs.ServesPods()
 	for i, scope := range []replica.Scope{
-		{Resource: nodesResource, Fields: "metadata.name=" + h.cfg.NodeName}, nodes, {Resource: servicesResource}, filterConfigScope,
+		{Resource: nodesResource, Fields: "metadata.name=" + h.cfg.NodeName},
+		nodes,
+		{Resource: servicesResource},
+		filterConfigScope,
 		accessFiltersScope,
 	} {
 		slice, ok := h.replica.Held(scope)

@@ -408,7 +408,7 @@ func (v *value) typed(x any) ([]byte, error) {
 		return out, nil
 	default:
 		var ok bool
-		if m, ok = reflect.New(v.typ).Interface().(protoMessage); !ok {
+		if m, ok = reflect.TypeAssert[protoMessage](reflect.New(v.typ)); !ok {
 			return nil, ErrUnknownKind
 		}
 	}

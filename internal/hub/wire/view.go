@@ -5,6 +5,7 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"fmt"
+	"slices"
 	"strings"
 	"unicode/utf8"
 
@@ -165,7 +166,7 @@ func (f *member) read(data []byte, num protowire.Number) (any, bool, error) {
 			return malformed("field %d has the wrong wire type", num)
 		}
 		if count++; count > 1 && f.value.op > opFloat64 {
-			value = append(b[:len(b):len(b)], value...) // parts of a message merge
+			value = append(slices.Clip(b), value...) // parts of a message merge
 		}
 		b, n = value, number
 		return nil
@@ -321,7 +322,7 @@ func joined(data []byte, num protowire.Number) ([]byte, error) {
 	var out []byte
 	err := occurrences(data, num, func(b []byte, _ uint64) error {
 		if out == nil {
-			out = b[:len(b):len(b)]
+			out = slices.Clip(b)
 		} else {
 			out = append(out, b...)
 		}

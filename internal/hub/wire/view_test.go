@@ -3,6 +3,7 @@ package wire
 import (
 	"bytes"
 	"encoding/json"
+	"maps"
 	"math/rand/v2"
 	"reflect"
 	"slices"
@@ -144,9 +145,7 @@ func put(x any, path []string, value any) any {
 	switch x := x.(type) {
 	case map[string]any:
 		out := map[string]any{}
-		for k, v := range x {
-			out[k] = v
-		}
+		maps.Copy(out, x)
 		if len(path) > 1 {
 			out[path[0]] = put(out[path[0]], path[1:], value)
 		} else if value == nil {
@@ -258,7 +257,7 @@ func TestEdit(t *testing.T) {
 
 		{"spec/containers/2/image", "new", "the list has no element 2"},
 		{"spec/containers/first/image", "new", `"first" is no index of a list`},
-		{"spec/contianers", []any{}, `there is no field "contianers"`},
+		{"spec/boxes", []any{}, `there is no field "boxes"`},
 		{"spec/hostNetwork", "yes", "it is a bool, and a string is given"},
 		{"spec/terminationGracePeriodSeconds", 1.5, "it is a whole number, and a number is given"},
 		{"spec/containers/0/livenessProbe/periodSeconds", int64(1) << 40, "1099511627776 does not fit into 32 bits"},
