@@ -208,6 +208,11 @@ func params(dir string, vars map[string]string) testscript.Params {
 			"moves":       simple(2, moves),
 			"addressof":   addressOf,
 			"outside":     outside,
+			"crowd":       simple(3, crowd),
+			"hubflags":    simple(1, hubFlags),
+			"doomed":      simple(1, doomed),
+			"waits":       simple(3, waits),
+			"turns":       simple(3, turns),
 			"led":         led,
 			"whereis":     whereIs,
 			"stay":        stay,
@@ -492,14 +497,18 @@ func printed(ctx context.Context, args []string) (string, error) {
 func poll(ctx context.Context, ready func() error) error {
 	tick := time.NewTicker(200 * time.Millisecond)
 	defer tick.Stop()
+	var last error
 	for {
 		err := ready()
 		if err == nil {
 			return nil
 		}
+		if ctx.Err() == nil || last == nil {
+			last = err // not that of a command that was broken off
+		}
 		select {
 		case <-ctx.Done():
-			return fmt.Errorf("waited in vain: %w", err)
+			return fmt.Errorf("waited in vain: %w", last)
 		case <-tick.C:
 		}
 	}
