@@ -60,7 +60,8 @@ func (i Info) String() string {
 
 // Reads reports whether the request is one that the replica may answer.
 func (i Info) Reads() bool {
-	if !i.IsResource || i.Subresource != "" || i.Upgrade {
+	// A path with an empty part, as /api/v1//x, names no resource.
+	if !i.IsResource || i.Resource.Resource == "" || i.Subresource != "" || i.Upgrade {
 		return false
 	}
 	return i.Verb == "get" || i.Verb == "list" || i.Verb == "watch"

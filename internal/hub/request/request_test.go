@@ -134,6 +134,7 @@ func FuzzResolve(f *testing.F) {
 	f.Add("PATCH", "/api/v1/nodes/n/status", "", "")
 	f.Add("POST", "/api/v1/watch/pods", "", "")
 	f.Add("GET", "/api//v1///", "limit=-1&continue=x", "")
+	f.Add("GET", "/api/v1//v1///", "", "")
 	f.Fuzz(func(t *testing.T, method, path, query, connection string) {
 		r := &http.Request{Method: method, URL: &url.URL{Path: path, RawQuery: query}, Header: http.Header{"Connection": {connection}}}
 		info, err := Resolve(r.WithContext(t.Context()))
