@@ -953,6 +953,7 @@ func ownRequest(e auditEvent) error {
 		"list runtimeclasses", "watch runtimeclasses", "list csidrivers", "watch csidrivers", "get csinodes", // for the kubelet
 		"list configmaps", "watch configmaps", // of the node's pods
 		"list nodepools", "watch nodepools", // of its own pool
+		"list accessfilters", "watch accessfilters",
 		"create certificatesigningrequests", "get certificatesigningrequests",
 		"list certificatesigningrequests", "watch certificatesigningrequests",
 	}, asks):
