@@ -496,11 +496,10 @@ func (c *conn) Close() error {
 // places bound what is under way at a time, in all and of one source. Programs
 // on the node share its addresses, and half of all places.
 type places struct {
+	mu            sync.Mutex // guards the following
 	total, source int
-
-	mu   sync.Mutex // guards the following
-	all  int
-	each map[netip.Addr]int
+	all           int
+	each          map[netip.Addr]int
 }
 
 func newPlaces(total, source int) *places {
@@ -509,12 +508,12 @@ func newPlaces(total, source int) *places {
 
 // enter takes a place, if there is one, and returns what gives it back.
 func (p *places) enter(from netip.Addr) (leave func(), ok bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
 	most := p.source
 	if from.IsLoopback() {
 		most = p.total / 2
 	}
-	p.mu.Lock()
-	defer p.mu.Unlock()
 	if p.all >= p.total || p.each[from] >= most {
 		return nil, false
 	}

@@ -161,7 +161,9 @@ func TestOneSourceCannotTakeAll(t *testing.T) {
 func TestConnectionsAreBounded(t *testing.T) {
 	t.Parallel()
 	l := start(t, shop(), nil)
+	l.conns.mu.Lock()
 	l.conns.total = 4 // a loopback source has half
+	l.conns.mu.Unlock()
 	var open []net.Conn
 	defer func() {
 		for _, c := range open {
