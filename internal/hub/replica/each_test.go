@@ -32,9 +32,17 @@ func TestOwnBeforeBorrowed(t *testing.T) {
 		if own, other := b.held(mine).Version(), b.held(Scope{Resource: pods.Resource, Namespace: "ns"}).Version(); own >= other {
 			t.Fatalf("the node's scope is at %d, the pod's at %d", own, other)
 		}
-		o, err := b.Get(request.Info{Verb: "get", IsResource: true, Resource: pods.Resource, Namespace: "ns", Name: "a"}, 0)
-		if err != nil || o.Borrowed() {
+		get := request.Info{Verb: "get", IsResource: true, Resource: pods.Resource, Namespace: "ns", Name: "a"}
+		if o, err := b.Get(get, 0); err != nil || o.Borrowed() {
 			t.Errorf("the node's own pod comes by another's right: %v", err)
+		}
+		// The pod's stream has not noticed yet that the link is cut.
+		other := b.held(Scope{Resource: pods.Resource, Namespace: "ns"})
+		other.stream.set.mu.Lock()
+		other.stream.set.followed = true
+		other.stream.set.mu.Unlock()
+		if o, err := b.Get(get, 0); !other.Current() || b.held(mine).Current() || err != nil || o.Borrowed() {
+			t.Errorf("in the moment of a cut the node's own pod comes by another's right: %v", err)
 		}
 		if b.held(Scope{Resource: pods.Resource, Namespace: "ns", Fields: "spec.nodeName=edge-1"}).Borrowed() {
 			t.Error("a list of the node's own pods comes by another's right")

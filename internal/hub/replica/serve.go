@@ -297,15 +297,16 @@ func (r *Replica) Get(info request.Info, least uint64) (*Object, error) {
 	return nil, fmt.Errorf("%s: %w", info, ErrNotHeld)
 }
 
-// better compares two scopes that hold the object. The one that follows the
-// cloud knows it best. Else the node's own counts: what came by the right of
-// a pod must not stand between the kubelet and its pods.
+// better compares two scopes that hold the object. The node's own counts: what
+// came by the right of a pod must not stand between the kubelet and its pods,
+// also in the moment of a cut, which one stream notices before the other. Of
+// others the one that follows the cloud knows the object best.
 func (o *Object) better(than *Object) bool {
-	if a, b := o.Current(), than.Current(); a != b {
-		return a
-	}
 	if a, b := o.Borrowed(), than.Borrowed(); a != b {
 		return b
+	}
+	if a, b := o.Current(), than.Current(); a != b {
+		return a
 	}
 	return o.Version > than.Version
 }
