@@ -458,6 +458,7 @@ func TestPeersSeeNoOverlay(t *testing.T) {
 		local.local = true
 		distant := follower.watch(follower.held(configMaps), follower.held(configMaps).Version())
 		defer distant.end()
+		synctest.Wait() // who begins in the midst of it may be told twice
 		refresh(true)
 		if got := local.settled(); len(got) != 1 {
 			t.Fatalf("the node's own client was told %v", got)
