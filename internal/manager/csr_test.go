@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"slices"
 	"strings"
 	"testing"
 
@@ -52,6 +53,9 @@ func TestCertificateRequests(t *testing.T) {
 	server := pkix.Name{CommonName: "system:node:asker", Organization: []string{"system:nodes"}}
 	clientUse := []certificatesv1.KeyUsage{certificatesv1.UsageDigitalSignature, certificatesv1.UsageClientAuth}
 	serverUse := []certificatesv1.KeyUsage{certificatesv1.UsageDigitalSignature, certificatesv1.UsageServerAuth}
+	early := pkix.Name{CommonName: "system:node:early", Organization: []string{"system:nodes"}}
+	kube := []string{"kubernetes", "kubernetes.default", "kubernetes.default.svc", "kubernetes.default.svc.cluster.local"}
+	rsaUse := append(slices.Clone(serverUse), certificatesv1.UsageKeyEncipherment)
 	self := []string{"system:node:asker", "system:nodes"}
 	token := []string{"system:bootstrap:abcdef", "system:bootstrappers"}
 	for _, tc := range []struct {
@@ -65,6 +69,10 @@ func TestCertificateRequests(t *testing.T) {
 		{"first", token, certificatesv1.KubeAPIServerClientSignerName, clientUse, certificateRequest(t, hub, nil), ""},
 		{"renewal", self, certificatesv1.KubeAPIServerClientSignerName, clientUse, certificateRequest(t, hub, nil), ""},
 		{"server", self, certificatesv1.KubeletServingSignerName, serverUse, certificateRequest(t, server, []string{"asker", "kubernetes"}, "10.9.7.1", "169.254.2.1", "10.96.0.1"), ""},
+		// What hubs of OpenYurt ask for: from 1.7 on with the node's address, before
+		// without it, and then before there is a Node, which they wait for.
+		{"openyurt", self, certificatesv1.KubeletServingSignerName, rsaUse, certificateRequest(t, server, kube, "10.96.0.1", "169.254.2.1", "127.0.0.1", "10.9.7.1"), ""},
+		{"openyurt-joins", []string{"system:node:early", "system:nodes"}, certificatesv1.KubeletServingSignerName, rsaUse, certificateRequest(t, early, kube, "10.96.0.1", "169.254.2.1", "127.0.0.1"), ""},
 		{"stranger", []string{"mallory"}, certificatesv1.KubeAPIServerClientSignerName, clientUse, certificateRequest(t, hub, nil), "mallory may not create certificatesigningrequests/nodeclient"},
 		{"other-node", []string{"system:node:other", "system:nodes"}, certificatesv1.KubeAPIServerClientSignerName, clientUse, certificateRequest(t, hub, nil), "system:node:other may not create certificatesigningrequests/nodeclient"},
 		{"foreign-ip", self, certificatesv1.KubeletServingSignerName, serverUse, certificateRequest(t, server, nil, "10.9.7.1", "10.9.7.2"), `"10.9.7.2" is no address`},

@@ -17,7 +17,6 @@ import (
 	certificatesv1 "k8s.io/api/certificates/v1"
 	corev1 "k8s.io/api/core/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
-	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/tools/events"
 	ctrl "sigs.k8s.io/controller-runtime"
@@ -101,12 +100,10 @@ func (c *approver) allowed(ctx context.Context, r *certificatesv1.CertificateSig
 	if k.server {
 		var node corev1.Node
 		err := c.read.Get(ctx, types.NamespacedName{Name: k.node}, &node)
-		if apierrors.IsNotFound(err) {
-			return errUnregistered
-		}
-		if err != nil {
+		if client.IgnoreNotFound(err) != nil {
 			return fmt.Errorf("read node: %w", err)
 		}
+		registered := err == nil
 		common, err := c.common(ctx)
 		if err != nil {
 			return err
@@ -114,6 +111,12 @@ func (c *approver) allowed(ctx context.Context, r *certificatesv1.CertificateSig
 		foreign, err := foreignNames(r.Spec.Request, &node, common)
 		if err != nil {
 			return fmt.Errorf("read request: %w", err)
+		}
+		// A hub of OpenYurt serves nobody without this certificate, the kubelet
+		// included, which would register the node: it waits only for an address
+		// that the Node has to confirm.
+		if foreign != "" && !registered {
+			return errUnregistered
 		}
 		if foreign != "" {
 			return &refusal{fmt.Sprintf("%q is no address of node %s", foreign, k.node)}
@@ -139,11 +142,12 @@ func (c *approver) allowed(ctx context.Context, r *certificatesv1.CertificateSig
 	return nil
 }
 
-// common are the names by which the pods of every node know its hub.
+// common are the names by which the node and its pods know its hub, whichever
+// node it is.
 func (c *approver) common(ctx context.Context) (names, error) {
 	out := names{
 		dns: []string{"kubernetes", "kubernetes.default", "kubernetes.default.svc", "kubernetes.default.svc.cluster.local"},
-		ips: []net.IP{c.dummyIP},
+		ips: []net.IP{c.dummyIP, net.IPv4(127, 0, 0, 1), net.IPv6loopback},
 	}
 	var service corev1.Service
 	if err := c.read.Get(ctx, types.NamespacedName{Namespace: "default", Name: "kubernetes"}, &service); err != nil {
