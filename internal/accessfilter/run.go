@@ -240,6 +240,9 @@ func ParseJSON(object []byte) (Members, error) {
 	if err := d.Decode(&t); err != nil {
 		return nil, fmt.Errorf("read object: %w", err)
 	}
+	if t == nil {
+		return nil, errors.New("read object: it is null")
+	}
 	return t, nil
 }
 

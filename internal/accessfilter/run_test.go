@@ -107,6 +107,19 @@ func TestCostOfAllExpressions(t *testing.T) {
 	}
 }
 
+// TestNoObject: what is no object at all is an error.
+func TestNoObject(t *testing.T) {
+	f, err := Compile(filterOf(t, "set: [{path: /spec/x, value: '1'}]"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, text := range []string{"null", "[]", "", "{"} {
+		if got, _, err := f.ShowJSON(NewScene("kube-proxy", here), []byte(text)); err == nil || string(got) != text {
+			t.Errorf("%s: %s, %v", text, got, err)
+		}
+	}
+}
+
 func TestOrderAndSelection(t *testing.T) {
 	low, high := filterOf(t, "priority: -1\ndrop: 'true'"), filterOf(t, "priority: 5\ndrop: 'true'\npools: [p]\nnodeSelector: {matchLabels: {zone: z1}}")
 	low.Name, high.Name = "z", "a"

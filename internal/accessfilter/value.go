@@ -17,7 +17,8 @@ import (
 
 // Members is an object whose members are found when they are asked for. Their
 // values are strings, bools, int64, float64, []any, nil, Members, and errors
-// for what cannot be read.
+// for what cannot be read. Names are sorted, so that an expression that goes
+// through them says the same each time.
 type Members interface {
 	Get(name string) (any, bool)
 	Names() []string
@@ -27,7 +28,7 @@ type Members interface {
 type tree map[string]any
 
 func (t tree) Get(name string) (any, bool) { v, ok := t[name]; return v, ok }
-func (t tree) Names() []string             { return slices.Collect(maps.Keys(t)) }
+func (t tree) Names() []string             { return slices.Sorted(maps.Keys(t)) }
 
 // adapter makes values of CEL of those of objects, and of all others as usual.
 type adapter struct{}

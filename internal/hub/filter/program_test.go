@@ -76,6 +76,7 @@ spec:
 		"set":        {servicesV1, service, []string{`set: [{path: /spec/ports/0/nodePort, value: '0'}, {path: /metadata/annotations/x, value: "string(size(object.spec.ports))"}, {path: /spec/ports/1/targetPort, value: "'https'"}]`}, strings.NewReplacer(", nodePort: 30080", "", "targetPort: 8443", "targetPort: https", "{tier: cloud}", "{tier: cloud}, annotations: {x: '2'}").Replace(service), ""},
 		"remove":     {servicesV1, service, []string{`remove: [{path: /metadata/labels/tier}, {path: /spec/ports/1}, {path: /spec/clusterIPs}]`}, strings.NewReplacer(", labels: {tier: cloud}", "", ", {port: 443, targetPort: 8443}", "").Replace(service), ""},
 		"deep":       {podsV1, pod, []string{`set: [{path: /spec/containers/0/image, value: "'mirror/' + object.spec.containers[0].image"}, {path: /spec/containers/0/resources/limits/cpu, value: "'1'"}, {path: /spec/volumes/0, value: "{'name': dyn('v'), 'hostPath': dyn({'path': '/x'})}"}]`}, strings.NewReplacer("image: old", "image: mirror/old", "500m", `"1"`, "emptyDir: {}", "hostPath: {path: /x}").Replace(pod), ""},
+		"names":      {servicesV1, strings.Replace(service, "tier: cloud", "tier: cloud, c: '', a: '', b: ''", 1), []string{`set: [{path: /metadata/annotations/x, value: "object.metadata.map(k, k).join(' ') + ': ' + object.metadata.labels.map(k, k).join(' ')"}]`}, strings.Replace(service, "{tier: cloud}", "{tier: cloud, c: '', a: '', b: ''}, annotations: {x: 'labels name namespace: a b c tier'}", 1), ""},
 		"in order":   {servicesV1, service, []string{"set: [{path: /metadata/labels/tier, value: \"'edge'\"}]", "drop: object.metadata.labels.tier == 'cloud'"}, strings.Replace(service, "tier: cloud", "tier: edge", 1), ""},
 		"one fails":  {servicesV1, service, []string{"drop: object.spec.nothing == 1", "set: [{path: /metadata/labels/tier, value: \"'edge'\"}]"}, strings.Replace(service, "tier: cloud", "tier: edge", 1), "spec.drop: no such key"},
 		"no place":   {servicesV1, service, []string{"set: [{path: /metadata/labels/a, value: \"'b'\"}, {path: /spec/type/x, value: '1'}]"}, service, "spec.set[1]: the object has no place for the value"},
@@ -164,7 +165,7 @@ spec:
 			if err != nil {
 				t.Fatal(err)
 			}
-			made := map[string]int{"set": 2, "deep": 3, "in order": 1, "one fails": 1}[name] // what a filter makes anew knows no future
+			made := map[string]int{"set": 2, "deep": 3, "in order": 1, "one fails": 1, "names": 1}[name] // what a filter makes anew knows no future
 			if lost := bytes.Count(estrange(wantData, deep), stranger) - bytes.Count(shown, stranger); lost > made {
 				t.Errorf("%d unknown fields are lost", lost)
 			}

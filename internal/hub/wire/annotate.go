@@ -3,6 +3,8 @@ package wire
 import (
 	"encoding/json"
 	"fmt"
+	"maps"
+	"slices"
 
 	"google.golang.org/protobuf/encoding/protowire"
 )
@@ -39,10 +41,9 @@ func annotateProto(object []byte, set map[string]*string) ([]byte, error) {
 		}
 		object = object[n:]
 	}
-	for key, value := range set {
-		if value != nil {
-			entry := appendStringField(appendStringField(nil, 1, key), 2, *value)
-			meta = appendBytesField(meta, fieldAnnotations, entry)
+	for _, key := range slices.Sorted(maps.Keys(set)) {
+		if value := set[key]; value != nil {
+			meta = appendBytesField(meta, fieldAnnotations, appendPair(nil, key, []byte(*value)))
 		}
 	}
 	return append(appendBytesField(nil, fieldMetadata, meta), rest...), nil
@@ -57,11 +58,11 @@ func withoutAnnotations(meta []byte, names map[string]*string) (out []byte, err 
 		}
 		drop := false
 		if num == fieldAnnotations && typ == protowire.BytesType {
-			key, _, err := mapEntry(b)
+			p, err := readPair(b)
 			if err != nil {
 				return nil, err
 			}
-			_, drop = names[string(key)]
+			_, drop = names[string(p.key)]
 		}
 		if !drop {
 			out = append(out, meta[:n]...)

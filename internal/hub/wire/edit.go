@@ -136,38 +136,53 @@ func (f *member) editElement(data []byte, num protowire.Number, path []string, v
 }
 
 func (f *member) editEntry(data []byte, num protowire.Number, path []string, value any) ([]byte, error) {
-	var put, old []byte
-	err := occurrences(data, num, func(entry []byte, _ uint64) error {
-		k, v, err := readPair(entry)
-		if err == nil && string(k) == path[0] {
-			old = v
-			return nil
+	var entries [][]byte
+	var old []byte
+	at := -1 // where the key is
+	err := occurrences(data, num, func(typ protowire.Type, entry []byte, _ uint64) error {
+		if typ != protowire.BytesType {
+			return malformed("field %d has wire type %d", num, typ)
 		}
-		put = appendBytesField(put, num, entry)
+		p, err := readPair(entry)
+		if string(p.key) != path[0] {
+			entries = append(entries, entry)
+			return err
+		}
+		if old = p.value; at < 0 { // the last counts
+			at, entries = len(entries), append(entries, nil)
+		}
 		return err
 	})
 	if err != nil {
 		return nil, err
 	}
-	var entry []byte
+	var b []byte
 	switch {
 	case len(path) > 1 && f.value.op != opMessage:
 		return nil, fmt.Errorf("it has no field %q", path[1])
 	case len(path) > 1:
-		if entry, err = f.value.msg.edit(old, path[1:], value); err != nil {
-			return nil, fmt.Errorf("%s: %w", path[0], err)
-		}
-		if old == nil && len(entry) == 0 {
-			return data, nil
-		}
-	case value == nil:
-		return replace(data, num, put)
-	default:
-		if entry, _, err = f.value.encode(value, 0); err != nil {
-			return nil, fmt.Errorf("%s: %w", path[0], err)
+		b, err = f.value.msg.edit(old, path[1:], value)
+	case value != nil:
+		b, _, err = f.value.encode(value, 0)
+	}
+	switch {
+	case err != nil:
+		return nil, fmt.Errorf("%s: %w", path[0], err)
+	case at < 0 && (value == nil || len(path) > 1 && len(b) == 0):
+		return data, nil
+	case at < 0:
+		at, entries = len(entries), append(entries, nil)
+	}
+	if len(path) > 1 || value != nil {
+		entries[at] = appendPair(nil, path[0], b)
+	}
+	var put []byte
+	for _, entry := range entries {
+		if entry != nil {
+			put = appendBytesField(put, num, entry)
 		}
 	}
-	return replace(data, num, f.value.appendPair(put, num, path[0], entry))
+	return replace(data, num, put)
 }
 
 // replace returns a message with other fields of a number.
@@ -205,7 +220,7 @@ func (f *member) encodeDeep(num protowire.Number, x any, depth int) (out []byte,
 	case list:
 		items, ok := x.([]any)
 		if !ok {
-			return nil, fmt.Errorf("it is a list, and %s is given", sort(x))
+			return nil, fmt.Errorf("it is a list, and %s is given", kindOf(x))
 		}
 		for i, item := range items {
 			b, n, err := f.value.encode(item, depth)
@@ -218,7 +233,7 @@ func (f *member) encodeDeep(num protowire.Number, x any, depth int) (out []byte,
 	case mapping:
 		names, get, ok := object(x)
 		if !ok {
-			return nil, fmt.Errorf("it is a map, and %s is given", sort(x))
+			return nil, fmt.Errorf("it is a map, and %s is given", kindOf(x))
 		}
 		for _, name := range names {
 			item, _ := get(name)
@@ -226,7 +241,7 @@ func (f *member) encodeDeep(num protowire.Number, x any, depth int) (out []byte,
 			if err != nil {
 				return nil, fmt.Errorf("%s: %w", name, err)
 			}
-			out = f.value.appendPair(out, num, name, b)
+			out = appendBytesField(out, num, appendPair(nil, name, b))
 		}
 		return out, nil
 	}
@@ -253,8 +268,8 @@ func object(x any) (names []string, get func(string) (any, bool), ok bool) {
 	return nil, nil, false
 }
 
-// sort says what a value is.
-func sort(x any) string {
+// kindOf says what a value is.
+func kindOf(x any) string {
 	switch x.(type) {
 	case string:
 		return "a string"
@@ -284,13 +299,13 @@ func (v *value) append(dst []byte, num protowire.Number, b []byte, n uint64) []b
 }
 
 // appendPair writes an entry of a map.
-func (v *value) appendPair(dst []byte, num protowire.Number, key string, b []byte) []byte {
-	return appendBytesField(dst, num, appendBytesField(appendStringField(nil, 1, key), 2, b))
+func appendPair(dst []byte, key string, b []byte) []byte {
+	return appendBytesField(appendStringField(dst, 1, key), 2, b)
 }
 
 // encode returns the bytes, or the bits, of a value that JSON has.
 func (v *value) encode(x any, depth int) (b []byte, n uint64, err error) {
-	wrong := func(want string) error { return fmt.Errorf("it is %s, and %s is given", want, sort(x)) }
+	wrong := func(want string) error { return fmt.Errorf("it is %s, and %s is given", want, kindOf(x)) }
 	switch v.op {
 	case opString, opBytes:
 		s, ok := x.(string)
@@ -351,7 +366,7 @@ func (v *value) message(x any, depth int) ([]byte, error) {
 	}
 	names, get, ok := object(x)
 	if !ok {
-		return nil, fmt.Errorf("it is an object, and %s is given", sort(x))
+		return nil, fmt.Errorf("it is an object, and %s is given", kindOf(x))
 	}
 	var out []byte
 	for _, name := range names {
@@ -395,13 +410,13 @@ func (v *value) typed(x any) ([]byte, error) {
 	case opItems:
 		items, ok := x.([]any)
 		if !ok {
-			return nil, fmt.Errorf("it is a list, and %s is given", sort(x))
+			return nil, fmt.Errorf("it is a list, and %s is given", kindOf(x))
 		}
 		var out []byte
 		for _, item := range items {
 			s, ok := item.(string)
 			if !ok {
-				return nil, fmt.Errorf("it is a list of strings, and %s is in it", sort(item))
+				return nil, fmt.Errorf("it is a list of strings, and %s is in it", kindOf(item))
 			}
 			out = appendStringField(out, 1, s)
 		}

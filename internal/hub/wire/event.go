@@ -266,9 +266,9 @@ func annotation(enc Encoding, object []byte, name string) (value string, err err
 				if num != fieldAnnotations || typ != protowire.BytesType {
 					return nil
 				}
-				k, v, err := mapEntry(b)
-				if string(k) == name {
-					value = string(v)
+				p, err := readPair(b)
+				if string(p.key) == name {
+					value = string(p.value)
 				}
 				return err
 			})

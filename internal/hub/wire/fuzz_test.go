@@ -3,6 +3,8 @@ package wire
 import (
 	"bytes"
 	"encoding/json"
+	"reflect"
+	"strings"
 	"testing"
 	"unicode/utf8"
 )
@@ -110,6 +112,80 @@ func FuzzToJSON(f *testing.F) {
 			}
 		}
 	})
+}
+
+// FuzzView: whatever an object is, a view of it is as its JSON, and an edit of
+// it as one of its JSON.
+func FuzzView(f *testing.F) {
+	seed(f)
+	type edit struct {
+		path  string
+		value any
+	}
+	kinds := []struct {
+		apiVersion, kind string
+		edits            []edit
+	}{
+		{"v1", "Pod", []edit{
+			{"metadata/labels/a", "b"},
+			{"metadata/labels/a", nil},
+			{"metadata/annotations", nil},
+			{"spec/containers/0/image", "i"},
+			{"spec/containers/0/resources/limits/cpu", "1"},
+			{"spec/volumes/0/hostPath/path", "/x"},
+			{"spec/volumes/0/emptyDir", nil},
+			{"spec/hostNetwork", true},
+		}},
+		{"v1", "ConfigMap", []edit{{"data/a", "b"}, {"binaryData/a", "aGk="}, {"immutable", nil}}},
+		{"discovery.k8s.io/v1", "EndpointSlice", []edit{{"endpoints/0/conditions/ready", true}, {"ports/0/port", int64(80)}, {"endpoints/0/addresses", nil}, {"endpoints", nil}}},
+		{"authentication.k8s.io/v1", "TokenReview", []edit{{"status/user/extra/a", []any{"b"}}}},
+		{"apiextensions.k8s.io/v1", "CustomResourceDefinition", []edit{{"spec/versions/0/name", "v2"}}},
+	}
+	f.Fuzz(func(t *testing.T, object []byte) {
+		for _, k := range kinds {
+			v, err := NewView(k.apiVersion, k.kind, object)
+			if err != nil {
+				t.Fatal(err)
+			}
+			got := plainOf(t, v)
+			text, err := ToJSON(nil, k.apiVersion, k.kind, object, true)
+			if err != nil {
+				continue // it has what a view does not see
+			}
+			want, err := parse(text)
+			if err != nil {
+				continue // a number beyond all
+			}
+			if !reflect.DeepEqual(got, want) {
+				t.Fatalf("%s: view %v, JSON %v", k.kind, got, want)
+			}
+			for _, e := range k.edits {
+				path := strings.Split(e.path, "/")
+				out, err := Edit(k.apiVersion, k.kind, object, path, e.value)
+				if err != nil {
+					continue // there is no such element
+				}
+				have := without(asJSON(t, k.apiVersion, k.kind, out))
+				if want := without(put(want, path, e.value)); !reflect.DeepEqual(have, want) {
+					t.Fatalf("%s %s: %v, want %v", k.kind, e.path, have, want)
+				}
+			}
+		}
+	})
+}
+
+// plainOf is what a view shows, as JSON would have it.
+func plainOf(t *testing.T, v *View) any {
+	t.Helper()
+	text, err := json.Marshal(unviewed(v)) // mends names that are no text
+	if err != nil {
+		return err
+	}
+	plain, err := parse(text)
+	if err != nil {
+		return err
+	}
+	return plain
 }
 
 func FuzzScannerAgreesWithEncodingJSON(f *testing.F) {

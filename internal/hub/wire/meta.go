@@ -119,14 +119,14 @@ func (m *Meta) readProtoMetadata(data []byte) error {
 		case fieldDeletionTimestamp:
 			m.DeletionTimestamp = true
 		case fieldLabels:
-			k, v, err := mapEntry(b)
+			p, err := readPair(b)
 			if err != nil {
 				return err
 			}
 			if m.Labels == nil {
 				m.Labels = make(map[string]string)
 			}
-			m.Labels[string(k)] = string(v)
+			m.Labels[string(p.key)] = string(p.value)
 		}
 	}
 	return nil
@@ -145,24 +145,6 @@ func readProtoString(data []byte, want protowire.Number, value *string) error {
 		data = data[n:]
 	}
 	return nil
-}
-
-// mapEntry reads one entry of a map<string, string> or map<string, bytes>.
-func mapEntry(data []byte) (key, value []byte, err error) {
-	for len(data) > 0 {
-		num, typ, b, _, n := field(data)
-		switch {
-		case n < 0:
-			return nil, nil, malformed("map entry: %v", protowire.ParseError(n))
-		case typ != protowire.BytesType:
-		case num == 1:
-			key = b
-		case num == 2:
-			value = b
-		}
-		data = data[n:]
-	}
-	return key, value, nil
 }
 
 func (m *Meta) readJSON(data []byte, pod bool) error {

@@ -354,7 +354,6 @@ func (v *value) isEmpty(b []byte, n uint64) bool {
 
 func (t *transcoder) mapping(dst []byte, f *member, h head, data []byte, depth int) (_ []byte, err error) {
 	base := len(t.pairs)
-	sorted := true
 	for i := h.first; i > 0; i = t.occs[i-1].next {
 		var p pair
 		for entry := t.occs[i-1].in(data); len(entry) > 0; {
@@ -373,22 +372,11 @@ func (t *transcoder) mapping(dst []byte, f *member, h head, data []byte, depth i
 			}
 			entry = entry[n:]
 		}
-		if n := len(t.pairs); n > base && bytes.Compare(t.pairs[n-1].key, p.key) >= 0 {
-			sorted = false
-		}
 		t.pairs = append(t.pairs, p)
 	}
-	if !sorted {
-		slices.SortStableFunc(t.pairs[base:], func(a, b pair) int { return bytes.Compare(a.key, b.key) })
-	}
 	dst = append(dst, '{')
-	open := len(dst)
-	for i := base; i < len(t.pairs); i++ {
-		p := t.pairs[i]
-		if i+1 < len(t.pairs) && bytes.Equal(p.key, t.pairs[i+1].key) {
-			continue // the last of the same key counts
-		}
-		if len(dst) > open {
+	for i, p := range sortPairs(t.pairs[base:]) {
+		if i > 0 {
 			dst = append(dst, ',')
 		}
 		dst = append(appendJSONString(dst, p.key), ':')

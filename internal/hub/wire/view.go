@@ -2,9 +2,11 @@ package wire
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/base64"
 	"encoding/json"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"unicode/utf8"
@@ -17,10 +19,25 @@ import (
 //
 // Its values are what encoding/json makes of JSON, but for whole numbers,
 // which are int64, and objects, which are *View or *ViewMap.
+//
+// A View is for one goroutine. Of a large message it remembers what was asked
+// for: an expression that asks once per element of a list would else go
+// through all of its bytes each time.
 type View struct {
-	plan  *message
-	data  []byte
-	extra map[string]string // members that are not on the wire
+	plan   *message
+	data   []byte
+	depth  int
+	extra  map[string]string // members that are not on the wire
+	memory map[string]answer
+}
+
+// large is the least size in bytes of a message that is remembered.
+const large = 1 << 10
+
+// answer is what Get returned.
+type answer struct {
+	value any
+	ok    bool
 }
 
 // NewView returns the view of an object. The error is ErrUnknownKind for kinds
@@ -34,7 +51,7 @@ func NewView(apiVersion, kind string, object []byte) (*View, error) {
 	if err != nil {
 		return nil, fmt.Errorf("view %s: %w", gvk, err)
 	}
-	return &View{plan, object, map[string]string{"apiVersion": apiVersion, "kind": kind}}, nil
+	return &View{plan: plan, data: object, extra: map[string]string{"apiVersion": apiVersion, "kind": kind}}, nil
 }
 
 // Get returns a member. A value that cannot be read is an error.
@@ -46,72 +63,70 @@ func (v *View) Get(name string) (any, bool) {
 	if !ok {
 		return nil, false
 	}
-	data := v.data
-	for _, in := range route.in {
-		var err error
-		if data, err = joined(data, in); err != nil {
-			return err, true
-		}
+	if a, ok := v.memory[name]; ok {
+		return a.value, a.ok
 	}
-	x, ok, err := route.member.read(data, route.num)
+	x, ok, err := v.read(route)
 	if err != nil {
-		return err, true
+		x, ok = err, true
+	}
+	if len(v.data) >= large {
+		if v.memory == nil {
+			v.memory = map[string]answer{}
+		}
+		v.memory[name] = answer{x, ok}
 	}
 	return x, ok
 }
 
-// Names returns the names of the members that the object has.
-func (v *View) Names() []string {
-	var out []string
-	for name := range v.extra {
-		out = append(out, name)
+func (v *View) read(r route) (_ any, _ bool, err error) {
+	data := v.data
+	for _, in := range r.in {
+		if data, err = joined(data, in); err != nil {
+			return nil, false, err
+		}
 	}
+	return r.member.read(data, r.num, v.depth)
+}
+
+// Names returns the names of the members that the object has, sorted.
+func (v *View) Names() []string {
+	out := slices.Collect(maps.Keys(v.extra))
 	for name := range v.plan.byName() {
 		if _, ok := v.Get(name); ok && v.extra[name] == "" {
 			out = append(out, name)
 		}
 	}
+	slices.Sort(out)
 	return out
 }
 
 // ViewMap is a map of an object, as a View is an object.
 type ViewMap struct {
-	member *member
-	num    protowire.Number
-	data   []byte // of the message that holds the map
+	value *value
+	depth int
+	pairs []pair // sorted by key
 }
 
-// Get returns an entry.
+// Get returns an entry. A value that cannot be read is an error.
 func (m *ViewMap) Get(key string) (any, bool) {
-	var found any
-	ok := false
-	err := occurrences(m.data, m.num, func(entry []byte, _ uint64) error {
-		k, v, err := readPair(entry)
-		if err != nil || string(k) != key {
-			return err
-		}
-		ok = true // the last counts
-		found, err = m.member.value.read(v, 0)
-		return err
-	})
+	i, ok := slices.BinarySearchFunc(m.pairs, key, func(p pair, key string) int { return strings.Compare(string(p.key), key) })
+	if !ok {
+		return nil, false
+	}
+	x, err := m.value.read(m.pairs[i].value, 0, m.depth)
 	if err != nil {
 		return err, true
 	}
-	return found, ok
+	return x, true
 }
 
-// Names returns the keys.
+// Names returns the keys, sorted.
 func (m *ViewMap) Names() []string {
-	var out []string
-	seen := map[string]struct{}{}
-	_ = occurrences(m.data, m.num, func(entry []byte, _ uint64) error { // Get says what is wrong
-		k, _, err := readPair(entry)
-		if _, ok := seen[string(k)]; !ok && err == nil {
-			seen[string(k)] = struct{}{}
-			out = append(out, string(k))
-		}
-		return err
-	})
+	out := make([]string, len(m.pairs))
+	for i, p := range m.pairs {
+		out[i] = string(p.key)
+	}
 	return out
 }
 
@@ -146,31 +161,31 @@ func (m *message) byName() map[string]route {
 }
 
 // read returns a member of a message; false if JSON has none of it.
-func (f *member) read(data []byte, num protowire.Number) (any, bool, error) {
+func (f *member) read(data []byte, num protowire.Number, depth int) (any, bool, error) {
 	switch f.shape {
 	case list:
-		return f.list(data, num)
+		return f.list(data, num, depth)
 	case mapping:
-		some := false
-		err := occurrences(data, num, func([]byte, uint64) error { some = true; return nil })
-		if !some || err != nil {
+		pairs, err := pairsOf(data, num)
+		if pairs == nil || err != nil {
 			return nil, !f.omitEmpty, err
 		}
-		return &ViewMap{f, num, data}, true, nil
+		return &ViewMap{&f.value, depth, pairs}, true, nil
 	}
 	var b []byte
 	var n uint64
 	count := 0
-	err := occurrences(data, num, func(value []byte, number uint64) error {
-		if (value != nil) != (f.value.wire == protowire.BytesType) {
-			return malformed("field %d has the wrong wire type", num)
+	err := occurrences(data, num, func(typ protowire.Type, value []byte, number uint64) error {
+		if typ != f.value.wire {
+			return malformed("field %d has wire type %d", num, typ)
 		}
-		if count++; count > 1 && f.value.op > opFloat64 {
-			value = append(slices.Clip(b), value...) // parts of a message merge
-		}
+		count++
 		b, n = value, number
 		return nil
 	})
+	if count > 1 && f.value.op > opFloat64 && err == nil {
+		b, err = joined(data, num)
+	}
 	switch {
 	case err != nil:
 		return nil, false, err
@@ -179,14 +194,14 @@ func (f *member) read(data []byte, num protowire.Number) (any, bool, error) {
 	case f.shape == one && (f.omitEmpty && f.value.isEmpty(b, n) || f.omitZero && len(b) == 0):
 		return nil, false, nil
 	}
-	x, err := f.value.read(b, n)
+	x, err := f.value.read(b, n, depth)
 	return x, true, err
 }
 
-func (f *member) list(data []byte, num protowire.Number) (any, bool, error) {
+func (f *member) list(data []byte, num protowire.Number, depth int) (any, bool, error) {
 	var out []any
 	err := f.elements(data, num, func(_ int, b []byte, n uint64) error {
-		x, err := f.value.read(b, n)
+		x, err := f.value.read(b, n, depth)
 		out = append(out, x)
 		return err
 	})
@@ -199,13 +214,13 @@ func (f *member) list(data []byte, num protowire.Number) (any, bool, error) {
 // elements calls each for the elements of a list, packed or not.
 func (f *member) elements(data []byte, num protowire.Number, each func(i int, b []byte, n uint64) error) error {
 	i := 0
-	return occurrences(data, num, func(b []byte, n uint64) error {
-		if (b != nil) == (f.value.wire == protowire.BytesType) {
+	return occurrences(data, num, func(typ protowire.Type, b []byte, n uint64) error {
+		if typ == f.value.wire {
 			i++
 			return each(i-1, b, n)
 		}
-		if f.value.wire != protowire.VarintType {
-			return malformed("field %d has the wrong wire type", num)
+		if f.value.wire != protowire.VarintType || typ != protowire.BytesType {
+			return malformed("field %d has wire type %d", num, typ)
 		}
 		for len(b) > 0 {
 			n, size := protowire.ConsumeVarint(b)
@@ -223,7 +238,7 @@ func (f *member) elements(data []byte, num protowire.Number, each func(i int, b 
 }
 
 // read returns a value as JSON has it. Nil and 0 are the zero of each type.
-func (v *value) read(b []byte, n uint64) (any, error) {
+func (v *value) read(b []byte, n uint64, depth int) (any, error) {
 	switch v.op {
 	case opString:
 		if !utf8.Valid(b) {
@@ -239,7 +254,10 @@ func (v *value) read(b []byte, n uint64) (any, error) {
 	case opInt64:
 		return int64(n), nil
 	case opMessage:
-		out := &View{plan: v.msg, data: b}
+		if depth >= maxDepth {
+			return nil, malformed("nested too deeply")
+		}
+		out := &View{plan: v.msg, data: b, depth: depth + 1}
 		if v.prefix != nil {
 			if err := json.Unmarshal([]byte("{"+strings.TrimSuffix(string(v.prefix), ",")+"}"), &out.extra); err != nil {
 				return nil, fmt.Errorf("read the type of a nested object: %w", err)
@@ -294,21 +312,15 @@ func numbers(x any) (_ any, err error) {
 	return x, nil
 }
 
-// occurrences calls each for the fields of a number, with the bytes or the bits
-// of the number.
-func occurrences(data []byte, num protowire.Number, each func(b []byte, n uint64) error) error {
+// occurrences calls each for the fields of a number, as [fields] does.
+func occurrences(data []byte, num protowire.Number, each func(typ protowire.Type, b []byte, n uint64) error) error {
 	for len(data) > 0 {
 		got, typ, b, n, size := field(data)
 		if size < 0 {
 			return malformed("protobuf field: %v", protowire.ParseError(size))
 		}
 		if got == num {
-			if typ != protowire.BytesType {
-				b = nil
-			} else if b == nil {
-				b = []byte{}
-			}
-			if err := each(b, n); err != nil {
+			if err := each(typ, b, n); err != nil {
 				return err
 			}
 		}
@@ -317,13 +329,17 @@ func occurrences(data []byte, num protowire.Number, each func(b []byte, n uint64
 	return nil
 }
 
-// joined returns a message within a message.
+// joined returns a message within a message, whose parts are merged; nil if
+// there is none.
 func joined(data []byte, num protowire.Number) ([]byte, error) {
 	var out []byte
-	err := occurrences(data, num, func(b []byte, _ uint64) error {
-		if out == nil {
+	err := occurrences(data, num, func(typ protowire.Type, b []byte, _ uint64) error {
+		switch {
+		case typ != protowire.BytesType:
+			return malformed("field %d has wire type %d", num, typ)
+		case out == nil:
 			out = slices.Clip(b)
-		} else {
+		default:
 			out = append(out, b...)
 		}
 		return nil
@@ -331,21 +347,50 @@ func joined(data []byte, num protowire.Number) ([]byte, error) {
 	return out, err
 }
 
+// pairsOf returns the entries of a map, sorted by key.
+func pairsOf(data []byte, num protowire.Number) ([]pair, error) {
+	var out []pair
+	err := occurrences(data, num, func(typ protowire.Type, entry []byte, _ uint64) error {
+		if typ != protowire.BytesType {
+			return malformed("field %d has wire type %d", num, typ)
+		}
+		p, err := readPair(entry)
+		out = append(out, p)
+		return err
+	})
+	return sortPairs(out), err
+}
+
 // readPair reads an entry of a map of strings to something with a length.
-func readPair(entry []byte) (key, value []byte, err error) {
+func readPair(entry []byte) (p pair, err error) {
 	for len(entry) > 0 {
 		num, typ, b, _, n := field(entry)
 		switch {
 		case n < 0:
-			return nil, nil, malformed("map entry: %v", protowire.ParseError(n))
+			return pair{}, malformed("map entry: %v", protowire.ParseError(n))
 		case typ != protowire.BytesType && num <= 2:
-			return nil, nil, malformed("map entry field %d has wire type %d", num, typ)
+			return pair{}, malformed("map entry field %d has wire type %d", num, typ)
 		case num == 1:
-			key = b
+			p.key = b
 		case num == 2:
-			value = b
+			p.value = b
 		}
 		entry = entry[n:]
 	}
-	return key, value, nil
+	return p, nil
+}
+
+// sortPairs sorts the entries of a map by key; of a key the last counts.
+func sortPairs(pairs []pair) []pair {
+	if slices.IsSortedFunc(pairs, func(a, b pair) int { return cmp.Or(bytes.Compare(a.key, b.key), -1) }) {
+		return pairs
+	}
+	slices.SortStableFunc(pairs, func(a, b pair) int { return bytes.Compare(a.key, b.key) })
+	out := pairs[:0]
+	for i, p := range pairs {
+		if i+1 == len(pairs) || !bytes.Equal(p.key, pairs[i+1].key) {
+			out = append(out, p)
+		}
+	}
+	return out
 }

@@ -10,7 +10,9 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
+	"google.golang.org/protobuf/encoding/protowire"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime/schema"
@@ -143,6 +145,10 @@ func paths(x any, at []string, f func(path []string, value any)) {
 // put sets a path of a tree, or removes it if value is nil.
 func put(x any, path []string, value any) any {
 	switch x := x.(type) {
+	case nil:
+		if value != nil { // what is missing above the field
+			return put(map[string]any{}, path, value)
+		}
 	case map[string]any:
 		out := map[string]any{}
 		maps.Copy(out, x)
@@ -326,5 +332,123 @@ func TestEditKeepsWhatIsNotKnown(t *testing.T) {
 	out, err = Edit("v1", "Pod", data, []string{"spec", "containers"}, []any{list[1]})
 	if err != nil || count(out) != count(data)-1 {
 		t.Errorf("a container less: %d of %d are left: %v", count(out), count(data), err)
+	}
+}
+
+// TestViewOfALargeObject: what an expression asks for once per element is not
+// read from all bytes each time.
+func TestViewOfALargeObject(t *testing.T) {
+	cm := &corev1.ConfigMap{Data: map[string]string{}}
+	for i := range 60_000 {
+		cm.Data["k"+strconv.Itoa(i)] = ""
+	}
+	data, err := cm.Marshal()
+	if err != nil {
+		t.Fatal(err)
+	}
+	v, err := NewView("v1", "ConfigMap", data)
+	if err != nil {
+		t.Fatal(err)
+	}
+	first, _ := v.Get("data")
+	if again, ok := v.Get("data"); !ok || again != first {
+		t.Error("the same map is read once more")
+	}
+	m := first.(*ViewMap)
+	names := m.Names()
+	if len(names) != len(cm.Data) || !slices.IsSorted(names) {
+		t.Fatalf("%d names, sorted: %v", len(names), slices.IsSorted(names))
+	}
+	deadline := time.Now().Add(20 * time.Second) // a hundredth of a second does
+	for i, name := range names {
+		if x, ok := m.Get(name); !ok || x != "" {
+			t.Fatalf("%s: %v %v", name, x, ok)
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("%d of %d keys were found", i, len(names))
+		}
+	}
+
+	// A message in many parts is put together once.
+	parts := bytes.Repeat(appendBytesField(nil, 1, []byte{7 << 3, 1}), 50_000)
+	var meta any
+	if allocations := testing.AllocsPerRun(1, func() {
+		v, err := NewView("v1", "ConfigMap", parts)
+		if err != nil {
+			t.Fatal(err)
+		}
+		meta, _ = v.Get("metadata")
+	}); allocations > 1000 {
+		t.Errorf("%.0f allocations", allocations)
+	}
+	if generation, _ := meta.(*View).Get("generation"); generation != int64(1) {
+		t.Errorf("generation %v", generation)
+	}
+}
+
+// TestViewOfADamagedObject: what typed decoders refuse is an error, not a zero.
+func TestViewOfADamagedObject(t *testing.T) {
+	group := protowire.AppendTag(protowire.AppendTag(nil, 7, protowire.StartGroupType), 7, protowire.EndGroupType)
+	for name, meta := range map[string][]byte{
+		"a group for a number":     group,
+		"64 bits for a number":     protowire.AppendFixed64(protowire.AppendTag(nil, 7, protowire.Fixed64Type), 1),
+		"a string for a number":    appendStringField(nil, 7, "1"),
+		"a number that ends early": protowire.AppendVarint(protowire.AppendTag(nil, 7, protowire.VarintType), 1<<63)[:3],
+		"more than there is":       {7 << 3, 1, 0x5a, 0xff, 0xff, 0xff, 0xff, 0x0f},
+		"a length beyond all":      {7 << 3, 1, 0x5a, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x7f},
+		"a group that never ends":  group[:1],
+		"a field of number 0":      {0, 0},
+	} {
+		v, err := NewView("v1", "Pod", appendBytesField(nil, 1, meta))
+		if err != nil {
+			t.Fatal(err)
+		}
+		m, ok := v.Get("metadata")
+		if view, isView := m.(*View); isView {
+			m, ok = view.Get("generation")
+		}
+		if _, isError := m.(error); !isError {
+			t.Errorf("%s: %v, %v", name, m, ok)
+		}
+	}
+
+	// Deeper than JSON may be.
+	var text []byte // from its end
+	for range maxDepth {
+		head := protowire.AppendVarint(protowire.AppendTag(nil, 28, protowire.BytesType), uint64(len(text)))
+		slices.Reverse(head)
+		text = append(text, head...)
+	}
+	slices.Reverse(text)
+	v, err := NewView("apiextensions.k8s.io/v1", "CustomResourceDefinition", appendBytesField(nil, 2, appendBytesField(nil, 7, appendBytesField(nil, 4, appendBytesField(nil, 1, text)))))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var x any = v
+	for _, name := range []string{"spec", "versions", "schema", "openAPIV3Schema"} {
+		if x, _ = x.(*View).Get(name); name == "versions" {
+			x = x.([]any)[0]
+		}
+	}
+	depth := 0
+	for view, ok := x.(*View); ok; view, ok = x.(*View) {
+		x, _ = view.Get("not")
+		depth++
+	}
+	if _, isError := x.(error); !isError || depth > maxDepth {
+		t.Errorf("it ends after %d levels with %v", depth, x)
+	}
+}
+
+// TestEditOfAnEntryKeepsItsPlace: what is set to what it is looks the same.
+func TestEditOfAnEntryKeepsItsPlace(t *testing.T) {
+	pod := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Labels: map[string]string{"a": "1", "b": "2", "c": "3"}}}
+	data, err := pod.Marshal()
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := Edit("v1", "Pod", data, []string{"metadata", "labels", "b"}, "2")
+	if err != nil || !bytes.Equal(out, data) {
+		t.Errorf("%q became %q: %v", data, out, err)
 	}
 }
