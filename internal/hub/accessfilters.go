@@ -20,6 +20,7 @@ import (
 	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/apimachinery/pkg/types"
 
+	"github.com/yurt-edge/yurt/api/apps/v1beta2"
 	"github.com/yurt-edge/yurt/api/network"
 	"github.com/yurt-edge/yurt/api/network/v1alpha1"
 	"github.com/yurt-edge/yurt/internal/accessfilter"
@@ -48,7 +49,12 @@ var (
 	accessFiltersResource = schema.GroupVersionResource{
 		Group: v1alpha1.GroupVersion.Group, Version: v1alpha1.GroupVersion.Version, Resource: "accessfilters",
 	}
+	// accessFiltersScope comes from where what the pool shares comes from,
+	// accessFiltersOwn from the cloud itself: all there are, since that is no
+	// name. It is followed only where that is needed, see beyond.
 	accessFiltersScope = replica.Scope{Resource: accessFiltersResource}
+	accessFiltersOwn   = replica.Scope{Resource: accessFiltersResource, Fields: "metadata.name!=-"}
+	sharedAlways       = (&v1beta2.NodePool{}).Shared()
 )
 
 // accessFilters are the AccessFilters that the hub knows.
@@ -56,6 +62,8 @@ type accessFilters struct {
 	// The table's maker alone uses these.
 	known map[string]accessFilter
 	read  bool // the file was
+	asks  bool // accessFiltersOwn is pinned
+	waits bool // and not held yet
 
 	failures *prometheus.CounterVec
 	// reports are read by whoever tells of them.
@@ -67,6 +75,7 @@ type accessFilter struct {
 	uid        types.UID
 	generation int64  // the newest
 	version    string // its resource version
+	own        bool   // the cloud itself said it
 	problem    string // why that does not compile; empty: it does
 	// good is what compiled last, from which program was made; nil: nothing.
 	good    *v1alpha1.AccessFilter
@@ -114,36 +123,113 @@ func (h *Hub) readAccessFilters(s *filter.State) error {
 	return errors.Join(errs...)
 }
 
-// compileAccessFilters compiles what has changed. Of a filter that does not
-// compile the last that did stays.
-func (h *Hub) compileAccessFilters() error {
+// errUnproved is why a filter that only a peer has told of is not applied.
+var errUnproved = errors.New("the cloud itself has not said it yet, and of what the pool does not share other hubs are not believed")
+
+// heard is an AccessFilter that the hub has heard of.
+type heard struct {
+	*v1alpha1.AccessFilter
+
+	own bool  // the cloud itself said it
+	err error // why it cannot be taken
+}
+
+// beyond reports whether a filter is about more than what every pool shares.
+// A leader can tell its followers what it likes of that, and shall by way of
+// filters not get at more: at the ConfigMaps that a kubelet gives to its pods,
+// for example. So those filters count when the cloud itself says them.
+func beyond(af *v1alpha1.AccessFilter) bool {
+	return slices.ContainsFunc(af.Spec.Resources, func(r v1alpha1.AccessFilterResource) bool {
+		return !slices.ContainsFunc(sharedAlways, func(s metav1.GroupVersionResource) bool { return s.Group == r.Group && s.Resource == r.Resource })
+	})
+}
+
+func anyBeyond(all map[string]heard) bool {
+	for _, af := range all {
+		if beyond(af.AccessFilter) {
+			return true
+		}
+	}
+	return false
+}
+
+// hearAccessFilters returns the AccessFilters by name, of each the word that
+// counts.
+func (h *Hub) hearAccessFilters() (map[string]heard, error) {
 	a := &h.filters.access
-	found := map[string]*v1alpha1.AccessFilter{}
-	var errs []error
-	err := h.replica.Each(accessFiltersResource, "", func(_ string, _ replica.Kind, data []byte) error {
-		var af v1alpha1.AccessFilter
-		if err := json.Unmarshal(data, &af); err != nil {
+	out, _, err := h.listAccessFilters(accessFiltersScope)
+	if err != nil {
+		return nil, err
+	}
+	ask := anyBeyond(out)
+	if !ask && !a.asks {
+		return out, nil
+	}
+	if !a.asks {
+		if err := h.replica.Pin(accessFiltersOwn); err != nil {
+			return nil, err
+		}
+		a.asks = true
+	}
+	own, held, err := h.listAccessFilters(accessFiltersOwn)
+	if err != nil {
+		return nil, err
+	}
+	if a.waits = !held; held && !ask && !anyBeyond(own) {
+		h.replica.Unpin(accessFiltersOwn)
+		a.asks = false
+	}
+	for name, af := range out {
+		said, ok := own[name]
+		switch {
+		case !beyond(af.AccessFilter):
+		case ok:
+			out[name] = said
+		default:
+			af.err = errUnproved
+			out[name] = af
+		}
+	}
+	for name, af := range own {
+		if beyond(af.AccessFilter) {
+			out[name] = af
+		}
+	}
+	return out, nil
+}
+
+// listAccessFilters reads those of one scope by name, and whether it is held.
+func (h *Hub) listAccessFilters(scope replica.Scope) (map[string]heard, bool, error) {
+	out := map[string]heard{}
+	held, err := h.replica.EachOf(scope, func(_ string, _ replica.Kind, data []byte) error {
+		af := heard{AccessFilter: &v1alpha1.AccessFilter{}, own: scope == accessFiltersOwn}
+		if err := json.Unmarshal(data, af.AccessFilter); err != nil {
 			// Only its name is known, if that; what it was before stays.
 			var named struct {
 				metav1.ObjectMeta `json:"metadata"`
 			}
-			if json.Unmarshal(data, &named) == nil {
-				found[named.Name] = &v1alpha1.AccessFilter{ObjectMeta: named.ObjectMeta}
+			if err := json.Unmarshal(data, &named); err != nil {
+				return fmt.Errorf("read AccessFilter: %w", err)
 			}
-			errs = append(errs, fmt.Errorf("read AccessFilter: %w", err))
-			return nil
+			af.AccessFilter, af.err = &v1alpha1.AccessFilter{ObjectMeta: named.ObjectMeta}, fmt.Errorf("read AccessFilter: %w", err)
 		}
-		if other := found[af.Name]; other == nil || other.Generation < af.Generation { // several scopes may hold it
-			found[af.Name] = &af
-		}
+		out[af.Name] = af
 		return nil
 	})
+	return out, held, err
+}
+
+// compileAccessFilters compiles what has changed. Of a filter that does not
+// compile the last that did stays.
+func (h *Hub) compileAccessFilters() error {
+	a := &h.filters.access
+	found, err := h.hearAccessFilters()
 	if err != nil {
 		return err
 	}
 	changed := false
 	for name := range a.known {
-		if found[name] == nil {
+		if _, ok := found[name]; !ok {
 			delete(a.known, name)
 			a.failures.DeleteLabelValues(name)
 			changed = true
@@ -152,29 +238,30 @@ func (h *Hub) compileAccessFilters() error {
 	for name, af := range found {
 		old, ok := a.known[name]
 		same := ok && old.uid == af.UID
-		if same && old.generation == af.Generation {
+		if same && old.generation == af.Generation && old.own == af.own {
 			continue
 		}
-		next := accessFilter{uid: af.UID, generation: af.Generation, version: af.ResourceVersion}
-		compiled, err := accessfilter.Compile(af)
+		next := accessFilter{uid: af.UID, generation: af.Generation, version: af.ResourceVersion, own: af.own}
+		var compiled *accessfilter.Filter
+		if err = af.err; err == nil {
+			compiled, err = accessfilter.Compile(af.AccessFilter)
+		}
 		if err != nil {
 			next.problem = err.Error()
 			if same {
 				next.good, next.program = old.good, old.program
 			}
-			h.log.Warn("AccessFilter does not compile; its last good state stays", "filter", name, "generation", af.Generation, "err", err)
+			h.log.Warn("AccessFilter is not applied; its last good state stays", "filter", name, "generation", af.Generation, "err", err)
 		} else {
-			next.good, next.program = af, a.program(compiled)
+			next.good, next.program = af.AccessFilter, a.program(compiled)
 			changed = true
 		}
 		a.known[name] = next
 	}
 	if changed {
-		if err := h.saveAccessFilters(); err != nil {
-			errs = append(errs, err)
-		}
+		return h.saveAccessFilters()
 	}
-	return errors.Join(errs...)
+	return nil
 }
 
 func (a *accessFilters) program(compiled *accessfilter.Filter) *filter.Program {
@@ -274,7 +361,7 @@ func (h *Hub) loadAccessFilters() error {
 			h.log.Warn("AccessFilter compiled once and does no more", "filter", af.Name, "err", err)
 			continue
 		}
-		a.known[af.Name] = accessFilter{af.UID, af.Generation, af.ResourceVersion, "", af, a.program(compiled)}
+		a.known[af.Name] = accessFilter{af.UID, af.Generation, af.ResourceVersion, beyond(af), "", af, a.program(compiled)}
 	}
 	return nil
 }

@@ -136,7 +136,7 @@ func (h *Hub) keepFilters(ctx context.Context) error {
 		pause := time.NewTimer(filtersShare * time.Since(begun))
 		var again <-chan time.Time
 		switch {
-		case err != nil || !whole:
+		case err != nil || !whole || h.filters.access.waits:
 			again = time.After(filtersEvery)
 		case changed[accessChange] == nil: // a cluster may know no AccessFilters
 			again = time.After(accessAbsentEvery)
@@ -149,6 +149,7 @@ func (h *Hub) keepFilters(ctx context.Context) error {
 		case <-changed[2]:
 		case <-changed[3]:
 		case <-changed[4]:
+		case <-changed[5]:
 		}
 		services = err != nil || changed[servicesChange] == nil
 		select {
@@ -165,16 +166,17 @@ func (h *Hub) keepFilters(ctx context.Context) error {
 	}
 }
 
-// The places of the Services and of the AccessFilters in what filterChanges
-// returns.
+// The places of the Services, of the AccessFilters and of those that the cloud
+// itself said in what filterChanges returns.
 const (
-	servicesChange = 2
-	accessChange   = 4
+	servicesChange  = 2
+	accessChange    = 4
+	accessOwnChange = 5
 )
 
 // filterChanges returns channels that are closed when what filters go by may
 // have changed, and whether there is one for all that every cluster has.
-func (h *Hub) filterChanges() (changed [5]<-chan struct{}, whole bool) {
+func (h *Hub) filterChanges() (changed [6]<-chan struct{}, whole bool) {
 	node, _ := h.ownNode()
 	nodes := replica.Scope{Resource: poolsResource, Fields: "metadata.name=" + h.poolName(node)}
 	if h.cfg.Filters.Buckets {
@@ -187,7 +189,11 @@ func (h *Hub) filterChanges() (changed [5]<-chan struct{}, whole bool) {
 		{Resource: servicesResource},
 		filterConfigScope,
 		accessFiltersScope,
+		accessFiltersOwn,
 	} {
+		if i == accessOwnChange && !h.filters.access.asks {
+			break
+		}
 		slice, ok := h.replica.Held(scope)
 		if !ok {
 			whole = whole && i == accessChange

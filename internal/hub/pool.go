@@ -170,7 +170,7 @@ type shares struct {
 }
 
 func (h *Hub) holdLocked(r schema.GroupVersionResource) error {
-	if h.shares.held[r] || slices.Contains(h.cfg.Pinned, r) {
+	if h.shares.held[r] || h.pins(r) {
 		return nil
 	}
 	if err := h.replica.Pin(replica.Scope{Resource: r}); err != nil {
@@ -183,20 +183,25 @@ func (h *Hub) holdLocked(r schema.GroupVersionResource) error {
 	return nil
 }
 
+// pins reports whether the hub holds a resource whole, whatever its pool does.
+func (h *Hub) pins(r schema.GroupVersionResource) bool {
+	return slices.Contains(h.cfg.Pinned, r) || r == accessFiltersResource && !h.cfg.Filters.Off
+}
+
 // isShared tells what the pool shares; until it is known, what it would by
 // default.
 func (h *Hub) isShared(r schema.GroupVersionResource) bool {
 	if m := h.pool.Membership(); m.Pool != "" {
 		return m.Shares(r)
 	}
-	return slices.Contains(h.cfg.Pinned, r)
+	return h.pins(r)
 }
 
 // choose is the replica's router: what the pool shares comes from where the
 // pool says, all else from the cloud.
 func (h *Hub) choose(scope replica.Scope, avoid func(string) bool) (replica.Route, bool, <-chan struct{}) {
 	cloud := replica.Route{Upstream: h.link, Kind: "cloud"}
-	if !h.isShared(scope.Resource) {
+	if !h.isShared(scope.Resource) || scope == accessFiltersOwn {
 		return cloud, true, nil
 	}
 	cloud.Shared = true
@@ -294,6 +299,11 @@ func (h *Hub) membership(name string) (pool.Membership, error) {
 	}
 	for _, r := range np.Shared() {
 		m.Shared = append(m.Shared, schema.GroupVersionResource(r))
+	}
+	// Hubs of OpenYurt, which are told what is shared by a ConfigMap, know no
+	// AccessFilters.
+	if !slices.Contains(m.Shared, accessFiltersResource) {
+		m.Shared = append(m.Shared, accessFiltersResource)
 	}
 	return m, nil
 }

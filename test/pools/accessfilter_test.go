@@ -1,15 +1,19 @@
 package pools
 
 import (
+	"context"
 	"encoding/json"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 
+	nodev1 "k8s.io/api/node/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	api "github.com/yurt-edge/yurt/api/network"
 	"github.com/yurt-edge/yurt/api/network/v1alpha1"
+	"github.com/yurt-edge/yurt/internal/report"
 	"github.com/yurt-edge/yurt/test/bed"
 )
 
@@ -107,4 +111,92 @@ spec:
 	if len(proxy.told.backs) > 0 {
 		t.Errorf("versions did not rise: %s", strings.Join(proxy.told.backs, ", "))
 	}
+}
+
+// TestAccessFiltersAreShared: a follower hears of AccessFilters through its
+// leader, with its own link cut too. One that is about more than what all pools
+// share counts when the cloud itself has said it.
+func TestAccessFiltersAreShared(t *testing.T) {
+	s := newSite(t, "lent", 2)
+	near, far := s.node(0), "lent-far"
+	newService(t, "rent", "", near, far)
+	classes := shared.admin.NodeV1().RuntimeClasses()
+	for _, name := range []string{"lent-a", "lent-b"} {
+		if _, err := classes.Create(t.Context(), &nodev1.RuntimeClass{ObjectMeta: metav1.ObjectMeta{Name: name}, Handler: "x"}, metav1.CreateOptions{}); err != nil {
+			t.Fatal(err)
+		}
+		defer classes.Delete(context.WithoutCancel(t.Context()), name, metav1.DeleteOptions{})
+	}
+	apply := func(name, resource, spec string) {
+		t.Helper()
+		err := shared.cloud.Apply(t.Context(), fmt.Sprintf(`
+apiVersion: network.openyurt.io/v1alpha1
+kind: AccessFilter
+metadata: {name: %s}
+spec: {components: [kube-proxy], resources: [%s], pools: [lent], %s}`, name, resource, spec))
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	const filters = "/apis/network.openyurt.io/v1alpha1/accessfilters/"
+	defer func() {
+		for _, name := range []string{"lent-near", "lent-beyond"} {
+			if err := shared.admin.RESTClient().Delete().AbsPath(filters + name).Do(context.WithoutCancel(t.Context())).Error(); err != nil {
+				t.Error(err)
+			}
+		}
+	}()
+	s.elect(t, 1)
+	for i := range s.hubs {
+		s.start(t, i)
+	}
+	h := s.hubs[1]
+	h.follows(t, near, true)
+	proxy := h.view(t, "kube-proxy/v1.36.0", "rent")
+	has := func(want ...string) func() error {
+		return func() error {
+			all, err := proxy.client.NodeV1().RuntimeClasses().List(t.Context(), metav1.ListOptions{ResourceVersion: "0"})
+			if err != nil {
+				return err
+			}
+			var got []string
+			for i := range all.Items {
+				if strings.HasPrefix(all.Items[i].Name, "lent-") {
+					got = append(got, all.Items[i].Name)
+				}
+			}
+			if !slices.Equal(got, want) {
+				return fmt.Errorf("it sees %v, not %v", got, want)
+			}
+			return nil
+		}
+	}
+	await(t, "both classes", has("lent-a", "lent-b"))
+	await(t, "both endpoints", proxy.lists(t, near, far))
+
+	cut(t, h, bed.Blackhole)
+	h.offline(t)
+	apply("lent-beyond", "{group: node.k8s.io, version: v1, resource: runtimeclasses}", `drop: "object.metadata.name == 'lent-a'"`)
+	apply("lent-near", "{group: discovery.k8s.io, version: v1, resource: endpointslices}", `set: [{path: /endpoints, value: "object.endpoints.filter(e, e.nodeName in pool.nodes)"}]`)
+	await(t, "the filter by way of the leader", proxy.lists(t, near))
+	if err := has("lent-a", "lent-b")(); err != nil {
+		t.Errorf("by the leader's word alone: %v", err)
+	}
+	if r, err := report.Ask(t.Context(), h.Dir); err != nil || r.Online {
+		t.Fatalf("the link was to be cut: %+v, %v", r, err)
+	}
+	heal(t, h)
+	await(t, "the filter by the cloud's word", has("lent-b"))
+
+	// What the cloud said holds without it.
+	h.follows(t, near, true)
+	cut(t, h, bed.Down)
+	h.offline(t)
+	h.Stop()
+	if err := h.Launch(); err != nil {
+		t.Fatal(err)
+	}
+	await(t, "the filter after a restart", has("lent-b"))
+	await(t, "the other one", proxy.lists(t, near))
+	heal(t, h)
 }

@@ -18,19 +18,38 @@ func (r *Replica) Each(resource schema.GroupVersionResource, namespace string, f
 		if s.scope.Resource != resource || (namespace != "" && s.scope.Namespace != "" && s.scope.Namespace != namespace) {
 			continue
 		}
-		v, err := s.view()
-		if errors.Is(err, errNotSynced) {
-			continue
-		}
-		if err == nil {
-			err = v.each(matcher{namespace: namespace}, func(key string, _ *entry, data []byte) error { return fn(key, v.kind, data) })
-			v.Close()
-		}
-		if err != nil {
-			errs = append(errs, fmt.Errorf("read %s: %w", s.id, err))
+		if _, err := s.each(namespace, fn); err != nil {
+			errs = append(errs, err)
 		}
 	}
 	return errors.Join(errs...)
+}
+
+// EachOf is Each for one scope and no wider one; it reports whether that is
+// held.
+func (r *Replica) EachOf(scope Scope, fn func(key string, k Kind, data []byte) error) (held bool, err error) {
+	r.mu.Lock()
+	st, ok := r.streams[scope]
+	r.mu.Unlock()
+	if !ok {
+		return false, nil
+	}
+	return st.set.each("", fn)
+}
+
+func (s *set) each(namespace string, fn func(key string, k Kind, data []byte) error) (held bool, err error) {
+	v, err := s.view()
+	if errors.Is(err, errNotSynced) {
+		return false, nil
+	}
+	if err == nil {
+		err = v.each(matcher{namespace: namespace}, func(key string, _ *entry, data []byte) error { return fn(key, v.kind, data) })
+		v.Close()
+	}
+	if err != nil {
+		return false, fmt.Errorf("read %s: %w", s.id, err)
+	}
+	return true, nil
 }
 
 // Unpin lets a scope go that Pin held: it stays while somebody uses it.
