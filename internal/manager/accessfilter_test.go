@@ -188,8 +188,23 @@ func TestAccessFilterStatus(t *testing.T) {
 	says("af-2", `{"af-status":{"generation":1,"error":"compile: no memory"}}`)
 	says("af-3", `{"af-status":{"generation":1,"applied":1}}`)
 	shows(`services 3 2 1 False`, ":1/1/0 af-north:2/1/1", "af-2: not applied: compile: no memory")
+	describes := func(want ...string) {
+		t.Helper()
+		await(t, "description", func() error {
+			out, err := c.cp.Kubectl(t.Context(), "describe", "accessfilters", "af-status")
+			for _, text := range want {
+				if !strings.Contains(strings.Join(strings.Fields(out), " "), text) {
+					return fmt.Errorf("%q is missing in %s: %w", text, out, err)
+				}
+			}
+			return err
+		})
+	}
+	describes("Failures: Count: 1 Message: not applied: compile: no memory Nodes: af-2", "Warning NodesFailed",
+		"yurt-manager 1 of 3 nodes do not apply it in full; af-2: not applied: compile: no memory")
 	says("af-2", `{"af-status":{"generation":1,"applied":1}}`)
 	shows(`services 3 3 0 True`, ":1/1/0 af-north:2/2/0", "all 3 nodes apply generation 1")
+	describes("Normal Active", "all 3 nodes apply generation 1")
 	// A node leaves, and another turns out to have a hub.
 	c.label(t, "af-3", "kubernetes.io/hostname", "elsewhere")
 	says("af-cloud", `{}`)

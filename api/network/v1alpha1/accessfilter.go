@@ -162,11 +162,15 @@ type AccessFilterPool struct {
 	Message string `json:"message,omitempty"`
 }
 
-// AccessFilterFailure is a node that does otherwise than the filter says.
+// AccessFilterFailure is a reason why nodes do otherwise than the filter says.
 type AccessFilterFailure struct {
-	Node string `json:"node"`
-	// Message is why.
 	Message string `json:"message"`
+	// Count is how many nodes say so.
+	Count int32 `json:"count"`
+	// Nodes are some of them, ten at most.
+	//
+	// +listType=atomic
+	Nodes []string `json:"nodes"`
 }
 
 // AccessFilterStatus is what was observed of an AccessFilter.
@@ -195,11 +199,11 @@ type AccessFilterStatus struct {
 	// +listType=map
 	// +listMapKey=name
 	Pools []AccessFilterPool `json:"pools,omitempty"`
-	// Failures are some of the nodes that failed, ten at most.
+	// Failures are the reasons why nodes failed, those of most nodes first, ten
+	// at most.
 	//
 	// +optional
-	// +listType=map
-	// +listMapKey=node
+	// +listType=atomic
 	Failures []AccessFilterFailure `json:"failures,omitempty"`
 }
 
@@ -220,6 +224,7 @@ type AccessFilterStatus struct {
 // +kubebuilder:printcolumn:name="ACTIVE",type="integer",JSONPath=".status.active"
 // +kubebuilder:printcolumn:name="FAILED",type="integer",JSONPath=".status.failed"
 // +kubebuilder:printcolumn:name="READY",type="string",JSONPath=".status.conditions[?(@.type==\"Ready\")].status"
+// +kubebuilder:printcolumn:name="MESSAGE",type="string",JSONPath=".status.conditions[?(@.type==\"Ready\")].message",priority=1
 // +kubebuilder:printcolumn:name="AGE",type="date",JSONPath=".metadata.creationTimestamp"
 type AccessFilter struct {
 	metav1.TypeMeta   `json:",inline"`

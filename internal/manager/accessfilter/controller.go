@@ -12,7 +12,9 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
 	"k8s.io/apimachinery/pkg/api/equality"
+	"k8s.io/apimachinery/pkg/api/meta"
 	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/client-go/tools/events"
 	"k8s.io/client-go/util/workqueue"
 	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/builder"
@@ -40,11 +42,12 @@ const gather = time.Second
 
 type counter struct {
 	read, write client.Client
+	events      events.EventRecorder
 }
 
 // Setup adds the controller to mgr. It writes with the client write.
 func Setup(mgr ctrl.Manager, write client.Client, options controller.Options) error {
-	c := &counter{mgr.GetClient(), write}
+	c := &counter{mgr.GetClient(), write, mgr.GetEventRecorder("yurt-manager")}
 	err := ctrl.NewControllerManagedBy(mgr).Named("accessfilter").WithOptions(options).
 		For(&v1alpha1.AccessFilter{}, builder.WithPredicates(predicate.GenerationChangedPredicate{})).
 		Watches(&corev1.Node{}, c.filtersOfNode(), builder.WithPredicates(predicate.Funcs{UpdateFunc: told})).
@@ -115,5 +118,20 @@ func (c *counter) Reconcile(ctx context.Context, req reconcile.Request) (reconci
 	if err := c.write.Status().Patch(ctx, &f, client.MergeFrom(was)); client.IgnoreNotFound(err) != nil {
 		return reconcile.Result{}, fmt.Errorf("patch status of AccessFilter: %w", err)
 	}
+	c.tell(was, &f)
 	return reconcile.Result{}, nil
+}
+
+// tell makes an event of the filter when nodes begin to fail, and when all
+// apply it again, so that its description has a history. What happens for each
+// node is in the status only.
+func (c *counter) tell(was, is *v1alpha1.AccessFilter) {
+	before, now := meta.FindStatusCondition(was.Status.Conditions, v1alpha1.AccessFilterReady), meta.FindStatusCondition(is.Status.Conditions, v1alpha1.AccessFilterReady)
+	switch {
+	case before != nil && before.Reason == now.Reason:
+	case now.Reason == reasonFailed:
+		c.events.Eventf(is, nil, corev1.EventTypeWarning, reasonFailed, "Apply", "%s", now.Message)
+	case now.Reason == reasonActive:
+		c.events.Eventf(is, nil, corev1.EventTypeNormal, reasonActive, "Apply", "%s", now.Message)
+	}
 }

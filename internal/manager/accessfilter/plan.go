@@ -20,7 +20,7 @@ import (
 // What a status holds at most. Each of its changes goes to every hub.
 const (
 	mostPools    = 256
-	mostFailures = 10
+	mostFailures = 10 // and nodes of each
 	mostMessage  = 512
 )
 
@@ -80,14 +80,14 @@ func tally(f *v1alpha1.AccessFilter, nodes []member) v1alpha1.AccessFilterStatus
 			if pool.Message == "" {
 				pool.Message = cut(n.node + ": " + message)
 			}
-			if len(out.Failures) < mostFailures {
-				out.Failures = append(out.Failures, v1alpha1.AccessFilterFailure{Node: n.node, Message: message})
-			}
+			out.Failures = fail(out.Failures, n.node, message)
 		case n.report.Applied == f.Generation:
 			pool.Active++
 			out.Active++
 		}
 	}
+	slices.SortStableFunc(out.Failures, func(a, b v1alpha1.AccessFilterFailure) int { return cmp.Compare(b.Count, a.Count) })
+	out.Failures = out.Failures[:min(len(out.Failures), mostFailures)]
 	if len(out.Pools) > mostPools {
 		slices.SortStableFunc(out.Pools, func(a, b v1alpha1.AccessFilterPool) int { return cmp.Compare(min(b.Failed, 1), min(a.Failed, 1)) })
 		out.Pools = out.Pools[:mostPools]
@@ -95,6 +95,20 @@ func tally(f *v1alpha1.AccessFilter, nodes []member) v1alpha1.AccessFilterStatus
 	}
 	meta.SetStatusCondition(&out.Conditions, ready(f, &out))
 	return out
+}
+
+// fail counts a node to those that fail for the same reason.
+func fail(failures []v1alpha1.AccessFilterFailure, node, message string) []v1alpha1.AccessFilterFailure {
+	i := slices.IndexFunc(failures, func(f v1alpha1.AccessFilterFailure) bool { return f.Message == message })
+	if i < 0 {
+		i = len(failures)
+		failures = append(failures, v1alpha1.AccessFilterFailure{Message: message})
+	}
+	f := &failures[i]
+	if f.Count++; len(f.Nodes) < mostFailures {
+		f.Nodes = append(f.Nodes, node)
+	}
+	return failures
 }
 
 // instead says what a node applies that cannot apply the newest generation.
@@ -113,7 +127,8 @@ func ready(f *v1alpha1.AccessFilter, s *v1alpha1.AccessFilterStatus) metav1.Cond
 		c.Message = "no node with a hub is selected; look at spec.pools and spec.nodeSelector"
 	case s.Failed > 0:
 		c.Status, c.Reason = metav1.ConditionFalse, reasonFailed
-		c.Message = cut(fmt.Sprintf("%d of %d nodes do not apply it in full; %s: %s", s.Failed, s.Nodes, s.Failures[0].Node, s.Failures[0].Message))
+		f := s.Failures[0]
+		c.Message = cut(fmt.Sprintf("%d of %d nodes do not apply it in full; %s: %s", s.Failed, s.Nodes, f.Nodes[0], f.Message))
 	case waiting > 0:
 		c.Status, c.Reason = metav1.ConditionUnknown, reasonWaiting
 		c.Message = fmt.Sprintf("%d of %d nodes have not said yet that they apply generation %d", waiting, s.Nodes, f.Generation)

@@ -2,6 +2,7 @@ package accessfilter
 
 import (
 	"fmt"
+	"reflect"
 	"strings"
 	"testing"
 
@@ -70,10 +71,34 @@ func TestTally(t *testing.T) {
 			if c == nil || c.Status != tc.status || c.Reason != tc.reason || !strings.Contains(c.Message, tc.message) || c.ObservedGeneration != 3 {
 				t.Errorf("condition %+v, want %s %s %q", c, tc.status, tc.reason, tc.message)
 			}
-			if int(got.Failed) != len(got.Failures) {
+			var failed int32
+			for _, why := range got.Failures {
+				failed += why.Count
+			}
+			if got.Failed != failed {
 				t.Errorf("failures %v", got.Failures)
 			}
 		})
+	}
+}
+
+// TestFailuresAreReasons: the reason of most nodes comes first, with some of
+// them.
+func TestFailuresAreReasons(t *testing.T) {
+	nodes := []member{says("a", "p", 1, 0, "old hub"), says("z", "p", 1, 1, "")}
+	for i := range 12 {
+		nodes = append(nodes, says(fmt.Sprintf("n%02d", i), "q", 1, 1, "no such key"))
+	}
+	got := tally(of(1), nodes)
+	want := []v1alpha1.AccessFilterFailure{
+		{Message: "no such key", Count: 12, Nodes: []string{"n00", "n01", "n02", "n03", "n04", "n05", "n06", "n07", "n08", "n09"}},
+		{Message: "not applied: old hub", Count: 1, Nodes: []string{"a"}},
+	}
+	if !reflect.DeepEqual(got.Failures, want) {
+		t.Errorf("got %+v", got.Failures)
+	}
+	if message := got.Conditions[0].Message; !strings.HasPrefix(message, "13 of 14 nodes do not apply it in full; n00: no such key") {
+		t.Errorf("message %q", message)
 	}
 }
 
@@ -86,7 +111,7 @@ func TestStatusIsBounded(t *testing.T) {
 		case i%1000 < 900:
 			nodes = append(nodes, says(fmt.Sprintf("node-%d", i), pool, 1, 1, ""))
 		default:
-			nodes = append(nodes, says(fmt.Sprintf("node-%d", i), pool, 1, 0, strings.Repeat("é", 4000)))
+			nodes = append(nodes, says(fmt.Sprintf("node-%d", i), pool, 1, 0, fmt.Sprint(i%20, strings.Repeat("é", 4000))))
 		}
 	}
 	got := tally(of(1), nodes)
@@ -95,6 +120,11 @@ func TestStatusIsBounded(t *testing.T) {
 	}
 	if len(got.Pools) != mostPools || len(got.Failures) != mostFailures {
 		t.Errorf("%d pools, %d failures", len(got.Pools), len(got.Failures))
+	}
+	for _, f := range got.Failures {
+		if len(f.Message) > mostMessage || len(f.Nodes) > mostFailures || int(f.Count) < len(f.Nodes) {
+			t.Errorf("a failure of %d bytes on %d of %d nodes", len(f.Message), len(f.Nodes), f.Count)
+		}
 	}
 	failed := 0
 	for i, p := range got.Pools {
