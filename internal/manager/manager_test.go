@@ -2,6 +2,7 @@ package manager
 
 import (
 	"cmp"
+	"context"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
@@ -338,6 +339,97 @@ func TestLeaders(t *testing.T) {
 		}
 		return nil
 	})
+}
+
+// TestForeignHubsAreToldOfTheirOwn replaces the hubs of a pool one after the
+// other. The ConfigMap, by which OpenYurt's go, names no leader that they cannot
+// use; the status, by which ours go, names those who lead.
+func TestForeignHubsAreToldOfTheirOwn(t *testing.T) {
+	c := theCluster(t)
+	pool := c.pool(t, "mixed", v1beta2.NodePoolSpec{InterConnectivity: true, EnableLeaderElection: true})
+	c.node(t, "mixed-1", "mixed", "10.9.8.1")
+	told := func(what, lead, leaders string) {
+		t.Helper()
+		await(t, what, func() error {
+			var p v1beta2.NodePool
+			if err := c.Get(t.Context(), client.ObjectKeyFromObject(pool), &p); err != nil {
+				return err
+			}
+			var names []string
+			for _, l := range p.Status.LeaderEndpoints {
+				names = append(names, l.NodeName)
+			}
+			var config corev1.ConfigMap
+			if err := c.Get(t.Context(), client.ObjectKey{Namespace: namespace, Name: "leader-hub-mixed"}, &config); err != nil {
+				return err
+			}
+			if strings.Join(names, " ") != lead || config.Data["leaders"] != leaders || config.Data["enable-leader-election"] != "true" {
+				return fmt.Errorf("%v lead, the ConfigMap has %v", names, config.Data)
+			}
+			return nil
+		})
+	}
+	c.label(t, "mixed-1", apps.EdgeWorkerLabel, "true")
+	told("it leads", "mixed-1", "mixed-1/10.9.8.1")
+	c.node(t, "mixed-2", "mixed", "10.9.8.2")
+	c.label(t, "mixed-2", apps.EdgeWorkerLabel, "true")
+	told("hubs of OpenYurt only", "mixed-1", "mixed-1/10.9.8.1")
+	c.condition(t, "mixed-1", "YurtHubLinkReady", corev1.ConditionTrue)
+	told("the leader gets one of ours", "mixed-1", "")
+	c.condition(t, "mixed-2", "YurtHubLinkReady", corev1.ConditionTrue)
+	told("all are ours", "mixed-1", "mixed-1/10.9.8.1")
+}
+
+// TestForeignHubsMayAsk asks what hubs of OpenYurt ask, as their nodes: those of
+// 1.4 to 1.6 always, those of 1.7 where the chart is told that there are some.
+func TestForeignHubsMayAsk(t *testing.T) {
+	c := theCluster(t)
+	c.pool(t, "asked", v1beta2.NodePoolSpec{})
+	c.node(t, "asked-1", "asked", "10.9.9.1")
+	hub := c.as(t, "system:node:asked-1", "system:nodes", "openyurt:yurthub", "system:authenticated")
+	named := func(name string) client.MatchingFields { return client.MatchingFields{"metadata.name": name} }
+	await(t, "the pool's nodes, as versions of old have them", func() error {
+		var pools v1beta1.NodePoolList
+		err := hub.List(t.Context(), &pools, named("asked"))
+		if err == nil && (len(pools.Items) != 1 || !slices.Equal(pools.Items[0].Status.Nodes, []string{"asked-1"})) {
+			err = fmt.Errorf("pools %+v", pools.Items)
+		}
+		return err
+	})
+	inSystem := client.InNamespace(metav1.NamespaceSystem)
+	byLabel := client.MatchingLabels{apps.ConfigMapNameLabel: "yurt-hub-cfg"}
+	for what, ask := range map[string]func() error{
+		"the buckets of the pool": func() error {
+			return hub.List(t.Context(), &v1alpha1.NodeBucketList{}, client.MatchingLabels{apps.PoolNameLabel: "asked"})
+		},
+		"the Services": func() error { return hub.List(t.Context(), &corev1.ServiceList{}) },
+		"the settings": func() error { return hub.List(t.Context(), &corev1.ConfigMapList{}, inSystem, named("yurt-hub-cfg")) },
+		"the Node":     func() error { return hub.Get(t.Context(), client.ObjectKey{Name: "asked-1"}, &corev1.Node{}) },
+		"the node's own": func() error {
+			return hub.Get(t.Context(), client.ObjectKey{Namespace: corev1.NamespaceNodeLease, Name: "asked-1"}, &coordinationv1.Lease{})
+		},
+	} {
+		if err := ask(); err != nil {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	if err := hub.List(t.Context(), &corev1.ConfigMapList{}, inSystem, byLabel); !apierrors.IsForbidden(err) {
+		t.Errorf("ConfigMaps by a label: got %v, want it refused", err)
+	}
+	for _, o := range render(t, namespace, map[string]any{"openyurtHubs": true}) {
+		if o.GetName() != "yurt-hub-openyurt" {
+			continue
+		}
+		if err := c.Create(t.Context(), o); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() {
+			if err := c.Delete(context.Background(), o); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	await(t, "ConfigMaps by a label", func() error { return hub.List(t.Context(), &corev1.ConfigMapList{}, inSystem, byLabel) })
 }
 
 func TestMultiplexerRole(t *testing.T) {

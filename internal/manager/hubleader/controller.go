@@ -70,7 +70,7 @@ func candidacyChanged(e event.UpdateEvent) bool {
 }
 
 func candidateOf(node *corev1.Node) candidate {
-	c := candidate{name: node.Name, labels: node.Labels, fit: nodepool.Ready(node)}
+	c := candidate{name: node.Name, labels: node.Labels, fit: nodepool.Ready(node), foreign: nodepool.ForeignHub(node)}
 	if node.DeletionTimestamp != nil || node.Labels[apps.EdgeWorkerLabel] == "false" { // that has no hub
 		c.fit, c.never = false, true
 	}
@@ -95,19 +95,28 @@ func candidateOf(node *corev1.Node) candidate {
 // while they are false.
 var unfit = []corev1.NodeConditionType{"YurtHubLinkReady", "YurtHubStoreReady"}
 
+// candidatesOf are the nodes of a pool.
+func candidatesOf(ctx context.Context, read client.Reader, pool *v1beta2.NodePool) ([]candidate, error) {
+	var members corev1.NodeList
+	if err := read.List(ctx, &members, client.MatchingLabels{apps.NodePoolLabel: pool.Name}); err != nil {
+		return nil, fmt.Errorf("list nodes of pool: %w", err)
+	}
+	out := make([]candidate, len(members.Items))
+	for i := range members.Items {
+		out[i] = candidateOf(&members.Items[i])
+	}
+	return out, nil
+}
+
 // Reconcile elects the leaders of one pool.
 func (c *elector) Reconcile(ctx context.Context, req reconcile.Request) (reconcile.Result, error) {
 	var pool v1beta2.NodePool
 	if err := c.read.Get(ctx, req.NamespacedName, &pool); err != nil {
 		return reconcile.Result{}, client.IgnoreNotFound(err)
 	}
-	var members corev1.NodeList
-	if err := c.read.List(ctx, &members, client.MatchingLabels{apps.NodePoolLabel: pool.Name}); err != nil {
-		return reconcile.Result{}, fmt.Errorf("list nodes of pool: %w", err)
-	}
-	candidates := make([]candidate, len(members.Items))
-	for i := range members.Items {
-		candidates[i] = candidateOf(&members.Items[i])
+	candidates, err := candidatesOf(ctx, c.read, &pool)
+	if err != nil {
+		return reconcile.Result{}, err
 	}
 	was := pool.DeepCopy()
 	now := metav1.NewTime(c.clock.Now())
@@ -140,11 +149,20 @@ type teller struct {
 func SetupConfig(mgr ctrl.Manager, write client.Client, namespace string, options controller.Options) error {
 	err := ctrl.NewControllerManagedBy(mgr).Named("hubleaderconfig").WithOptions(options).
 		For(&v1beta2.NodePool{}).Owns(&corev1.ConfigMap{}).
+		Watches(&corev1.Node{}, nodepool.PoolsOfNode{}, builder.WithPredicates(predicate.Funcs{UpdateFunc: hubReplaced})).
 		Complete(&teller{mgr.GetClient(), write, namespace})
 	if err != nil {
 		return fmt.Errorf("set up hubleaderconfig: %w", err)
 	}
 	return nil
+}
+
+// hubReplaced reports whether the node has moved, or a hub of another kind than
+// before.
+func hubReplaced(e event.UpdateEvent) bool {
+	was, ok := e.ObjectOld.(*corev1.Node)
+	is, ok2 := e.ObjectNew.(*corev1.Node)
+	return !ok || !ok2 || was.Labels[apps.NodePoolLabel] != is.Labels[apps.NodePoolLabel] || nodepool.ForeignHub(was) != nodepool.ForeignHub(is)
 }
 
 // Reconcile tells the hubs of one pool.
@@ -153,9 +171,13 @@ func (c *teller) Reconcile(ctx context.Context, req reconcile.Request) (reconcil
 	if err := c.read.Get(ctx, req.NamespacedName, &pool); err != nil {
 		return reconcile.Result{}, client.IgnoreNotFound(err)
 	}
-	want := configMap(&pool, c.namespace)
+	candidates, err := candidatesOf(ctx, c.read, &pool)
+	if err != nil {
+		return reconcile.Result{}, err
+	}
+	want := configMap(&pool, told(pool.Status.LeaderEndpoints, candidates), c.namespace)
 	var have corev1.ConfigMap
-	err := c.read.Get(ctx, types.NamespacedName{Namespace: c.namespace, Name: *want.Name}, &have)
+	err = c.read.Get(ctx, types.NamespacedName{Namespace: c.namespace, Name: *want.Name}, &have)
 	if client.IgnoreNotFound(err) != nil {
 		return reconcile.Result{}, fmt.Errorf("read ConfigMap: %w", err)
 	}
@@ -170,11 +192,11 @@ func (c *teller) Reconcile(ctx context.Context, req reconcile.Request) (reconcil
 	return reconcile.Result{}, nil
 }
 
-// configMap is what OpenYurt's hubs read, and ours.
-func configMap(pool *v1beta2.NodePool, namespace string) *applycorev1.ConfigMapApplyConfiguration {
+// configMap is what OpenYurt's hubs read.
+func configMap(pool *v1beta2.NodePool, told []v1beta2.Leader, namespace string) *applycorev1.ConfigMapApplyConfiguration {
 	name := apps.LeaderConfigPrefix + pool.Name
-	leaders := make([]string, len(pool.Status.LeaderEndpoints))
-	for i, l := range pool.Status.LeaderEndpoints {
+	leaders := make([]string, len(told))
+	for i, l := range told {
 		leaders[i] = l.NodeName + "/" + l.Address
 	}
 	slices.Sort(leaders)

@@ -23,12 +23,16 @@ type candidate struct {
 	fit bool
 	// never says that it cannot lead however it does: it goes, or has no hub.
 	never bool
+	// foreign says that its hub is OpenYurt's. Neither kind takes anything from
+	// a hub of the other.
+	foreign bool
 }
 
 // elect returns the leaders of a pool, in the order in which hubs try them.
 // Leaders that still qualify stay, at their place, so that nothing moves that
 // need not; free places go to the candidates in an order that is random but
-// always the same, so that replicas of the manager agree. While nobody
+// always the same, so that replicas of the manager agree, those first whose hub
+// is of the kind that most nodes have. While nobody
 // qualifies, who led last still does: a site that is cut off, or without power,
 // returns to the leaders that its hubs know, and not each hub to the cloud.
 // It then reports that these are the last.
@@ -61,7 +65,10 @@ func elect(pool *v1beta2.NodePool, candidates []candidate) (leaders []v1beta2.Le
 	for _, c := range may {
 		rest = append(rest, c)
 	}
-	slices.SortFunc(rest, byLot(pool.Name))
+	most := mostAreForeign(candidates)
+	slices.SortFunc(rest, func(a, b candidate) int {
+		return cmp.Or(first(a.foreign == most, b.foreign == most), byLot(pool.Name)(a, b))
+	})
 	for _, c := range rest[:min(len(rest), places-len(leaders))] {
 		leaders = append(leaders, v1beta2.Leader{NodeName: c.name, Address: c.address})
 	}
@@ -79,7 +86,7 @@ func contacts(pool *v1beta2.NodePool, candidates []candidate) []v1beta2.Leader {
 	for _, c := range pool.Status.Contacts {
 		was[c.NodeName] = true
 	}
-	may := slices.DeleteFunc(slices.Clone(candidates), func(c candidate) bool { return c.never || c.address == "" })
+	may := slices.DeleteFunc(slices.Clone(candidates), func(c candidate) bool { return c.never || c.foreign || c.address == "" })
 	slices.SortFunc(may, func(a, b candidate) int {
 		return cmp.Or(first(a.fit, b.fit), first(was[a.name], was[b.name]), byLot(pool.Name)(a, b))
 	})
@@ -89,6 +96,33 @@ func contacts(pool *v1beta2.NodePool, candidates []candidate) []v1beta2.Leader {
 	}
 	slices.SortFunc(out, func(a, b v1beta2.Leader) int { return strings.Compare(a.NodeName, b.NodeName) })
 	return out
+}
+
+// mostAreForeign tells which kind of hubs a new leader is of use to.
+func mostAreForeign(candidates []candidate) bool {
+	n := 0
+	for _, c := range candidates {
+		if c.foreign {
+			n++
+		}
+	}
+	return 2*n > len(candidates)
+}
+
+// told are the leaders that the ConfigMap names. Hubs of OpenYurt go by it, and
+// ours do not: where there are any, leaders of ours are left out, at which they
+// would fail and not go to the cloud.
+func told(leaders []v1beta2.Leader, candidates []candidate) []v1beta2.Leader {
+	foreign := map[string]bool{}
+	for _, c := range candidates {
+		if c.foreign {
+			foreign[c.name] = true
+		}
+	}
+	if len(foreign) == 0 {
+		return leaders
+	}
+	return slices.DeleteFunc(slices.Clone(leaders), func(l v1beta2.Leader) bool { return !foreign[l.NodeName] })
 }
 
 // first puts who is before who is not.

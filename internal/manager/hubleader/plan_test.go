@@ -93,6 +93,46 @@ func candidateNamed(all []candidate, name string) candidate {
 
 // TestContactsOfAPool: all of a small pool, leaders elected or not; of a large one as
 // many as are allowed, and no other ones as long as these do.
+// TestForeignHubs has pools with hubs of both kinds: those that most nodes have
+// lead, the ConfigMap names no leader at which hubs of OpenYurt would fail, and
+// ours do not look for each other at theirs.
+func TestForeignHubs(t *testing.T) {
+	for _, tc := range []struct {
+		name, foreign string
+		leads         string // before
+		leaders, told string
+		contacts      string
+	}{
+		{"none", "", "", "1 2", "1 2", "1 2 3 4"},
+		{"some", "1 2", "", "3 4", "", "3 4"},
+		{"most", "1 2 3", "", "1 2", "1 2", "4"},
+		{"all", "1 2 3 4", "", "1 2", "1 2", ""},
+		{"one leads, and stays", "1", "1", "1 2", "1", "2 3 4"},
+		{"the leaders were the first to get ours", "3 4", "1 2", "1 2", "", "1 2"},
+	} {
+		pool := led(v1beta2.ElectRandom, 2, strings.Fields(tc.leads)...)
+		pool.Spec.InterConnectivity = true
+		all := candidates("1", "2", "3", "4")
+		for i := range all {
+			all[i].foreign = slices.Contains(strings.Fields(tc.foreign), all[i].name)
+		}
+		leaders, _ := elect(pool, all)
+		sorted := strings.Fields(names(leaders))
+		slices.Sort(sorted)
+		if got := strings.Join(sorted, " "); got != tc.leaders {
+			t.Errorf("%s: %q lead, want %q", tc.name, got, tc.leaders)
+		}
+		sorted = strings.Fields(names(told(leaders, all)))
+		slices.Sort(sorted)
+		if got := strings.Join(sorted, " "); got != tc.told {
+			t.Errorf("%s: hubs of OpenYurt are told of %q, want %q", tc.name, got, tc.told)
+		}
+		if got := names(contacts(pool, all)); got != tc.contacts {
+			t.Errorf("%s: contacts %q, want %q", tc.name, got, tc.contacts)
+		}
+	}
+}
+
 func TestContactsOfAPool(t *testing.T) {
 	pool := led(v1beta2.ElectRandom, 1)
 	pool.Spec.EnableLeaderElection = false

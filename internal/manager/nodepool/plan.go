@@ -152,3 +152,22 @@ func isTrue(node *corev1.Node, kind corev1.NodeConditionType) bool {
 		return c.Type == kind && c.Status == corev1.ConditionTrue
 	})
 }
+
+// Conditions of a node by which hubs say that they are there. OpenYurt's writes
+// AutonomyCondition alone, since 1.6; ours writes both.
+const (
+	AutonomyCondition = "Autonomy"
+	ourCondition      = "YurtHubLinkReady"
+)
+
+// ForeignHub reports whether a hub of OpenYurt serves the node: one that has a
+// hub, which says nothing of what ours say. So does one of ours in the moments
+// before it has registered.
+func ForeignHub(node *corev1.Node) bool {
+	return (node.Labels[apps.EdgeWorkerLabel] == "true" || HasCondition(node, AutonomyCondition)) && !HasCondition(node, ourCondition)
+}
+
+// HasCondition reports whether the node has a condition, whatever its status.
+func HasCondition(node *corev1.Node, kind corev1.NodeConditionType) bool {
+	return slices.ContainsFunc(node.Status.Conditions, func(c corev1.NodeCondition) bool { return c.Type == kind })
+}

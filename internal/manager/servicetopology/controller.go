@@ -70,7 +70,8 @@ func Setup(mgr ctrl.Manager, write client.Client, options controller.Options) er
 		UpdateFunc: func(e event.UpdateEvent) bool {
 			was, isWas := e.ObjectOld.(*corev1.Node)
 			is, isIs := e.ObjectNew.(*corev1.Node)
-			return isWas && isIs && !foreign(was) && foreign(is)
+			now := time.Now()
+			return isWas && isIs && !foreign(was, now) && foreign(is, now)
 		},
 		DeleteFunc: func(event.DeleteEvent) bool { return false },
 	}
@@ -113,7 +114,8 @@ func (c *trigger) Reconcile(ctx context.Context, req reconcile.Request) (reconci
 	if err := c.read.List(ctx, &nodes, client.UnsafeDisableDeepCopy); err != nil {
 		return reconcile.Result{}, fmt.Errorf("list nodes: %w", err)
 	}
-	if !slices.ContainsFunc(nodes.Items, func(n corev1.Node) bool { return foreign(&n) }) {
+	now := time.Now()
+	if !slices.ContainsFunc(nodes.Items, func(n corev1.Node) bool { return foreign(&n, now) }) {
 		return reconcile.Result{}, nil
 	}
 	var service corev1.Service

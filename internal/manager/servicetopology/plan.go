@@ -5,28 +5,24 @@ import (
 	"encoding/hex"
 	"slices"
 	"strings"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
 
 	"github.com/yurt-edge/yurt/api/apps"
 	"github.com/yurt-edge/yurt/api/apps/v1beta2"
+	"github.com/yurt-edge/yurt/internal/manager/nodepool"
 )
 
-// Conditions of a node by which hubs say that they are there. OpenYurt's writes
-// autonomy alone, ours both.
-const (
-	autonomy = "Autonomy"
-	ours     = "YurtHubLinkReady"
-)
+// settled is how old a node is before its silence about its hub tells
+// something: hubs of OpenYurt before 1.6 say nothing at all, and one of ours
+// says it soon.
+const settled = 10 * time.Minute
 
-// foreign reports whether a hub of OpenYurt serves the node. One from before
-// autonomy proxies is not known.
-func foreign(n *corev1.Node) bool {
-	has := func(t corev1.NodeConditionType) bool {
-		return slices.ContainsFunc(n.Status.Conditions, func(c corev1.NodeCondition) bool { return c.Type == t })
-	}
-	return has(autonomy) && !has(ours)
+// foreign reports whether a hub of OpenYurt serves the node.
+func foreign(n *corev1.Node, now time.Time) bool {
+	return nodepool.ForeignHub(n) && (nodepool.HasCondition(n, nodepool.AutonomyCondition) || now.Sub(n.CreationTimestamp.Time) >= settled)
 }
 
 // byPool reports whether the value of the annotation keeps traffic in a pool.

@@ -2,6 +2,7 @@ package servicetopology
 
 import (
 	"testing"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
@@ -63,21 +64,27 @@ func TestMarkChangesWithWhatHubsShow(t *testing.T) {
 }
 
 func TestForeign(t *testing.T) {
+	now := time.Unix(1_000_000, 0)
 	for _, tc := range []struct {
 		name       string
+		worker     string
+		age        time.Duration
 		conditions []corev1.NodeConditionType
 		want       bool
 	}{
-		{"no hub", []corev1.NodeConditionType{corev1.NodeReady}, false},
-		{"a hub of OpenYurt", []corev1.NodeConditionType{corev1.NodeReady, "Autonomy"}, true},
-		{"a hub of ours", []corev1.NodeConditionType{corev1.NodeReady, "Autonomy", "YurtHubLinkReady"}, false},
+		{"no hub", "", time.Hour, []corev1.NodeConditionType{corev1.NodeReady}, false},
+		{"no hub, and says so", "false", time.Hour, []corev1.NodeConditionType{corev1.NodeReady}, false},
+		{"a hub of OpenYurt", "", 0, []corev1.NodeConditionType{corev1.NodeReady, "Autonomy"}, true},
+		{"a hub of OpenYurt from before 1.6", "true", settled, []corev1.NodeConditionType{corev1.NodeReady}, true},
+		{"whose is not known yet", "true", settled - 1, []corev1.NodeConditionType{corev1.NodeReady}, false},
+		{"a hub of ours", "true", time.Hour, []corev1.NodeConditionType{corev1.NodeReady, "Autonomy", "YurtHubLinkReady"}, false},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			n := &corev1.Node{}
+			n := &corev1.Node{ObjectMeta: metav1.ObjectMeta{CreationTimestamp: metav1.NewTime(now.Add(-tc.age)), Labels: map[string]string{apps.EdgeWorkerLabel: tc.worker}}}
 			for _, c := range tc.conditions {
 				n.Status.Conditions = append(n.Status.Conditions, corev1.NodeCondition{Type: c})
 			}
-			if got := foreign(n); got != tc.want {
+			if got := foreign(n, now); got != tc.want {
 				t.Errorf("got %v", got)
 			}
 		})
