@@ -19,6 +19,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 	corev1 "k8s.io/api/core/v1"
+	storagev1 "k8s.io/api/storage/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/yurt-edge/yurt/api/apps"
@@ -70,7 +71,7 @@ func (b *bench) startFleet(ctx context.Context, pools, hubs, held int, shared bo
 	f := &fleet{bench: b, number: b.fleets, held: held, within: spread}
 	defer func() {
 		if err != nil {
-			f.close()
+			f.close(ctx)
 		}
 	}()
 	// The data of many hubs on one disk would measure the disk.
@@ -198,7 +199,12 @@ func (f *fleet) makeNodes(ctx context.Context) error {
 
 func (b *bench) makeNode(ctx context.Context, node, pool, ip string) error {
 	now := metav1.Now()
-	_, err := b.admin.CoreV1().Nodes().Create(ctx, &corev1.Node{
+	// A kubelet's first: hubs would ask for it again and again.
+	_, err := b.admin.StorageV1().CSINodes().Create(ctx, &storagev1.CSINode{ObjectMeta: metav1.ObjectMeta{Name: node}}, metav1.CreateOptions{})
+	if err != nil {
+		return fmt.Errorf("make node: %w", err)
+	}
+	_, err = b.admin.CoreV1().Nodes().Create(ctx, &corev1.Node{
 		ObjectMeta: metav1.ObjectMeta{Name: node, Labels: map[string]string{apps.NodePoolLabel: pool}},
 		Status: corev1.NodeStatus{
 			Addresses: []corev1.NodeAddress{{Type: corev1.NodeInternalIP, Address: ip}},
@@ -247,7 +253,7 @@ func (f *fleet) startWorker(ctx context.Context, o order) error {
 	}
 	cmd := exec.Command(self) //nolint:noctx // it ends with its input, in good order
 	// Ceilings are for one hub; these are many.
-	cmd.Env = append(os.Environ(), workerEnv+"=1", "GOMEMLIMIT=off", "GOGC=100")
+	cmd.Env = append(os.Environ(), workerEnv+"=1", "GOMEMLIMIT=off", "GOGC=200")
 	log, err := os.OpenFile(f.logFile(), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	if err != nil {
 		return err
@@ -428,11 +434,52 @@ func (f *fleet) memory() (resident, anonymous float64, err error) {
 	return resident, anonymous, nil
 }
 
-// close ends the hubs. Their nodes and pools stay.
-func (f *fleet) close() {
+// busy is the processor time that the workers have taken.
+func (f *fleet) busy() (time.Duration, error) {
+	pids := make([]int, len(f.workers))
+	for i, w := range f.workers {
+		pids[i] = w.cmd.Process.Pid
+	}
+	return busy(pids...)
+}
+
+// profile takes profiles of the first worker and of the API server while it
+// does something, if profiles are wanted: the server's for a time.
+func (f *fleet) profile(ctx context.Context, name string, d time.Duration, do func() error) error {
+	dir := f.bench.profiles
+	if dir == "" {
+		return do()
+	}
+	if err := os.MkdirAll(dir, 0o750); err != nil {
+		return fmt.Errorf("take profile: %w", err)
+	}
+	file := func(of string) string {
+		return filepath.Join(dir, fmt.Sprintf("fleet-%d-%s-%s.cpu", f.number, name, of))
+	}
+	server := make(chan error, 1)
+	go func() { // ends with the profile
+		text, err := f.bench.admin.RESTClient().Get().AbsPath("/debug/pprof/profile").Param("seconds", fmt.Sprintf("%.0f", d.Seconds())).DoRaw(ctx)
+		if err == nil {
+			err = os.WriteFile(file("apiserver"), text, 0o600)
+		}
+		server <- err
+	}()
+	_, err := fmt.Fprintf(f.workers[0].stdin, "profile %s\n", file("worker"))
+	err = errors.Join(err, do())
+	_, perr := fmt.Fprintln(f.workers[0].stdin, "profile")
+	return errors.Join(err, perr, <-server)
+}
+
+// close ends the hubs and takes their nodes and pools away.
+func (f *fleet) close(ctx context.Context) {
 	f.halt()
 	for _, l := range f.links {
 		l.Close()
 	}
 	_ = os.RemoveAll(f.dir) // it is temporary
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Minute)
+	defer cancel()
+	if err := f.bench.forget(ctx, f.pools); err != nil {
+		fmt.Fprintf(f.bench.log, "take the fleet away: %v\n", err)
+	}
 }

@@ -183,7 +183,7 @@ func (b *bench) measureVouched(ctx context.Context, pools int) error {
 	if err != nil {
 		return err
 	}
-	p0, err := readProcess(b.manager.cmd.Process.Pid)
+	p0, err := b.manager.cost()
 	if err != nil {
 		return err
 	}
@@ -195,7 +195,7 @@ func (b *bench) measureVouched(ctx context.Context, pools int) error {
 	if err != nil {
 		return err
 	}
-	p1, err := readProcess(b.manager.cmd.Process.Pid)
+	p1, err := b.manager.cost()
 	if err != nil {
 		return err
 	}

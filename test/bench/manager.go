@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"os/exec"
@@ -13,6 +14,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -32,11 +34,16 @@ const (
 	poolsPath    = "/apis/apps.openyurt.io/v1beta2/nodepools"
 )
 
-// manager is a yurt-manager, with the rights that the chart gives it.
+// manager is a yurt-manager, with the rights that the chart gives it. It is
+// started again when it ends, as its Deployment would.
 type manager struct {
-	cmd   *exec.Cmd
-	log   string
-	ended chan struct{}
+	log     string
+	stopped chan struct{} // closed when it shall end
+	ended   chan struct{} // closed when it has ended for good
+
+	mu      sync.Mutex // guards the following
+	process *os.Process
+	lives   int
 }
 
 // startManager installs the chart, but for the Deployment, and starts the
@@ -63,45 +70,84 @@ func (b *bench) startManager(ctx context.Context, flags ...string) (*manager, er
 	if err := b.cloud.WriteTokenKubeconfig(kubeconfig, token.Status.Token); err != nil {
 		return nil, err
 	}
-	m := &manager{log: filepath.Join(b.dir, "manager.log"), ended: make(chan struct{})}
+	m := &manager{log: filepath.Join(b.dir, "manager.log"), stopped: make(chan struct{}), ended: make(chan struct{})}
 	log, err := os.Create(m.log)
 	if err != nil {
 		return nil, err
 	}
-	defer log.Close() //nolint:errcheck // the child has its own descriptor
 	loopback := func(port int) string { return net.JoinHostPort("127.0.0.1", strconv.Itoa(port)) }
-	m.cmd = exec.Command(binary, append([]string{ //nolint:noctx // stop ends it
+	args := append([]string{
 		"--kubeconfig=" + kubeconfig, "--metrics-addr=" + loopback(ports[0]), "--health-probe-addr=" + loopback(ports[1]),
 		"--webhook-port=" + strconv.Itoa(ports[2]),
-	}, flags...)...)
-	m.cmd.Stdout, m.cmd.Stderr = log, log
-	m.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	started := make(chan error)
-	go func() { // ends with the process
-		// The death signal is tied to the thread that forks.
-		runtime.LockOSThread()
-		defer runtime.UnlockOSThread()
-		defer close(m.ended)
-		err := m.cmd.Start()
-		started <- err
-		if err == nil {
-			_ = m.cmd.Wait()
-		}
-	}()
-	if err := <-started; err != nil {
+	}, flags...)
+	begun := make(chan error, 1)
+	go m.run(func() *exec.Cmd { // ends with stop, or when it cannot start
+		cmd := exec.Command(binary, args...) //nolint:noctx // stop ends it
+		cmd.Stdout, cmd.Stderr = log, log
+		cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+		return cmd
+	}, log, begun)
+	if err := <-begun; err != nil {
 		return nil, fmt.Errorf("start yurt-manager: %w", err)
 	}
 	return m, nil
 }
 
+// run starts the manager again and again, and says how the first start went.
+func (m *manager) run(next func() *exec.Cmd, log io.Closer, begun chan<- error) {
+	// The death signal is tied to the thread that forks.
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	defer close(m.ended)
+	defer log.Close()
+	for {
+		cmd := next()
+		err := cmd.Start()
+		if err == nil {
+			m.mu.Lock()
+			m.process = cmd.Process
+			m.lives++
+			m.mu.Unlock()
+		}
+		select {
+		case begun <- err: // has room for the first
+		default:
+		}
+		if err != nil {
+			return
+		}
+		_ = cmd.Wait()
+		select {
+		case <-m.stopped:
+			return
+		case <-time.After(time.Second):
+		}
+	}
+}
+
+func (m *manager) now() (p *os.Process, lives int) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.process, m.lives
+}
+
+// cost is what the manager takes of this machine.
+func (m *manager) cost() (process, error) {
+	p, _ := m.now()
+	return readProcess(p.Pid)
+}
+
 // stop ends the manager in good order, so that another need not wait for its
 // lease to lapse.
 func (m *manager) stop() {
-	_ = m.cmd.Process.Signal(syscall.SIGTERM) // it may have ended
+	close(m.stopped)
+	p, _ := m.now()
+	_ = p.Signal(syscall.SIGTERM) // it may have ended
 	select {
 	case <-m.ended:
 	case <-time.After(stopBudget):
-		_ = m.cmd.Process.Kill()
+		p, _ := m.now()
+		_ = p.Kill()
 		<-m.ended
 	}
 }
@@ -223,7 +269,7 @@ func (b *bench) forget(ctx context.Context, names []string) error {
 		var last error
 		err = until(ctx, time.Minute, 100*time.Millisecond, func() (bool, error) {
 			last = b.admin.RESTClient().Delete().AbsPath(poolsPath, name).Do(ctx).Error()
-			return last == nil, nil
+			return last == nil || apierrors.IsNotFound(last), nil
 		})
 		if err != nil {
 			return fmt.Errorf("delete pool %s: %w: %w", name, err, last)

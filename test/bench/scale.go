@@ -3,9 +3,12 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
+	"errors"
 	"flag"
 	"fmt"
+	"maps"
 	"math"
 	"slices"
 	"strconv"
@@ -45,11 +48,13 @@ func (s *scale) flags(fs *flag.FlagSet) {
 	fs.IntVar(&s.leases, "leases", s.leases, "with -scale: nodes, in pools of 20, of which one in a pool has a link")
 }
 
+// scaleSections have budgets, so that one that fails leaves the others their
+// time: together they take 15 to 18 minutes at full size.
 func scaleSections() []section {
 	return []section{
-		{"fleet", (*bench).fleet},
-		{"uplink", (*bench).sharedUplink},
-		{"leases", (*bench).vouched},
+		{"fleet", 9 * time.Minute, (*bench).fleet},
+		{"uplink", 4 * time.Minute, (*bench).sharedUplink},
+		{"leases", 5 * time.Minute, (*bench).vouched},
 	}
 }
 
@@ -58,14 +63,21 @@ const (
 	// changeEvery leaves the machine, on which the whole fleet runs, time to
 	// come to rest between two changes.
 	changeEvery = 500 * time.Millisecond
-	// haveBudget is how long the fleet may take to have what it is to have.
-	haveBudget = 2 * time.Minute
-	// scaleBudget bounds the whole. What is not measured by then is not.
-	scaleBudget = 20 * time.Minute
+	// changesBudget is how long single changes are measured: what takes the
+	// whole fleet long is measured less often, at least three times.
+	changesBudget = time.Minute
+	changesLeast  = 3
 )
 
-// fleet measures many hubs in many pools, first without sharing and then as
-// many others with it.
+// haveBudget is how long hubs may take to have what they are to have, which is
+// for this machine's processors to send and to take.
+func haveBudget(hubs int) time.Duration {
+	return time.Minute + time.Duration(hubs)*120*time.Millisecond
+}
+
+// fleet measures many hubs in many pools, with sharing and then as many others
+// without it, which costs more. What one side, or one part of it, cannot show
+// here is told, and the rest is measured.
 func (b *bench) fleet(ctx context.Context) error {
 	if err := b.slices(ctx, sharedSpace, b.scale.slices); err != nil {
 		return err
@@ -78,14 +90,16 @@ func (b *bench) fleet(ctx context.Context) error {
 		return err
 	}
 	var sides [2]outcome
-	for i, on := range []bool{false, true} {
-		if sides[i], err = b.side(ctx, w, on); err != nil {
-			return fmt.Errorf("%s: %w", b.columns[i], err)
+	var failed []error
+	for _, i := range []int{1, 0} {
+		if sides[i], err = b.side(ctx, w, i == 1); err != nil {
+			failed = append(failed, fmt.Errorf("%s: %w", b.columns[i], err))
+			continue
 		}
 		fmt.Fprintf(b.log, "%s is measured\n", b.columns[i])
 	}
 	b.compare(sides)
-	return nil
+	return errors.Join(failed...)
 }
 
 // side measures a fleet of one kind, and takes it away.
@@ -99,26 +113,28 @@ func (b *bench) side(ctx context.Context, w *writer, shared bool) (o outcome, er
 	if err != nil {
 		return o, err
 	}
-	defer f.close()
-	o.start = time.Since(begin).Seconds()
+	defer f.close(ctx)
+	o.start, o.workers, o.had[started] = time.Since(begin).Seconds(), len(f.workers), true
 	if shared {
 		if err := f.settle(ctx, others.shared+float64(b.scale.pools)*streamsPerLeader); err != nil {
 			return o, err
 		}
 	}
-	if err := f.spread(ctx, w, &o); err != nil {
-		return o, err
+	var failed []error
+	for i, measure := range []func() error{
+		func() error {
+			return f.profile(ctx, "changes", 10*time.Second, func() error { return f.spread(ctx, w, others, &o) })
+		},
+		func() error {
+			return f.profile(ctx, "return", b.cut+10*time.Second, func() error { return f.reconnect(ctx, w, &o) })
+		},
+		func() error { return f.costs(&o) },
+	} {
+		err := measure()
+		o.had[atWork+part(i)] = err == nil
+		failed = append(failed, err)
 	}
-	o.streams -= others.streams
-	o.shared -= others.shared
-	if err := f.reconnect(ctx, w, &o); err != nil {
-		return o, err
-	}
-	if err := f.costs(&o); err != nil {
-		return o, err
-	}
-	f.halt()
-	return o, b.forget(ctx, f.pools)
+	return o, errors.Join(failed...)
 }
 
 // streamsPerLeader are a hub's watches of what pools share: EndpointSlices, all
@@ -165,24 +181,46 @@ subjects:
 	return err
 }
 
+// part is a part of what is measured of a fleet. One may fail alone.
+type part int
+
+const (
+	started part = iota
+	atWork
+	returned
+	held
+	parts
+)
+
 // outcome is what one way of doing it came to.
 type outcome struct {
-	streams, shared         float64 // watches at the API server: all, and of what a pool shares
-	bytes                   float64 // over all uplinks, per change
-	cpu                     float64 // ms of the API server, per change
-	p50, p99, last          float64 // ms until a hub has a change
-	current                 float64 // s until all are current after the cut
-	requests, idle, refused float64 // a second: at the most while they come back, before the cut; in all
-	peak                    float64 // processors that the API server takes meanwhile
-	catchUp                 float64 // MB over all uplinks meanwhile
-	broken                  int
-	start                   float64 // s until all have started
-	manager, hub, heap      float64 // MB: of the manager; of a hub, and what of it is no file's
-	workers                 int
+	had [parts]bool
+
+	start   float64 // s until all have started
+	workers int
+
+	streams, shared float64 // watches at the API server: all, and of what a pool shares
+	idle            float64 // requests a second at rest
+	idleKinds       string  // what is asked for most then
+	changes         int     // measured
+	bytes           float64 // over all uplinks, per change
+	server, hubs    float64 // ms of processors per change: of the API server, of all hubs with their watchers
+	p50, p99, last  float64 // ms until a hub has a change
+
+	current  float64 // s until all are current after the cut
+	requests float64 // begun in the busiest second, while they come back
+	kinds    string  // what was asked for most then
+	refused  float64 // in all
+	peak     float64 // processors that the API server takes in its busiest second
+	catchUp  float64 // MB over all uplinks
+	broken   float64
+
+	manager, hub, heap float64 // MB: of the manager; of a hub, and what of it is no file's
 }
 
-// spread measures single changes, beside the same time without any.
-func (f *fleet) spread(ctx context.Context, w *writer, o *outcome) error {
+// spread measures single changes, beside the same time without any. Others is
+// what the API server did before there was a fleet.
+func (f *fleet) spread(ctx context.Context, w *writer, others state, o *outcome) error {
 	if err := f.calm(ctx); err != nil {
 		return err
 	}
@@ -190,18 +228,21 @@ func (f *fleet) spread(ctx context.Context, w *writer, o *outcome) error {
 	if err != nil {
 		return err
 	}
+	o.idle, o.idleKinds = rest.requests/rest.took.Seconds(), rest.kinds
 	first := w.next
 	var sent []int64
 	work, err := f.during(ctx, func() error {
-		for range f.bench.scale.changes {
-			sent = append(sent, time.Now().UnixNano())
+		begin := time.Now()
+		for len(sent) < f.bench.scale.changes && (len(sent) < changesLeast || time.Since(begin) < changesBudget) {
+			at := time.Now().UnixNano()
 			n, _, err := w.write(ctx, 1, 0)
 			if err != nil {
 				return err
 			}
-			if err := f.have(ctx, haveBudget, n, n); err != nil {
-				return err
+			if err := f.have(ctx, haveBudget(len(f.members)), n, n); err != nil {
+				return fmt.Errorf("change %d: %w", len(sent)+1, err)
 			}
+			sent = append(sent, at)
 			if err := pause(ctx, changeEvery); err != nil {
 				return err
 			}
@@ -211,14 +252,15 @@ func (f *fleet) spread(ctx context.Context, w *writer, o *outcome) error {
 	if err != nil {
 		return err
 	}
-	n, ratio := float64(f.bench.scale.changes), work.took.Seconds()/rest.took.Seconds()
 	a, err := f.bench.apiServer(ctx)
 	if err != nil {
 		return err
 	}
-	o.streams, o.shared, o.idle = a.streams, a.shared, rest.requests/rest.took.Seconds()
+	n, ratio := float64(len(sent)), work.took.Seconds()/rest.took.Seconds()
+	o.streams, o.shared, o.changes = a.streams-others.streams, a.shared-others.shared, len(sent)
 	o.bytes = (work.bytes - rest.bytes*ratio) / n
-	o.cpu = (work.cpu.Seconds() - rest.cpu.Seconds()*ratio) * 1000 / n
+	o.server = (work.server.Seconds() - rest.server.Seconds()*ratio) * 1000 / n
+	o.hubs = (work.hubs.Seconds() - rest.hubs.Seconds()*ratio) * 1000 / n
 	var all, last []float64
 	for i, at := range sent {
 		var took []float64
@@ -232,14 +274,17 @@ func (f *fleet) spread(ctx context.Context, w *writer, o *outcome) error {
 }
 
 // calm waits until hubs have done what they do after a start or a change of
-// their pool.
+// their pool: some of it comes a second after the rest.
 func (f *fleet) calm(ctx context.Context) error {
-	last := f.bytes()
+	last, looks := f.bytes(), 0
 	return until(ctx, time.Minute, min(2*time.Second, f.bench.scale.quiet), func() (bool, error) {
 		now := f.bytes()
-		calm := now-last < float64(len(f.members))*2000
+		looks++
+		if now-last > float64(len(f.members))*2000 {
+			looks = 0
+		}
 		last = now
-		return calm, nil
+		return looks == 3, nil
 	})
 }
 
@@ -257,7 +302,7 @@ func (f *fleet) reconnect(ctx context.Context, w *writer, o *outcome) error {
 		err = pause(ctx, time.Until(end))
 	}
 	if err != nil {
-		return err
+		return errors.Join(err, f.cut(bed.Whole))
 	}
 	at, err := f.bench.apiServer(ctx)
 	if err != nil {
@@ -269,7 +314,7 @@ func (f *fleet) reconnect(ctx context.Context, w *writer, o *outcome) error {
 	}
 	all := make(chan error, 1)
 	go func() { // ends within its budget
-		all <- f.have(ctx, haveBudget, first, first+n-1)
+		all <- f.have(ctx, haveBudget(len(f.members)), first, first+n-1)
 		close(all)
 	}()
 	// It goes on for a while after all are current: not all is asked for at once.
@@ -277,10 +322,9 @@ func (f *fleet) reconnect(ctx context.Context, w *writer, o *outcome) error {
 		select {
 		case err, open := <-all:
 			if err != nil {
-				return err
+				return fmt.Errorf("after the cut: %w", err)
 			}
 			if open {
-				o.current = time.Since(begin).Seconds()
 				rest = time.Since(begin) + f.bench.scale.quiet*2/3
 			}
 		default:
@@ -293,13 +337,15 @@ func (f *fleet) reconnect(ctx context.Context, w *writer, o *outcome) error {
 			return err
 		}
 		took := now.at.Sub(at.at).Seconds()
-		o.requests = max(o.requests, (now.requests-at.requests)/took)
+		if begun := now.begunSince(at) / took; begun > o.requests {
+			o.requests, o.kinds = begun, now.mostSince(at)
+		}
 		o.peak = max(o.peak, (now.cpu-at.cpu).Seconds()/took)
 		at = now
 	}
 	o.refused = at.refused - refused
 	o.catchUp = (f.bytes() - before) / 1e6
-	o.broken = f.broken() - broken
+	o.broken = float64(f.broken() - broken)
 	// When the last came, not when it was noticed.
 	var last int64
 	for i := range n {
@@ -311,10 +357,18 @@ func (f *fleet) reconnect(ctx context.Context, w *writer, o *outcome) error {
 
 // compare adds the rows of both ways.
 func (b *bench) compare(of [2]outcome) {
-	pair := func(what, unit string, figure func(outcome) float64, most bar, note string) {
-		off, on := figure(of[0]), figure(of[1])
-		row := Row{What: what, Unit: unit, Direct: &off, Hub: &on, Note: note}
-		if ratio := on / off; off != 0 {
+	pair := func(in part, what, unit string, figure func(outcome) float64, most bar, note string) {
+		row := Row{What: what, Unit: unit, Note: note}
+		for i, o := range of {
+			if !o.had[in] {
+				row.Note += "; not had here with " + b.columns[i]
+				continue
+			}
+			n := figure(o)
+			*[]**float64{&row.Direct, &row.Hub}[i] = &n
+		}
+		if row.Direct != nil && row.Hub != nil && *row.Direct != 0 {
+			ratio := *row.Hub / *row.Direct
 			row.Ratio = &ratio
 		}
 		b.add(row, most)
@@ -322,41 +376,46 @@ func (b *bench) compare(of [2]outcome) {
 	hubs := fmt.Sprintf("%d hubs", b.scale.pools*b.scale.hubs)
 	all := "all hubs and their watchers share the processors with the API server"
 	perPool := ratioAtMost(math.Round(1200/float64(b.scale.hubs)) / 1000)
-	pair("until all have started, with nothing on disk", "s", func(o outcome) float64 { return o.start }, bar{},
-		fmt.Sprintf("%s in %d pools, whole hubs, in %d processes beside the API server", hubs, b.scale.pools, of[0].workers))
-	pair("watches at the API server", "", func(o outcome) float64 { return o.streams }, bar{}, hubs)
-	pair("watches at the API server of what pools share", "", func(o outcome) float64 { return o.shared }, perPool,
+	pair(started, "until all have started, with nothing on disk", "s", func(o outcome) float64 { return o.start }, bar{},
+		fmt.Sprintf("%s in %d pools: whole hubs with a watcher each, in %d processes on this machine, %d starting at a time; nodes have no kubelet",
+			hubs, b.scale.pools, max(of[0].workers, of[1].workers), readyAtOnce*max(of[0].workers, of[1].workers)))
+	pair(atWork, "watches at the API server", "", func(o outcome) float64 { return o.streams }, bar{}, hubs)
+	pair(atWork, "watches at the API server of what pools share", "", func(o outcome) float64 { return o.shared }, perPool,
 		"the bar is a fifth more than one hub in each pool")
-	pair("bytes from the cloud per change of a 12 KB slice", "KB", func(o outcome) float64 { return o.bytes / 1e3 }, perPool,
+	pair(atWork, "bytes from the cloud per change of a 12 KB slice", "KB", func(o outcome) float64 { return o.bytes / 1e3 }, perPool,
 		"whole fleet, over all uplinks, TLS and all")
-	pair("processor time of the API server per change", "ms", func(o outcome) float64 { return o.cpu }, bar{}, "less what it takes at rest")
-	pair("change to a hub's watcher, p50", "ms", func(o outcome) float64 { return o.p50 }, bar{}, all)
-	pair("change to a hub's watcher, p99", "ms", func(o outcome) float64 { return o.p99 }, bar{}, all)
-	pair("change to the last hub's watcher", "ms", func(o outcome) float64 { return o.last }, bar{}, fmt.Sprintf("median of %d changes", b.scale.changes))
-	pair("requests at rest", "1/s", func(o outcome) float64 { return o.idle }, bar{}, "no kubelets: theirs come on top")
+	pair(atWork, "processor time of the API server per change", "ms", func(o outcome) float64 { return o.server }, bar{}, "less what it takes at rest")
+	pair(atWork, "processor time of all hubs and watchers per change", "ms", func(o outcome) float64 { return o.hubs }, bar{}, "less what they take at rest")
+	pair(atWork, "change to a hub's watcher, p50", "ms", func(o outcome) float64 { return o.p50 }, bar{}, all)
+	pair(atWork, "change to a hub's watcher, p99", "ms", func(o outcome) float64 { return o.p99 }, bar{}, all)
+	pair(atWork, "change to the last hub's watcher", "ms", func(o outcome) float64 { return o.last }, bar{},
+		fmt.Sprintf("median of %d and %d changes, one at a time", of[0].changes, of[1].changes))
+	pair(atWork, "requests at rest", "1/s", func(o outcome) float64 { return o.idle }, bar{}, fmt.Sprintf("no kubelets: theirs come on top; in %s off: %s; on: %s", b.scale.quiet, of[0].idleKinds, of[1].idleKinds))
 	cut := fmt.Sprintf("all uplinks cut for %s, every slice changed: ", b.cut)
-	pair(cut+"return to all hubs current", "s", func(o outcome) float64 { return o.current }, bar{}, all)
-	pair(cut+"requests in the busiest second", "1/s", func(o outcome) float64 { return o.requests },
-		ratioAtMost(1.2), "at the API server")
-	pair(cut+"requests that the API server refused", "", func(o outcome) float64 { return o.refused }, atMost(0), "429: too many")
-	pair(cut+"processors in the busiest second", "", func(o outcome) float64 { return o.peak }, bar{}, "of the API server")
-	pair(cut+"bytes from the cloud", "MB", func(o outcome) float64 { return o.catchUp }, bar{}, "whole fleet, over all uplinks")
-	pair(cut+"streams of local watchers that ended", "", func(o outcome) float64 { return float64(o.broken) }, atMost(0), "of "+hubs)
-	pair("resident memory of yurt-manager", "MB", func(o outcome) float64 { return o.manager }, atMost(250),
+	pair(returned, cut+"return to all hubs current", "s", func(o outcome) float64 { return o.current }, bar{}, all)
+	pair(returned, cut+"requests in the busiest second", "1/s", func(o outcome) float64 { return o.requests }, ratioAtMost(1.2),
+		"begun at the API server, watches too; off: "+of[0].kinds+"; on: "+of[1].kinds)
+	pair(returned, cut+"requests that the API server refused", "", func(o outcome) float64 { return o.refused }, atMost(0), "429: too many")
+	pair(returned, cut+"processors in the busiest second", "", func(o outcome) float64 { return o.peak }, bar{}, "of the API server")
+	pair(returned, cut+"bytes from the cloud", "MB", func(o outcome) float64 { return o.catchUp }, bar{}, "whole fleet, over all uplinks")
+	pair(returned, cut+"streams of local watchers that ended", "", func(o outcome) float64 { return o.broken }, atMost(0), "of "+hubs)
+	pair(held, "resident memory of yurt-manager", "MB", func(o outcome) float64 { return o.manager }, atMost(250),
 		fmt.Sprintf("%d pools, %d nodes", b.scale.pools, b.scale.pools*b.scale.hubs))
-	pair("resident memory of a hub, in a process of many", "MB", func(o outcome) float64 { return o.hub }, bar{}, "its watcher's too")
-	pair("anonymous memory of a hub, in a process of many", "MB", func(o outcome) float64 { return o.heap }, bar{}, "the same without files")
+	pair(held, "resident memory of a hub, in a process of many", "MB", func(o outcome) float64 { return o.hub }, bar{}, "its watcher's too")
+	pair(held, "anonymous memory of a hub, in a process of many", "MB", func(o outcome) float64 { return o.heap }, bar{}, "the same without files")
+	_, lives := b.manager.now()
+	b.hub("yurt-manager ended and was started again", "", float64(lives-1), bar{}, "times, on both sides: it ends when it cannot renew its lease")
 }
 
 // costs adds what the fleet takes of this machine, and the manager.
 func (f *fleet) costs(o *outcome) error {
-	p, err := readProcess(f.bench.manager.cmd.Process.Pid)
+	p, err := f.bench.manager.cost()
 	if err != nil {
 		return err
 	}
 	resident, anonymous, err := f.memory()
 	n := float64(len(f.members))
-	o.manager, o.hub, o.heap, o.workers = p.resident, resident/n, anonymous/n, len(f.workers)
+	o.manager, o.hub, o.heap = p.resident, resident/n, anonymous/n
 	return err
 }
 
@@ -365,14 +424,37 @@ type state struct {
 	at                time.Time
 	streams, shared   float64
 	requests, refused float64
-	writes            float64 // of nodes and leases
+	writes            float64            // of nodes and leases
+	kinds             map[string]float64 // requests that ended, and watches under way, by kind
 	cpu               time.Duration
+}
+
+// begunSince is how many requests have begun since then: a watch counts among
+// the requests only when it ends.
+func (s state) begunSince(then state) float64 {
+	return s.requests - then.requests + s.streams - then.streams
+}
+
+// mostSince names what was begun most since then.
+func (s state) mostSince(then state) string {
+	kinds := slices.SortedFunc(maps.Keys(s.kinds), func(a, b string) int {
+		return cmp.Compare(s.kinds[b]-then.kinds[b], s.kinds[a]-then.kinds[a])
+	})
+	var most []string
+	for _, k := range kinds[:min(3, len(kinds))] {
+		if s.kinds[k] <= then.kinds[k] {
+			break
+		}
+		most = append(most, fmt.Sprintf("%.0f %s", s.kinds[k]-then.kinds[k], k))
+	}
+	return strings.Join(most, ", ")
 }
 
 // difference is what happened meanwhile.
 type difference struct {
-	took, cpu       time.Duration
-	bytes, requests float64
+	took, server, hubs time.Duration // processors' time but for the first
+	bytes, requests    float64
+	kinds              string // what was asked for most
 }
 
 func (f *fleet) during(ctx context.Context, do func() error) (d difference, err error) {
@@ -381,12 +463,20 @@ func (f *fleet) during(ctx context.Context, do func() error) (d difference, err 
 		return d, err
 	}
 	bytes := f.bytes()
+	hubs, err := f.busy()
+	if err != nil {
+		return d, err
+	}
 	if err := do(); err != nil {
 		return d, err
 	}
 	d.bytes = f.bytes() - bytes
+	if d.hubs, err = f.busy(); err != nil {
+		return d, err
+	}
 	after, err := f.bench.apiServer(ctx)
-	d.took, d.cpu, d.requests = after.at.Sub(before.at), after.cpu-before.cpu, after.requests-before.requests
+	d.hubs, d.kinds = d.hubs-hubs, after.mostSince(before)
+	d.took, d.server, d.requests = after.at.Sub(before.at), after.cpu-before.cpu, after.requests-before.requests
 	return d, err
 }
 
@@ -395,7 +485,7 @@ func (b *bench) apiServer(ctx context.Context) (s state, err error) {
 	if err != nil {
 		return s, fmt.Errorf("ask the API server for its metrics: %w", err)
 	}
-	s.at = time.Now()
+	s.at, s.kinds = time.Now(), map[string]float64{}
 	for lines := bufio.NewScanner(bytes.NewReader(text)); lines.Scan(); {
 		line := lines.Text()
 		at := strings.LastIndexByte(line, ' ')
@@ -411,11 +501,13 @@ func (b *bench) apiServer(ctx context.Context) (s state, err error) {
 		switch {
 		case name == "apiserver_longrunning_requests" && has("verb", "WATCH"):
 			s.streams += value
+			s.kinds[kindOf(labels)] += value
 			if has("resource", "services") || has("resource", "endpointslices") {
 				s.shared += value
 			}
 		case name == "apiserver_request_total":
 			s.requests += value
+			s.kinds[kindOf(labels)] += value
 			if has("code", "429") {
 				s.refused += value
 			}
@@ -427,6 +519,20 @@ func (b *bench) apiServer(ctx context.Context) (s state, err error) {
 		}
 	}
 	return s, nil
+}
+
+// kindOf names what is asked for, by the labels of a metric.
+func kindOf(labels string) string {
+	of := func(label string) string {
+		_, rest, _ := strings.Cut(","+labels, ","+label+`="`)
+		value, _, _ := strings.Cut(rest, `"`)
+		return value
+	}
+	what := of("resource")
+	if sub := of("subresource"); sub != "" {
+		what += "/" + strings.TrimPrefix(sub, "/")
+	}
+	return of("verb") + " " + strings.TrimPrefix(what, "/")
 }
 
 // sharedUplink measures what passes over the uplink of one pool that shares,
@@ -495,7 +601,7 @@ func (b *bench) poolOf(ctx context.Context, n int, w *writer) (c crossed, err er
 	if err != nil {
 		return c, err
 	}
-	defer f.close()
+	defer f.close(ctx)
 	// Who took the cloud at its start takes the changes from there too, until
 	// it has come back to a leader.
 	if err := f.settle(ctx, others.shared+streamsPerLeader); err != nil {
@@ -512,7 +618,7 @@ func (b *bench) poolOf(ctx context.Context, n int, w *writer) (c crossed, err er
 	if err != nil {
 		return c, err
 	}
-	if err := f.have(ctx, haveBudget, first, w.next-1); err != nil {
+	if err := f.have(ctx, haveBudget(n), first, w.next-1); err != nil {
 		return c, err
 	}
 	c.later = f.bytes() - c.first

@@ -11,8 +11,10 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"runtime/pprof"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -33,8 +35,10 @@ import (
 //	seen <hub> <update> <time>   the watcher got an update
 //	lost <hub> <reason>          the watcher's stream ended; there is another
 //	shared <bytes>               the bytes that its hubs took from the cloud of what
-//	                             their pools share; said for each line that it is
-//	                             told after its hubs
+//	                             their pools share, if it was asked
+//
+// After its hubs it is asked "shared", and told "profile <file>" to begin a
+// profile of its processors' time and "profile" to end it.
 const workerEnv = "YURT_BENCH_WORKER"
 
 // What a hub may take to be ready, on a machine that starts many.
@@ -101,8 +105,13 @@ func work(in io.Reader, out io.Writer) error {
 	defer cancel()
 	go func() { // ends with the input
 		for lines := bufio.NewScanner(io.MultiReader(orders.Buffered(), in)); lines.Scan(); {
-			if lines.Text() != "" { // the end of the order is an empty line
+			switch word, file, _ := strings.Cut(lines.Text(), " "); word {
+			case "shared":
 				w.tell("shared %.0f", w.shared())
+			case "profile":
+				if err := w.profile(file); err != nil {
+					w.log.Warn("no profile", "err", err)
+				}
 			}
 		}
 		cancel()
@@ -126,6 +135,19 @@ func work(in io.Reader, out io.Writer) error {
 		}
 	}
 	return all.Wait()
+}
+
+// profile begins a profile in a file, or ends it if there is none.
+func (w *worker) profile(file string) error {
+	pprof.StopCPUProfile()
+	if file == "" {
+		return nil
+	}
+	f, err := os.Create(file)
+	if err != nil {
+		return err
+	}
+	return pprof.StartCPUProfile(f) // the file ends with the process
 }
 
 // runHub runs a hub and its watcher until ctx ends. It calls started once.
