@@ -36,9 +36,9 @@ func TestLoadBalancerSet(t *testing.T) {
 			},
 		}
 	}
-	web, other, wrong := service("web-everywhere"), service("taken"), service("wrong")
-	wrong.Annotations[network.PoolSelector] = "lb in"
-	for _, o := range []client.Object{taken, web, other, wrong} {
+	web, other, wrong, lone := service("web-everywhere"), service("taken"), service("wrong"), service("lone")
+	wrong.Annotations[network.PoolSelector], lone.Annotations[network.PoolSelector] = "lb in", "lb=never"
+	for _, o := range []client.Object{taken, web, other, wrong, lone} {
 		if err := c.Create(t.Context(), o); err != nil {
 			t.Fatal(err)
 		}
@@ -64,6 +64,17 @@ func TestLoadBalancerSet(t *testing.T) {
 		})
 	}
 	has("lb-north", "lb-south")
+
+	// One that has lost its owners, as in a backup, gets them back.
+	orphan := &networkv1alpha1.PoolService{ObjectMeta: metav1.ObjectMeta{Namespace: "default", Name: web.Name + "-lb-north"}}
+	c.patch(t, orphan, `{"metadata":{"ownerReferences":null}}`)
+	await(t, "it has its owners again", func() error {
+		err := c.Get(t.Context(), client.ObjectKeyFromObject(orphan), orphan)
+		if err == nil && !metav1.IsControlledBy(orphan, web) {
+			err = fmt.Errorf("owners %v", orphan.OwnerReferences)
+		}
+		return err
+	})
 
 	// What an implementation says of one pool shows on the Service.
 	for name, ip := range map[string]string{"lb-north": "192.0.2.2", "lb-south": "192.0.2.1"} {
@@ -99,7 +110,7 @@ func TestLoadBalancerSet(t *testing.T) {
 
 	// Who corrects a mistake, or is told of one, finds it where kubectl
 	// describe looks.
-	for reason, name := range map[string]string{"BadPoolSelector": wrong.Name, "NameTaken": other.Name} {
+	for reason, name := range map[string]string{"BadPoolSelector": wrong.Name, "NameTaken": other.Name, "NoMatchNodePool": lone.Name} {
 		await(t, "event "+reason, func() error {
 			var list eventsv1.EventList
 			if err := c.List(t.Context(), &list, client.InNamespace("default")); err != nil {
@@ -118,7 +129,7 @@ func TestLoadBalancerSet(t *testing.T) {
 	// The Service stays until an implementation has let go of its PoolService.
 	north := &networkv1alpha1.PoolService{ObjectMeta: metav1.ObjectMeta{Namespace: "default", Name: web.Name + "-lb-north"}}
 	c.patch(t, north, `{"metadata":{"finalizers":["example.com/lb"]}}`)
-	for _, o := range []client.Object{web, other, wrong} {
+	for _, o := range []client.Object{web, other, wrong, lone} {
 		if err := c.Delete(t.Context(), o); err != nil {
 			t.Fatal(err)
 		}
@@ -136,7 +147,7 @@ func TestLoadBalancerSet(t *testing.T) {
 		t.Errorf("the Service went before its PoolService: %v", err)
 	}
 	c.patch(t, north, `{"metadata":{"finalizers":null}}`)
-	for _, o := range []client.Object{web, other, wrong} {
+	for _, o := range []client.Object{web, other, wrong, lone} {
 		await(t, "Service "+o.GetName()+" is gone", func() error {
 			err := c.Get(t.Context(), client.ObjectKeyFromObject(o), o)
 			if apierrors.IsNotFound(err) {

@@ -221,12 +221,13 @@ func Component(userAgent string) string {
 }
 
 // Extra reads ConfigMap yurt-hub-cfg: the components that each filter is given
-// beside its own, separated by commas.
+// beside its own, separated by commas. Forms of old hold as well: a key
+// filter_servicetopology, and a component with what it asks for after a slash.
 func Extra(data map[string]string) map[string][]string {
 	out := map[string][]string{}
 	for _, f := range All() {
-		for word := range strings.SplitSeq(data[f.Name], ",") {
-			if word = strings.ToLower(strings.TrimSpace(word)); word != "" && len(out[f.Name]) < maxExtra {
+		for word := range strings.SplitSeq(data[f.Name]+","+data["filter_"+f.Name], ",") {
+			if word, _, _ = strings.Cut(strings.ToLower(strings.TrimSpace(word)), "/"); word != "" && len(out[f.Name]) < maxExtra {
 				out[f.Name] = append(out[f.Name], word)
 			}
 		}

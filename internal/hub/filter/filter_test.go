@@ -254,9 +254,9 @@ func TestTable(t *testing.T) {
 	slices := schema.GroupVersionResource{Group: "discovery.k8s.io", Version: "v1", Resource: "endpointslices"}
 	pods := schema.GroupVersionResource{Version: "v1", Resource: "pods"}
 	s := &State{}
-	extra := Extra(map[string]string{"servicetopology": " Traefik, ,kube-proxy", "unknown": "x", "cache_agents": "*"})
+	extra := Extra(map[string]string{"servicetopology": " Traefik, ,kube-proxy", "unknown": "x", "cache_agents": "*", "filter_servicetopology": "envoy/endpointslices#list;watch"})
 	table := New(Config{}, s, extra)
-	for component, want := range map[string]bool{"kube-proxy": true, "coredns": true, "traefik": true, "kubectl": false, "x": false} {
+	for component, want := range map[string]bool{"kube-proxy": true, "coredns": true, "traefik": true, "envoy": true, "kubectl": false, "x": false} {
 		if got := table.Filters(component, slices); got != want {
 			t.Errorf("%s: %v", component, got)
 		}

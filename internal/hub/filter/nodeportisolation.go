@@ -10,7 +10,7 @@ import (
 
 // NodePortListen is the annotation that says on the nodes of which pools the
 // ports of a Service are open: names of pools, or * for all, or -name for all
-// but one where * is given too.
+// but one where * is given too. Empty, it says in none.
 const NodePortListen = "nodeport.openyurt.io/listen"
 
 // nodePortIsolation closes the node ports of a Service on nodes of pools that
@@ -27,8 +27,8 @@ func nodePortIsolation() *Filter {
 			if s.Place == nil || s.Place.Pool == "" {
 				return o.Data, true, nil
 			}
-			listen, err := o.Annotation(NodePortListen)
-			if err != nil || listen == "" || listens(listen, s.Place.Pool) {
+			listen, asked, err := o.annotation(NodePortListen)
+			if err != nil || !asked || listens(listen, s.Place.Pool) {
 				return o.Data, true, err
 			}
 			kind, err := o.serviceType()

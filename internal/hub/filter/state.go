@@ -63,8 +63,13 @@ type Services struct {
 }
 
 // Annotation returns an annotation of an object; empty: it has none of that
-// name.
+// name, or an empty one.
 func (o Object) Annotation(name string) (string, error) {
+	value, _, err := o.annotation(name)
+	return value, err
+}
+
+func (o Object) annotation(name string) (value string, has bool, err error) {
 	if o.Encoding != wire.Protobuf {
 		var object struct {
 			Metadata struct {
@@ -72,12 +77,12 @@ func (o Object) Annotation(name string) (string, error) {
 			} `json:"metadata"`
 		}
 		if err := json.Unmarshal(o.Data, &object); err != nil {
-			return "", fmt.Errorf("read annotations: %w", err)
+			return "", false, fmt.Errorf("read annotations: %w", err)
 		}
-		return object.Metadata.Annotations[name], nil
+		value, has = object.Metadata.Annotations[name]
+		return value, has, nil
 	}
-	found := ""
-	err := fields(o.Data, func(f field) error {
+	err = fields(o.Data, func(f field) error {
 		if f.num != objectMetadata {
 			return nil
 		}
@@ -85,14 +90,14 @@ func (o Object) Annotation(name string) (string, error) {
 			if f.num != metadataAnnotations {
 				return nil
 			}
-			key, value, err := pair(f.value)
-			if string(key) == name {
-				found = string(value)
+			k, v, err := pair(f.value)
+			if string(k) == name {
+				value, has = string(v), true
 			}
 			return err
 		})
 	})
-	return found, err
+	return value, has, err
 }
 
 const (

@@ -107,6 +107,10 @@ func (c *spreader) Reconcile(ctx context.Context, req reconcile.Request) (reconc
 			c.events.Eventf(&service, nil, corev1.EventTypeWarning, "BadPoolSelector", "Spread", "%v", err)
 			return reconcile.Result{}, nil
 		}
+		if len(pools) == 0 {
+			c.events.Eventf(&service, nil, corev1.EventTypeWarning, "NoMatchNodePool", "Spread",
+				"no NodePool has the labels that annotation %s asks for", network.PoolSelector)
+		}
 	}
 	todo := plan(&service, pools, have)
 	// The finalizer goes on before the first PoolService and off after the last.
@@ -117,7 +121,8 @@ func (c *spreader) Reconcile(ctx context.Context, req reconcile.Request) (reconc
 	return reconcile.Result{}, c.carryOut(ctx, &service, todo)
 }
 
-// poolServices returns those that the Service controls, whatever their labels.
+// poolServices returns those that the Service controls, whatever their labels,
+// and those that the manager made for it and that have lost their owners.
 func (c *spreader) poolServices(ctx context.Context, s *corev1.Service) ([]v1alpha1.PoolService, error) {
 	var all v1alpha1.PoolServiceList
 	if err := c.read.List(ctx, &all, client.InNamespace(s.Namespace)); err != nil {
@@ -125,8 +130,10 @@ func (c *spreader) poolServices(ctx context.Context, s *corev1.Service) ([]v1alp
 	}
 	var out []v1alpha1.PoolService
 	for i := range all.Items {
-		if metav1.IsControlledBy(&all.Items[i], s) {
-			out = append(out, all.Items[i])
+		p := &all.Items[i]
+		lost := metav1.GetControllerOf(p) == nil && p.Labels[network.ManagedByLabel] == network.ManagedBy && p.Labels[network.ServiceNameLabel] == s.Name
+		if lost || metav1.IsControlledBy(p, s) {
+			out = append(out, *p)
 		}
 	}
 	return out, nil

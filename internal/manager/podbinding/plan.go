@@ -17,9 +17,12 @@ type binding struct {
 	seconds *int64
 }
 
-// bindingOf reads a node's annotations. The error names the annotation and
-// what it takes.
+// bindingOf reads a node's annotations; of several the one that binds for
+// longest counts. The error names the annotation and what it takes.
 func bindingOf(node *corev1.Node) (binding, error) {
+	if node.Annotations[apps.Autonomy] == "true" || node.Annotations[apps.Binding] == "true" {
+		return binding{bound: true}, nil
+	}
 	if text, ok := node.Annotations[apps.AutonomyDuration]; ok {
 		d, err := time.ParseDuration(text)
 		if err != nil || d < 0 {
@@ -30,9 +33,6 @@ func bindingOf(node *corev1.Node) (binding, error) {
 		}
 		seconds := int64(d.Seconds())
 		return binding{bound: true, seconds: &seconds}, nil
-	}
-	if node.Annotations[apps.Autonomy] == "true" || node.Annotations[apps.Binding] == "true" {
-		return binding{bound: true}, nil
 	}
 	return binding{}, nil
 }
@@ -47,7 +47,8 @@ var bound = map[string]string{
 // bind changes the pod's tolerations to what the node's binding says, or back
 // to what they were. It reports whether the pod changed.
 //
-// A pod that tolerated a taint for ever before is left as it is.
+// A pod that tolerated a taint for ever before is left as it is; OpenYurt's
+// manager binds it like any other, with the memory "infinite".
 func bind(pod *corev1.Pod, b binding) bool {
 	changed := false
 	for i := range pod.Spec.Tolerations {
@@ -74,6 +75,8 @@ func bind(pod *corev1.Pod, b binding) bool {
 		case remembered:
 			if seconds, err := strconv.ParseInt(original, 10, 64); err == nil {
 				t.TolerationSeconds = &seconds
+			} else if original == "infinite" {
+				t.TolerationSeconds = nil
 			}
 			delete(pod.Annotations, memory)
 			changed = true

@@ -44,6 +44,17 @@ func TestBindingOf(t *testing.T) {
 	}
 }
 
+// TestBindingIsTheLongest has two annotations on a node, as one that a newer was
+// added to.
+func TestBindingIsTheLongest(t *testing.T) {
+	for _, old := range []string{apps.Autonomy, apps.Binding} {
+		b, err := bindingOf(&corev1.Node{ObjectMeta: metav1.ObjectMeta{Annotations: map[string]string{old: "true", apps.AutonomyDuration: "2h"}}})
+		if err != nil || !b.bound || b.seconds != nil {
+			t.Errorf("%s: got %+v, %v", old, b, err)
+		}
+	}
+}
+
 func TestBindAndBack(t *testing.T) {
 	pod := &corev1.Pod{Spec: corev1.PodSpec{Tolerations: []corev1.Toleration{
 		{Key: corev1.TaintNodeNotReady, Effect: corev1.TaintEffectNoExecute, TolerationSeconds: new(int64(300))},
@@ -81,6 +92,15 @@ func TestBindAndBack(t *testing.T) {
 	}
 	if !reflect.DeepEqual(pod.Spec, was.Spec) || len(pod.Annotations) > 0 {
 		t.Errorf("got %+v, want it as it was", pod)
+	}
+	taken := &corev1.Pod{
+		ObjectMeta: metav1.ObjectMeta{Annotations: map[string]string{apps.OriginalNotReady: "infinite"}},
+		Spec: corev1.PodSpec{Tolerations: []corev1.Toleration{
+			{Key: corev1.TaintNodeNotReady, Effect: corev1.TaintEffectNoExecute, TolerationSeconds: new(int64(7200))},
+		}},
+	}
+	if !bind(taken, binding{}) || taken.Spec.Tolerations[0].TolerationSeconds != nil || len(taken.Annotations) > 0 {
+		t.Errorf("a pod that OpenYurt's manager bound, and that tolerated for ever: %+v", taken)
 	}
 	own := &corev1.Pod{Spec: corev1.PodSpec{Tolerations: []corev1.Toleration{{Key: corev1.TaintNodeNotReady, Effect: corev1.TaintEffectNoExecute}}}}
 	if bind(own, binding{bound: true, seconds: new(int64(1))}) {
