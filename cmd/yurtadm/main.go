@@ -44,5 +44,16 @@ func command() *cobra.Command {
 		SilenceErrors: true,
 	}
 	cmd.AddCommand(playgroundcli.New(), doctor.NewStatus(), doctor.NewDoctor(), filtercli.New())
+	groups(cmd)
 	return cmd
+}
+
+// groups has commands that only hold others refuse a word that is none of them.
+// Cobra shows their help then, which a script takes for success.
+func groups(cmd *cobra.Command) {
+	for _, c := range cmd.Commands() {
+		if groups(c); c.HasSubCommands() && !c.Runnable() {
+			c.Args, c.RunE = cobra.NoArgs, func(c *cobra.Command, _ []string) error { return c.Help() }
+		}
+	}
 }

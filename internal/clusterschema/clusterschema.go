@@ -85,10 +85,18 @@ func (s *Source) Of(gvr schema.GroupVersionResource) (*spec.Schema, error) {
 	if err != nil && !meta.IsNoMatchError(err) {
 		return nil, fmt.Errorf("ask the API server for the kind of %s: %w", gvr, err)
 	}
-	// To a mapper the empty group is any.
+	resources, err := s.mapper.ResourcesFor(gvr)
+	if err != nil && !meta.IsNoMatchError(err) {
+		return nil, fmt.Errorf("ask the API server for %s: %w", gvr, err)
+	}
+	// To a mapper the empty group is any, and a singular or a short name is as
+	// good as the name.
 	i := slices.IndexFunc(kinds, func(k schema.GroupVersionKind) bool { return k.GroupVersion() == gvr.GroupVersion() })
-	if i < 0 {
+	switch at := slices.IndexFunc(resources, func(r schema.GroupVersionResource) bool { return r.GroupVersion() == gvr.GroupVersion() }); {
+	case i < 0 || at < 0:
 		return nil, fmt.Errorf("the cluster has no %s in %s: %w", gvr.Resource, cmp.Or(gvr.Group, "the core group")+"/"+gvr.Version, resolver.ErrSchemaNotFound)
+	case !slices.Contains(resources, gvr):
+		return nil, fmt.Errorf("the cluster has no %s, it calls them %s: %w", gvr.Resource, resources[at].Resource, resolver.ErrSchemaNotFound)
 	}
 	return s.ResolveSchema(kinds[i])
 }

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/http"
 	"net/http/httptest"
+	"strings"
 	"testing"
 
 	"k8s.io/apimachinery/pkg/api/meta"
@@ -51,7 +52,7 @@ func (s *server) source(t *testing.T) *Source {
 		t.Fatal(err)
 	}
 	mapper := meta.NewDefaultRESTMapper(nil)
-	mapper.AddSpecific(gadget, gadgets, gadgets, meta.RESTScopeRoot)
+	mapper.AddSpecific(gadget, gadgets, gadget.GroupVersion().WithResource("gadget"), meta.RESTScopeRoot)
 	return New(client, mapper)
 }
 
@@ -99,6 +100,9 @@ func TestWhatIsNotThere(t *testing.T) {
 		if _, err := source.Of(gvr); !errors.Is(err, resolver.ErrSchemaNotFound) {
 			t.Errorf("%s: got %v, want %v", gvr, err, resolver.ErrSchemaNotFound)
 		}
+	}
+	if _, err := source.Of(gadget.GroupVersion().WithResource("gadget")); !errors.Is(err, resolver.ErrSchemaNotFound) || !strings.Contains(err.Error(), "it calls them gadgets") {
+		t.Errorf("the singular: got %v", err)
 	}
 	s.Close()
 	if _, err := source.ResolveSchema(gadget); err == nil || errors.Is(err, resolver.ErrSchemaNotFound) {

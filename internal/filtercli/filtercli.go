@@ -4,21 +4,17 @@
 package filtercli
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"io"
-	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
-	"k8s.io/apimachinery/pkg/api/meta"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime/schema"
-	utilyaml "k8s.io/apimachinery/pkg/util/yaml"
 	"k8s.io/apiserver/pkg/cel/openapi/resolver"
 	"k8s.io/client-go/discovery"
 	"k8s.io/client-go/dynamic"
@@ -26,20 +22,13 @@ import (
 	"k8s.io/client-go/restmapper"
 	"k8s.io/client-go/tools/clientcmd"
 	"k8s.io/kube-openapi/pkg/validation/spec"
-	sigsjson "sigs.k8s.io/json"
-	"sigs.k8s.io/yaml"
 
-	"github.com/yurt-edge/yurt/api/network/v1alpha1"
 	"github.com/yurt-edge/yurt/internal/accessfilter"
 	"github.com/yurt-edge/yurt/internal/clusterschema"
 )
 
-const (
-	// fileMost bounds what is read of a file.
-	fileMost = 8 << 20
-	// budget bounds each request.
-	budget = time.Minute
-)
+// budget bounds each request.
+const budget = time.Minute
 
 // New returns the command "filter" with all commands below it.
 func New() *cobra.Command {
@@ -50,7 +39,8 @@ func New() *cobra.Command {
 
 func test() *cobra.Command {
 	var t trial
-	var kubeconfig, file string
+	var kubeconfig string
+	var files []string
 	cmd := &cobra.Command{
 		Use:   "test -f FILE --node NODE",
 		Short: "Show what AccessFilters would make of the objects of a cluster",
@@ -64,26 +54,30 @@ written to the cluster, and nothing but the API server is needed.`,
 			if t.output != "" && t.output != "json" {
 				return fmt.Errorf("--output %q is not known: give json, or nothing for text", t.output)
 			}
-			filters, err := read(cmd.InOrStdin(), file)
-			if err != nil {
-				return err
+			t.out, t.progress = cmd.OutOrStdout(), cmd.ErrOrStderr()
+			var given []document
+			for _, file := range files {
+				more, err := read(cmd.InOrStdin(), file)
+				if err != nil {
+					return fmt.Errorf("read filters: %w", err)
+				}
+				given = append(given, more...)
 			}
 			if err := t.connect(kubeconfig); err != nil {
 				return err
 			}
-			if t.filters, err = t.compile(cmd.ErrOrStderr(), file, filters); err != nil {
+			if err := t.compile(given); err != nil {
 				return err
 			}
-			t.out, t.progress = cmd.OutOrStdout(), cmd.ErrOrStderr()
 			return t.run(cmd.Context())
 		},
 	}
 	fs := cmd.Flags()
-	fs.StringVarP(&file, "filename", "f", "", "file with AccessFilters in YAML or JSON, - for standard input")
+	fs.StringArrayVarP(&files, "filename", "f", nil, "file with AccessFilters in YAML or JSON, - for standard input; may be given several times")
 	fs.StringVar(&t.node, "node", "", "the node on which they are seen")
 	fs.StringVar(&t.component, "component", "", "only for this component (all that the filters name if not given)")
 	fs.StringSliceVar(&t.resources, "resource", nil, "only these resources, as services or deployments.apps (all that the filters name if not given)")
-	fs.StringVarP(&t.namespace, "namespace", "n", "", "only objects of this namespace")
+	fs.StringVarP(&t.namespace, "namespace", "n", "", "of what is in namespaces, only objects of this one")
 	fs.StringVarP(&t.selector, "selector", "l", "", "only objects with these labels")
 	fs.BoolVar(&t.kept, "kept", false, "name the objects that stay as they are, too")
 	fs.StringVarP(&t.output, "output", "o", "", "json, for programs: an object of JSON on each line, the last with the sums")
@@ -101,6 +95,9 @@ func (t *trial) connect(kubeconfig string) error {
 	rules := clientcmd.NewDefaultClientConfigLoadingRules()
 	rules.ExplicitPath = kubeconfig
 	cfg, err := clientcmd.NewNonInteractiveDeferredLoadingClientConfig(rules, nil).ClientConfig()
+	if clientcmd.IsEmptyConfig(err) {
+		return errors.New("there is no credential for the cluster: give one by --kubeconfig, KUBECONFIG or ~/.kube/config")
+	}
 	if err != nil {
 		return fmt.Errorf("read the credential for the cluster, of --kubeconfig, KUBECONFIG or ~/.kube/config: %w", err)
 	}
@@ -117,119 +114,63 @@ func (t *trial) use(cfg *rest.Config) error {
 	if t.client, err = dynamic.NewForConfig(cfg); err != nil {
 		return fmt.Errorf("make client: %w", err)
 	}
-	groups, err := restmapper.GetAPIGroupResources(client)
-	if err != nil {
+	if t.groups, err = restmapper.GetAPIGroupResources(client); err != nil {
 		return fmt.Errorf("ask the API server for its resources: %w", err)
 	}
-	t.mapper = restmapper.NewDiscoveryRESTMapper(groups)
-	t.schemas = clusterschema.New(client, t.mapper)
+	t.schemas = clusterschema.New(client, restmapper.NewDiscoveryRESTMapper(t.groups))
 	return nil
 }
 
-// read reads AccessFilters. A field that is not known is an error: it would be
-// left out without a word.
-func read(stdin io.Reader, file string) ([]*v1alpha1.AccessFilter, error) {
-	in := stdin
-	if file != "-" {
-		f, err := os.Open(filepath.Clean(file))
-		if err != nil {
-			return nil, fmt.Errorf("read filters: %w", err)
-		}
-		defer f.Close() //nolint:errcheck // it was only read
-		in = f
-	}
-	text, err := io.ReadAll(io.LimitReader(in, fileMost+1))
-	if err != nil {
-		return nil, fmt.Errorf("read filters: %w", err)
-	}
-	if len(text) > fileMost {
-		return nil, fmt.Errorf("read filters: %s has more than %d MiB", file, fileMost>>20)
-	}
-	var out []*v1alpha1.AccessFilter
-	docs := utilyaml.NewDocumentDecoder(io.NopCloser(bytes.NewReader(text)))
-	defer docs.Close()
-	buffer := make([]byte, len(text)+1)
-	for n := 1; ; n++ {
-		size, err := docs.Read(buffer)
-		if errors.Is(err, io.EOF) {
-			break
-		}
-		if err != nil {
-			return nil, fmt.Errorf("read filters: document %d of %s: %w", n, file, err)
-		}
-		doc := buffer[:size]
-		var head struct {
-			APIVersion string `json:"apiVersion"`
-			Kind       string `json:"kind"`
-		}
-		if err := yaml.Unmarshal(doc, &head); err != nil {
-			return nil, fmt.Errorf("read filters: document %d of %s: %w", n, file, err)
-		}
-		if head.Kind == "" && head.APIVersion == "" {
-			continue // comments
-		}
-		if head.Kind != "AccessFilter" || head.APIVersion != v1alpha1.GroupVersion.String() {
-			return nil, fmt.Errorf("read filters: document %d of %s is a %s of %s, and an AccessFilter of %s is wanted",
-				n, file, head.Kind, head.APIVersion, v1alpha1.GroupVersion)
-		}
-		f := &v1alpha1.AccessFilter{}
-		object, err := yaml.YAMLToJSONStrict(doc)
-		if err == nil {
-			var strict []error
-			if strict, err = sigsjson.UnmarshalStrict(object, f); err == nil {
-				err = errors.Join(strict...)
+// served returns a resource as the cluster has it.
+func (t *trial) served(gvr schema.GroupVersionResource) (metav1.APIResource, bool) {
+	for _, g := range t.groups {
+		for _, r := range g.VersionedResources[gvr.Version] {
+			if g.Group.Name == gvr.Group && r.Name == gvr.Resource {
+				return r, true
 			}
 		}
-		if err != nil {
-			return nil, fmt.Errorf("read filters: document %d of %s: %w", n, file, err)
-		}
-		out = append(out, f)
 	}
-	if len(out) == 0 {
-		return nil, fmt.Errorf("read filters: %s has none", file)
-	}
-	return out, nil
+	return metav1.APIResource{}, false
 }
 
 // compile checks filters against the cluster and compiles them, in the order
 // in which they are applied.
-func (t *trial) compile(warn io.Writer, file string, filters []*v1alpha1.AccessFilter) ([]*accessfilter.Filter, error) {
-	var out []*accessfilter.Filter
+func (t *trial) compile(given []document) error {
 	var bad []string
-	for _, f := range filters {
-		err := accessfilter.Check(f, func(gvr schema.GroupVersionResource) (*spec.Schema, error) {
+	for _, d := range given {
+		err := accessfilter.Check(d.filter, func(gvr schema.GroupVersionResource) (*spec.Schema, error) {
 			s, err := t.schemas.Of(gvr)
 			if errors.Is(err, resolver.ErrSchemaNotFound) {
-				fmt.Fprintf(warn, "warning: %s: expressions are not checked against fields: %v\n", f.Name, err)
+				fmt.Fprintf(t.progress, "warning: %s: expressions are not checked against fields: %v\n", d.filter.Name, err)
 				return nil, nil //nolint:nilnil // it is not checked
 			}
 			return s, err
 		})
 		if problems, ok := errors.AsType[accessfilter.Problems](err); ok {
-			bad = append(bad, explain(file, f.Name, problems))
+			bad = append(bad, explain(d, problems))
 			continue
 		}
 		if err != nil {
-			return nil, fmt.Errorf("check AccessFilter %s: %w", f.Name, err)
+			return fmt.Errorf("check AccessFilter %s: %w", d.filter.Name, err)
 		}
-		compiled, err := accessfilter.Compile(f)
+		compiled, err := accessfilter.Compile(d.filter)
 		if err != nil {
-			return nil, fmt.Errorf("compile AccessFilter %s: %w", f.Name, err)
+			return fmt.Errorf("compile AccessFilter %s: %w", d.filter.Name, err)
 		}
-		out = append(out, compiled)
+		t.filters = append(t.filters, compiled)
 	}
 	if len(bad) > 0 {
-		return nil, errors.New(strings.Join(bad, "\n"))
+		return errors.New(strings.Join(bad, "\n"))
 	}
-	accessfilter.Order(out)
-	return out, nil
+	accessfilter.Order(t.filters)
+	return nil
 }
 
 // explain tells what is wrong with a filter, with the place marked.
-func explain(file, name string, problems accessfilter.Problems) string {
+func explain(d document, problems accessfilter.Problems) string {
 	lines := make([]string, 0, len(problems))
 	for _, p := range problems {
-		lines = append(lines, fmt.Sprintf("%s: AccessFilter %s: %v", file, name, p))
+		lines = append(lines, fmt.Sprintf("%s: AccessFilter %s: %v", d.file, d.filter.Name, p))
 		for line := range strings.Lines(p.Excerpt()) {
 			lines = append(lines, "    "+strings.TrimSuffix(line, "\n"))
 		}
@@ -246,16 +187,24 @@ type target struct {
 // targets are what is to be looked at on a node of that pool and labels.
 func (t *trial) targets(place *accessfilter.Place) ([]target, error) {
 	var out []target
-	selected := slices.DeleteFunc(slices.Clone(t.filters), func(f *accessfilter.Filter) bool { return !f.Selects(place.Pool, place.Labels) })
-	if len(selected) == 0 {
-		return nil, fmt.Errorf("no filter of the file selects node %s, which is %s: look at spec.pools and spec.nodeSelector", place.Node, standing(place.Pool))
+	t.filters = slices.DeleteFunc(t.filters, func(f *accessfilter.Filter) bool {
+		selected := f.Selects(place.Pool, place.Labels)
+		if !selected {
+			fmt.Fprintf(t.progress, "warning: %s is not for node %s, which is %s: look at spec.pools and spec.nodeSelector\n", f.Name, place.Node, standing(place.Pool))
+		}
+		return !selected
+	})
+	if len(t.filters) == 0 {
+		return nil, fmt.Errorf("no filter is for node %s", place.Node)
 	}
-	t.filters = selected
-	for _, f := range selected {
+	for _, f := range t.filters {
 		components, resources := f.Uses()
 		for _, r := range resources {
 			if len(t.resources) > 0 && !slices.Contains(t.resources, r.Resource) && !slices.Contains(t.resources, r.GroupResource().String()) {
 				continue
+			}
+			if _, ok := t.served(r); !ok {
+				continue // one was warned of it
 			}
 			i := slices.IndexFunc(out, func(o target) bool { return o.resource == r })
 			if i < 0 {
@@ -270,7 +219,7 @@ func (t *trial) targets(place *accessfilter.Place) ([]target, error) {
 	}
 	out = slices.DeleteFunc(out, func(o target) bool { return len(o.components) == 0 })
 	if len(out) == 0 {
-		return nil, errors.New("no filter of the file is for that component and resource: look at spec.components and spec.resources")
+		return nil, errors.New("no filter is for that component and a resource that is there: look at spec.components and spec.resources, --component and --resource")
 	}
 	slices.SortFunc(out, func(a, b target) int { return strings.Compare(a.resource.String(), b.resource.String()) })
 	return out, nil
@@ -292,7 +241,7 @@ type trial struct {
 	filters   []*accessfilter.Filter
 
 	client  dynamic.Interface
-	mapper  meta.RESTMapper
+	groups  []*restmapper.APIGroupResources
 	schemas *clusterschema.Source
 
 	out, progress io.Writer

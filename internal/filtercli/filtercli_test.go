@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"k8s.io/apimachinery/pkg/util/sets"
+	"sigs.k8s.io/yaml"
 
 	"github.com/yurt-edge/yurt/api/crds"
 	"github.com/yurt-edge/yurt/playground"
@@ -77,7 +78,10 @@ func run(t *testing.T, input string, args ...string) (out, progress string, err 
 	cmd.SetOut(&stdout)
 	cmd.SetErr(&stderr)
 	cmd.SilenceErrors, cmd.SilenceUsage = true, true
-	cmd.SetArgs(append([]string{"test", "-f", "-"}, args...))
+	if input != "" {
+		args = append(args, "-f=-")
+	}
+	cmd.SetArgs(append([]string{"test"}, args...))
 	err = cmd.ExecuteContext(t.Context())
 	return stdout.String(), stderr.String(), err
 }
@@ -166,15 +170,14 @@ func TestFilterTest(t *testing.T) {
 	}{
 		{
 			name: "field", replace: "object.spec.type", with: "object.spec.typ",
-			want: []string{"-: AccessFilter no-load-balancers: spec.drop:1:12: undefined field 'typ' (for services v1)", "\n    object.spec.typ == 'LoadBalancer'\n               ^"},
+			want: []string{"standard input: AccessFilter no-load-balancers: spec.drop:1:12: undefined field 'typ' (for services v1)", "\n    object.spec.typ == 'LoadBalancer'\n               ^"},
 		},
 		{name: "syntax", replace: "== 'Load", with: "= 'Load", want: []string{"spec.drop:1:18: Syntax error"}},
-		{name: "key", replace: "drop:", with: "dorp:", want: []string{`unknown field "spec.dorp"`}},
-		{name: "kind", replace: "kind: AccessFilter", with: "kind: Filter", want: []string{"document 1 of -"}},
-		{name: "in no pool", args: []string{"--node=edge-9", "--resource=services"}, want: []string{"no filter of the file is for that component and resource"}},
 		{name: "no node", args: []string{"--node=edge-7"}, want: []string{`read node edge-7: nodes "edge-7" not found`}},
-		{name: "component", args: []string{"--component=kubelet"}, want: []string{"spec.components"}},
-		{name: "fails", replace: "object.spec.type == 'LoadBalancer'", with: "object.spec.externalName != ''", want: []string{"could not be filtered", "has(object.spec.field)"}},
+		{name: "for no node", replace: "[hangzhou]", with: "[shanghai]", args: []string{"--resource=services"}, want: []string{"no filter is for that component and a resource", "--resource"}},
+		{name: "component", args: []string{"--component=kubelet"}, want: []string{"spec.components", "--component"}},
+		{name: "fails", replace: "object.spec.type == 'LoadBalancer'", with: "object.spec.externalName != ''", want: []string{"a filter failed on", "has(object.spec.field)"}},
+		{name: "a type that does not fit", replace: "drop: object.spec.type == 'LoadBalancer'", with: "set: [{path: /spec/ports, value: dyn(3)}]", want: []string{"a filter failed on 3 objects"}, args: []string{"-n=default", "--resource=services"}},
 		{name: "output", args: []string{"-o=yaml"}, want: []string{"--output"}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -186,10 +189,28 @@ func TestFilterTest(t *testing.T) {
 			}
 		})
 	}
-	t.Run("resource that comes later", func(t *testing.T) {
-		_, warned, err := run(t, strings.Replace(example, "resource: services", "resource: gadgets", 1), cluster, "--node=edge-1", "--resource=endpointslices")
-		if err != nil || !strings.Contains(warned, "warning: no-load-balancers: expressions are not checked against fields: the cluster has no gadgets") {
-			t.Errorf("got %v, %q", err, warned)
+	t.Run("dropped by one where another fails", func(t *testing.T) {
+		filter := strings.Replace(example, "object.spec.type == 'LoadBalancer'", "object.spec.externalName != ''", 1) +
+			strings.Replace(example[:strings.LastIndex(example, "---")], "no-load-balancers", "nothing", 1)
+		filter = strings.Replace(filter, "apiVersion", "---\napiVersion", 3)
+		got, _, err := run(t, filter, cluster, "--node=edge-1", "-n=default", "--resource=services")
+		if err == nil || !strings.Contains(got, "failed  services default/mail for kube-proxy, by nothing spec.drop: no-load-balancers: spec.drop: no such key") {
+			t.Errorf("got %v in\n%s", err, got)
+		}
+	})
+	t.Run("what is in no namespace", func(t *testing.T) {
+		filter := strings.NewReplacer("services", "nodes", "object.spec.type == 'LoadBalancer'", "object.metadata.name == 'edge-9'").Replace(example)
+		got, _, err := run(t, filter, cluster, "--node=edge-1", "-n=default", "--resource=nodes")
+		if err != nil || !strings.Contains(got, "dropped nodes edge-9 for kube-proxy") {
+			t.Errorf("got %v in\n%s", err, got)
+		}
+	})
+	t.Run("resource that is not there", func(t *testing.T) {
+		for name, want := range map[string]string{"gadgets": "the cluster has no gadgets", "service": "the cluster has no service, it calls them services"} {
+			got, warned, err := run(t, strings.Replace(example, "resource: services", "resource: "+name, 1), cluster, "--node=edge-1")
+			if err != nil || !strings.Contains(warned, "warning: no-load-balancers: expressions are not checked against fields: "+want) || !strings.Contains(got, "web-1") {
+				t.Errorf("got %v, %q, %s", err, warned, got)
+			}
 		}
 	})
 	t.Run("guide", func(t *testing.T) {
@@ -211,15 +232,59 @@ func TestFilterTest(t *testing.T) {
 			t.Error("the guide has no AccessFilter")
 		}
 	})
-	t.Run("file", func(t *testing.T) {
-		path := filepath.Join(t.TempDir(), "filter.yaml")
-		if err := os.WriteFile(path, []byte(example), 0o600); err != nil {
+	t.Run("files", func(t *testing.T) {
+		one, two, _ := strings.Cut(example, "---\n")
+		list, err := yaml.YAMLToJSON([]byte(two))
+		if err != nil {
 			t.Fatal(err)
 		}
-		got, _, err := run(t, "", cluster, "--node=edge-9", "-f="+path)
+		paths := []string{filepath.Join(t.TempDir(), "one.yaml"), filepath.Join(t.TempDir(), "two.json")}
+		for i, text := range []string{one, fmt.Sprintf(`{"apiVersion":"v1","kind":"List","items":[%s]}`, list)} {
+			if err := os.WriteFile(paths[i], []byte(text), 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		got, warned, err := run(t, "", cluster, "--node=edge-9", "-f="+paths[0], "-f="+paths[1])
 		// It is in no pool, so it is alone.
 		if err != nil || !strings.Contains(got, "On node edge-9, in no pool:") || strings.Contains(got, "services") || !strings.Contains(got, "nodeName: edge-1") {
 			t.Errorf("got %q, %v", got, err)
 		}
+		if !strings.Contains(warned, "warning: no-load-balancers is not for node edge-9, which is in no pool") {
+			t.Errorf("warned: %q", warned)
+		}
 	})
+}
+
+// TestBadFiles: without a cluster, one hears what is wrong in which field.
+func TestBadFiles(t *testing.T) {
+	for _, tc := range []struct{ name, replace, with, want string }{
+		{"field that is not known", "drop:", "dorp:", `unknown field "spec.dorp"`},
+		{"kind", "kind: AccessFilter", "kind: Filter", "document 1 of standard input: kind Filter of apiVersion network.openyurt.io/v1alpha1 is given, and AccessFilter"},
+		{"version", "openyurt.io/v1alpha1", "openyurt.io/v1", "AccessFilter of network.openyurt.io/v1alpha1 is wanted"},
+		{"no type", "apiVersion: network.openyurt.io/v1alpha1\nkind: AccessFilter\n", "", "document 1 of standard input: kind (none) of apiVersion (none) is given"},
+		{"second document", "metadata: {name: near-only}", "- x", "document 2 of standard input: yaml: line 2"},
+		{"no object", example, "hello", "document 1 of standard input: kind (none)"},
+		{"no name", "{name: no-load-balancers}", "{}", "metadata.name: Required value"},
+		{"no components", "  components: [kube-proxy]\n", "", "spec.components: Required value"},
+		{"a component's name", "[kube-proxy]", "[Kube-Proxy]", `spec.components[0]: Invalid value: "Kube-Proxy"`},
+		{"one component", "[kube-proxy]", "kube-proxy", "spec.components: Invalid value"},
+		{"no resources", "  resources: [{version: v1, resource: services}]\n", "", "spec.resources: Required value"},
+		{"no version", "version: v1, resource: services", "resource: services", "spec.resources[0].version: Required value"},
+		{"a bool for an expression", "drop: object.spec.type == 'LoadBalancer'", "drop: true", `spec.drop: Invalid value: "boolean"`},
+		{"a field twice", "spec:", "spec: {}\nspec:", `key "spec" already set in map`},
+		{"nothing", example, "# nothing\n", "standard input has no AccessFilter"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			t.Setenv("KUBECONFIG", filepath.Join(t.TempDir(), "none"))
+			_, _, err := run(t, strings.Replace(example, tc.replace, tc.with, 1), "--node=edge-1")
+			if err == nil || !strings.HasPrefix(err.Error(), "read filters: ") || !strings.Contains(err.Error(), tc.want) {
+				t.Errorf("got %v\nwant %q", err, tc.want)
+			}
+		})
+	}
+	t.Setenv("KUBECONFIG", filepath.Join(t.TempDir(), "none"))
+	t.Setenv("HOME", t.TempDir())
+	if _, _, err := run(t, example, "--node=edge-1"); err == nil || !strings.Contains(err.Error(), "there is no credential for the cluster: give one by --kubeconfig") {
+		t.Errorf("without a cluster: %v", err)
+	}
 }

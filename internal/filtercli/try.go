@@ -3,7 +3,9 @@ package filtercli
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -12,7 +14,10 @@ import (
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/schema"
+	"k8s.io/client-go/kubernetes/scheme"
+	sigsjson "sigs.k8s.io/json"
 	"sigs.k8s.io/yaml"
 
 	"github.com/yurt-edge/yurt/api/apps"
@@ -99,9 +104,12 @@ func (t *trial) try(ctx context.Context, place *accessfilter.Place, target targe
 		scenes[i] = accessfilter.NewScene(component, place)
 	}
 	options := metav1.ListOptions{Limit: page, LabelSelector: t.selector}
-	seen := 0
+	seen, namespace := 0, t.namespace
+	if r, _ := t.served(target.resource); !r.Namespaced {
+		namespace = ""
+	}
 	for {
-		list, err := t.client.Resource(target.resource).Namespace(t.namespace).List(ctx, options)
+		list, err := t.client.Resource(target.resource).Namespace(namespace).List(ctx, options)
 		if err != nil {
 			return fmt.Errorf("list %s: %w", target.resource.GroupResource(), err)
 		}
@@ -140,13 +148,19 @@ func (t *trial) show(s *accessfilter.Scene, component string, resource schema.Gr
 			continue
 		}
 		next, verdict, err := f.ShowJSON(s, now)
+		if err == nil && len(verdict.Edits) > 0 {
+			err = fits(now, next)
+		}
 		switch {
 		case err != nil:
 			// The hub leaves the object as it is for this filter, and goes on.
 			r.Result, r.Error = Failed, strings.TrimPrefix(r.Error+"; "+f.Name+": "+err.Error(), "; ")
 			continue
 		case verdict.Dropped != nil:
-			r.Result, r.By = Dropped, append(r.By, f.Name+" "+verdict.Dropped.String())
+			r.By = append(r.By, f.Name+" "+verdict.Dropped.String())
+			if r.Result != Failed {
+				r.Result = Dropped
+			}
 			return r
 		}
 		for _, e := range verdict.Edits {
@@ -171,6 +185,42 @@ func (t *trial) show(s *accessfilter.Scene, component string, resource schema.Gr
 		r.By = nil // what it set was there
 	}
 	return r
+}
+
+// fits returns an error if an object of Kubernetes' own has no place for what
+// was set: the hub edits these by the types of their fields.
+func fits(before, after []byte) error {
+	was, err := misfits(before)
+	if err != nil {
+		return err
+	}
+	is, err := misfits(after)
+	if err == nil {
+		is = slices.DeleteFunc(is, func(e error) bool {
+			return slices.ContainsFunc(was, func(w error) bool { return w.Error() == e.Error() })
+		})
+		err = errors.Join(is...)
+	}
+	if err != nil {
+		return fmt.Errorf("the object has no place for what is set: %w", err)
+	}
+	return nil
+}
+
+// misfits are the fields of an object that its Go type lacks.
+func misfits(object []byte) ([]error, error) {
+	var head metav1.TypeMeta
+	if err := json.Unmarshal(object, &head); err != nil {
+		return nil, err
+	}
+	typed, err := scheme.Scheme.New(head.GroupVersionKind())
+	if runtime.IsNotRegisteredError(err) {
+		return nil, nil // a custom resource
+	}
+	if err != nil {
+		return nil, err
+	}
+	return sigsjson.UnmarshalStrict(object, typed)
 }
 
 // unified is the difference without the head that names files.
@@ -234,10 +284,11 @@ func (t *trial) end() error {
 			return err
 		}
 	} else {
-		fmt.Fprintf(t.out, "%d objects looked at: %d dropped, %d changed, %d kept.\n", t.sums.Objects, t.sums.Dropped, t.sums.Changed, t.sums.Kept)
+		fmt.Fprintf(t.out, "%d objects, counted for each component: %d dropped, %d changed, %d kept, %d failed.\n",
+			t.sums.Objects, t.sums.Dropped, t.sums.Changed, t.sums.Kept, t.sums.Failed)
 	}
 	if t.sums.Failed > 0 {
-		return fmt.Errorf("%d objects could not be filtered, and stay as they are; guard the expression, as by has(object.spec.field)", t.sums.Failed)
+		return fmt.Errorf("a filter failed on %d objects and left them as they were; guard the expression, as by has(object.spec.field)", t.sums.Failed)
 	}
 	return nil
 }
