@@ -12,6 +12,9 @@ const (
 	EdgeWorkerLabel = "openyurt.io/is-edge-worker"
 	// HostNetworkLabel on a node is "true" in a pool with hostNetwork.
 	HostNetworkLabel = "nodepool.openyurt.io/hostnetwork"
+	// ExcludeHostNetwork on a pod, "true", keeps it off nodes with
+	// HostNetworkLabel.
+	ExcludeHostNetwork = "apps.openyurt.io/exclude-host-network-pool"
 	// NodePoolTypeLabel on a NodePool, and on a node if its kubelet is told so,
 	// is the pool's type in small letters.
 	NodePoolTypeLabel = "nodepool.openyurt.io/type"

@@ -229,7 +229,7 @@ func TestChartHasWhatItMust(t *testing.T) {
 	for kind, want := range map[string]int{
 		"Deployment": 1, "PodDisruptionBudget": 1, "Service": 1, "CustomResourceDefinition": len(crds.YAML()),
 		"ServiceAccount": len(parts) + 2, "ValidatingAdmissionPolicy": 6, "ValidatingAdmissionPolicyBinding": 6,
-		"MutatingAdmissionPolicy": 2, "MutatingAdmissionPolicyBinding": 2,
+		"MutatingAdmissionPolicy": 3, "MutatingAdmissionPolicyBinding": 3,
 		"ValidatingWebhookConfiguration": 1,
 	} {
 		if count[kind] != want {

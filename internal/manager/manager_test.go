@@ -559,6 +559,64 @@ func TestPodsAreBound(t *testing.T) {
 	tolerates("as it was", "300,300")
 }
 
+// TestPodsStayOffHostNetwork makes pods that ask for it, each with another
+// affinity of its own, which they keep.
+func TestPodsStayOffHostNetwork(t *testing.T) {
+	c := theCluster(t)
+	off := corev1.NodeSelectorRequirement{Key: apps.HostNetworkLabel, Operator: corev1.NodeSelectorOpNotIn, Values: []string{"true"}}
+	own := corev1.NodeSelectorRequirement{Key: "a", Operator: corev1.NodeSelectorOpExists}
+	field := []corev1.NodeSelectorRequirement{{Key: "metadata.name", Operator: corev1.NodeSelectorOpIn, Values: []string{"n"}}}
+	required := func(terms ...corev1.NodeSelectorTerm) *corev1.Affinity {
+		return &corev1.Affinity{NodeAffinity: &corev1.NodeAffinity{RequiredDuringSchedulingIgnoredDuringExecution: &corev1.NodeSelector{NodeSelectorTerms: terms}}}
+	}
+	expressions := func(e ...corev1.NodeSelectorRequirement) corev1.NodeSelectorTerm {
+		return corev1.NodeSelectorTerm{MatchExpressions: e}
+	}
+	preferred := []corev1.PreferredSchedulingTerm{{Weight: 1, Preference: expressions(own)}}
+	apart := &corev1.PodAntiAffinity{RequiredDuringSchedulingIgnoredDuringExecution: []corev1.PodAffinityTerm{{TopologyKey: corev1.LabelHostname}}}
+	for name, tc := range map[string]struct{ has, want *corev1.Affinity }{
+		"none":    {nil, required(expressions(off))},
+		"of-pods": {&corev1.Affinity{PodAntiAffinity: apart}, &corev1.Affinity{PodAntiAffinity: apart, NodeAffinity: required(expressions(off)).NodeAffinity}},
+		"preferred": {&corev1.Affinity{NodeAffinity: &corev1.NodeAffinity{PreferredDuringSchedulingIgnoredDuringExecution: preferred}}, &corev1.Affinity{NodeAffinity: &corev1.NodeAffinity{
+			PreferredDuringSchedulingIgnoredDuringExecution: preferred,
+			RequiredDuringSchedulingIgnoredDuringExecution:  required(expressions(off)).NodeAffinity.RequiredDuringSchedulingIgnoredDuringExecution,
+		}}},
+		"required": {required(expressions(own), corev1.NodeSelectorTerm{MatchFields: field}), required(expressions(own, off), corev1.NodeSelectorTerm{MatchFields: field, MatchExpressions: []corev1.NodeSelectorRequirement{off}})},
+		"asked":    {required(expressions(off, own), expressions(own)), required(expressions(off, own), expressions(own, off))},
+	} {
+		t.Run(name, func(t *testing.T) {
+			pod := &corev1.Pod{
+				ObjectMeta: metav1.ObjectMeta{Namespace: "default", Name: "off-" + name, Annotations: map[string]string{apps.ExcludeHostNetwork: "true"}},
+				Spec:       corev1.PodSpec{Affinity: tc.has, Containers: []corev1.Container{{Name: "a", Image: "b"}}},
+			}
+			await(t, "a pod is made", func() error { // the API server may not have read the policy yet
+				made := pod.DeepCopy()
+				if err := c.Create(t.Context(), made); err != nil {
+					return err
+				}
+				if err := c.Delete(t.Context(), made, client.GracePeriodSeconds(0)); err != nil {
+					return err
+				}
+				if !reflect.DeepEqual(made.Spec.Affinity, tc.want) {
+					return fmt.Errorf("got %v, want %v", made.Spec.Affinity, tc.want)
+				}
+				return nil
+			})
+		})
+	}
+	pod := &corev1.Pod{
+		ObjectMeta: metav1.ObjectMeta{Namespace: "default", Name: "off-not-asked", Annotations: map[string]string{apps.ExcludeHostNetwork: "false"}},
+		Spec:       corev1.PodSpec{Containers: []corev1.Container{{Name: "a", Image: "b"}}},
+	}
+	if err := c.Create(t.Context(), pod); err != nil {
+		t.Fatal(err)
+	}
+	defer c.Delete(t.Context(), pod, client.GracePeriodSeconds(0))
+	if pod.Spec.Affinity != nil {
+		t.Errorf("a pod that does not ask for it got %v", pod.Spec.Affinity)
+	}
+}
+
 // TestNodesCannotForge has a node write what the manager acts upon.
 func TestNodesCannotForge(t *testing.T) {
 	c := theCluster(t)
