@@ -93,6 +93,11 @@ spec: {clusterIP: None, ports: [{name: sql, port: 5432}]}
 ---
 apiVersion: v1
 kind: Service
+metadata: {name: bare, namespace: @}
+spec: {clusterIP: None}
+---
+apiVersion: v1
+kind: Service
 metadata: {name: outside, namespace: @}
 spec: {type: ExternalName, externalName: www.example.com}
 ---
@@ -118,6 +123,14 @@ addressType: IPv6
 ports: [{name: sql, port: 5432, protocol: TCP}]
 endpoints:
 - {addresses: ["fd00:201::1"], hostname: db-0, conditions: {ready: true}}
+---
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: {name: bare-v4, namespace: @, labels: {kubernetes.io/service-name: bare}}
+addressType: IPv4
+ports: []
+endpoints:
+- {addresses: [10.201.0.11], hostname: bare-0, conditions: {ready: true}}
 ---
 apiVersion: discovery.k8s.io/v1
 kind: EndpointSlice
@@ -295,14 +308,15 @@ func TestDNSAnswersAsCoreDNS(t *testing.T) {
 		"fd00-201--1.db.@.svc.cluster.local.", "10-201-0-9.web.@.svc.cluster.local.", "empty.@.svc.cluster.local.", "none.@.svc.cluster.local.", "a.b.c.web.@.svc.cluster.local.",
 		"web.nowhere.svc.cluster.local.", "web.@.svc.cluster.local.@.svc.cluster.local.", "www.example.com.@.svc.cluster.local.",
 		"10-1-2-3.@.pod.cluster.local.", "fd00--1.@.pod.cluster.local.", "web.@.pod.cluster.local.", "@.pod.cluster.local.", "pod.cluster.local.",
-		"outside.@.svc.cluster.local.", "inside.@.svc.cluster.local.", "x.outside.@.svc.cluster.local.",
+		"outside.@.svc.cluster.local.", "inside.@.svc.cluster.local.", "x.outside.@.svc.cluster.local.", "_http._tcp.outside.@.svc.cluster.local.",
+		"bare.@.svc.cluster.local.", "bare-0.bare.@.svc.cluster.local.", "_http._tcp.bare.@.svc.cluster.local.", "11.0.201.10.in-addr.arpa.",
 		ip("web"), ip("one"), "1.0.201.10.in-addr.arpa.", "2.0.201.10.in-addr.arpa.", "3.0.201.10.in-addr.arpa.",
 		"www.example.com.", "none.example.com.",
 	}
 	types := []uint16{dns.TypeA, dns.TypeAAAA, dns.TypeSRV, dns.TypePTR, dns.TypeTXT, dns.TypeCNAME, dns.TypeSOA, dns.TypeHTTPS, dns.TypeMX}
 	for _, server := range []string{core, hub} { // both have to hear of the objects
 		mustAwait(t, func(ctx context.Context) error {
-			for _, name := range []string{"one.@.svc.cluster.local.", "inside.@.svc.cluster.local.", "10-201-0-9.web.@.svc.cluster.local.", "10-201-0-2.db.@.svc.cluster.local."} {
+			for _, name := range []string{"one.@.svc.cluster.local.", "inside.@.svc.cluster.local.", "10-201-0-9.web.@.svc.cluster.local.", "10-201-0-2.db.@.svc.cluster.local.", "bare.@.svc.cluster.local."} {
 				out, err := ask(ctx, server, strings.ReplaceAll(name, "@", namespace), dns.TypeA)
 				if err != nil {
 					return err

@@ -163,11 +163,10 @@ func (f *forwarder) find(ctx context.Context, q question) reply {
 	case <-timer.C:
 		err = errSilent
 	case got := <-flight:
-		if got.Err == nil {
+		// What cannot be told now is no news, as when a server lost its own way.
+		if m, ok := got.Val.(*dns.Msg); got.Err == nil && ok && (kept == nil || tells(m)) {
 			f.metrics.cache.WithLabelValues("miss").Inc()
-			if m, ok := got.Val.(*dns.Msg); ok {
-				return replyOf(m.Copy())
-			}
+			return replyOf(m.Copy())
 		}
 		err = got.Err
 	}
@@ -198,6 +197,9 @@ func (f *forwarder) kept(e *entry, now time.Time) reply {
 	return r
 }
 
+// tells reports whether a server knows what it was asked.
+func tells(m *dns.Msg) bool { return m.Rcode == dns.RcodeSuccess || m.Rcode == dns.RcodeNameError }
+
 func replyOf(m *dns.Msg) reply {
 	return reply{rcode: m.Rcode, answer: m.Answer, ns: m.Ns, extra: m.Extra, truncated: m.Truncated, authenticated: m.AuthenticatedData}
 }
@@ -225,7 +227,7 @@ func (f *forwarder) ask(ctx context.Context, q question) (*dns.Msg, error) {
 			}
 			var m *dns.Msg
 			m, err = f.exchange(ctx, u, q, try)
-			if err == nil && (m.Rcode == dns.RcodeSuccess || m.Rcode == dns.RcodeNameError) {
+			if err == nil && tells(m) {
 				if !m.Truncated { // else the whole may come next time
 					f.cache.put(q, m, time.Now())
 				}
@@ -254,6 +256,10 @@ func (f *forwarder) exchange(ctx context.Context, u *upstream, q question, limit
 	m.CheckingDisabled = q.cd
 	m.SetEdns0(udpSize, q.do)
 	answer, err := f.send(ctx, "udp", u, m)
+	if err == nil && (answer.Rcode == dns.RcodeFormatError || answer.Rcode == dns.RcodeNotImplemented) {
+		m.Extra = nil // it may know no EDNS (RFC 6891, section 7)
+		answer, err = f.send(ctx, "udp", u, m)
+	}
 	if err == nil && answer.Truncated {
 		if whole, tcp := f.send(ctx, "tcp", u, m); tcp == nil {
 			answer = whole

@@ -140,6 +140,51 @@ func TestDeadServers(t *testing.T) {
 	})
 }
 
+// TestServerThatHasLostItsWay gives old answers, too, when the server itself
+// cannot ask anybody, as a router of a site that is cut off.
+func TestServerThatHasLostItsWay(t *testing.T) {
+	t.Parallel()
+	o := newOther(t, says(dns.RcodeSuccess, "www.example.com. 0 IN A 192.0.2.1"))
+	l := start(t, shop(), withServers(o))
+	l.ask(t, "www.example.com.", dns.TypeA)
+	for _, rcode := range []int{dns.RcodeServerFailure, dns.RcodeRefused} {
+		o.set(says(rcode))
+		for range 3 {
+			if got := l.ask(t, "www.example.com.", dns.TypeA); len(got.Answer) != 1 || got.Answer[0].Header().Ttl != staleTTL {
+				t.Errorf("an old answer: %s", shown(got))
+			}
+		}
+		if got := l.ask(t, "new.example.com.", dns.TypeA); got.Rcode != dns.RcodeServerFailure && got.Rcode != rcode {
+			t.Errorf("what was never known: %s", shown(got))
+		}
+		l.forward.cache.mu.Lock()
+		clear(l.forward.cache.failed) // as after its time
+		l.forward.cache.mu.Unlock()
+	}
+	o.set(says(dns.RcodeNameError, soaOfExample))
+	if got := l.ask(t, "www.example.com.", dns.TypeA); got.Rcode != dns.RcodeNameError {
+		t.Errorf("the name is gone: %s", shown(got))
+	}
+}
+
+// TestServerWithoutEDNS asks one of before 1999, as some routers have.
+func TestServerWithoutEDNS(t *testing.T) {
+	t.Parallel()
+	for _, rcode := range []int{dns.RcodeFormatError, dns.RcodeNotImplemented} {
+		o := newOther(t, func(w dns.ResponseWriter, m *dns.Msg) {
+			if m.IsEdns0() != nil {
+				_ = w.WriteMsg(new(dns.Msg).SetRcode(m, rcode))
+				return
+			}
+			says(dns.RcodeSuccess, "www.example.com. 60 IN A 192.0.2.1")(w, m)
+		})
+		l := start(t, shop(), withServers(o))
+		if got := l.ask(t, "www.example.com.", dns.TypeA); len(got.Answer) != 1 {
+			t.Errorf("%s: %s", dns.RcodeToString[rcode], shown(got))
+		}
+	}
+}
+
 // TestNextServer asks another server when one refuses or is silent.
 func TestNextServer(t *testing.T) {
 	t.Parallel()

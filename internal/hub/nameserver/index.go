@@ -65,7 +65,7 @@ type ports string
 
 type port struct {
 	protocol, name string
-	number         uint16
+	number         uint16 // 0: none, or any
 }
 
 func (p ports) each(fn func(port)) {
@@ -317,6 +317,9 @@ func readSlice(in *discoveryv1.EndpointSlice) *slice {
 			one.number = uint16(*p.Port) //nolint:gosec // the API bounds it
 		}
 		list = append(list, one)
+	}
+	if len(list) == 0 { // of a headless Service, which need not have any
+		list = []port{{}}
 	}
 	out.ports = portsText(list)
 	out.wide = in.AddressType == discoveryv1.AddressTypeIPv6

@@ -222,10 +222,13 @@ func (r *reply) srv(name string, found []target, most int) {
 	extra := map[netip.Addr]struct{}{}
 	for _, t := range found {
 		p := place{t.name, t.port}
-		if _, ok := seen[p]; !ok {
+		if _, ok := seen[p]; !ok && p.port != 0 {
 			seen[p] = struct{}{}
 			places = append(places, p)
 		}
+	}
+	if len(places) == 0 {
+		return
 	}
 	shuffle(places)
 	if len(places) > most {

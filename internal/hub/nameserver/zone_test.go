@@ -78,8 +78,13 @@ func TestRecords(t *testing.T) {
 			"_sql._tcp.db.shop.svc.cluster.local. 5 IN SRV 0 50 5432 db-0.db.shop.svc.cluster.local.\n" +
 			"extra 10-244-1-9.db.shop.svc.cluster.local. 5 IN A 10.244.1.9\nextra db-0.db.shop.svc.cluster.local. 5 IN A 10.244.1.8\n" +
 			"extra db-0.db.shop.svc.cluster.local. 5 IN AAAA fd00:244::8",
-		"empty.shop.svc.cluster.local. A":    none,
-		"mail.shop.svc.cluster.local. CNAME": "NOERROR\nmail.shop.svc.cluster.local. 5 IN CNAME mail.example.com.",
+		"empty.shop.svc.cluster.local. A": none,
+		// Without a port there is nothing to say of one.
+		"bare.shop.svc.cluster.local. A":            "NOERROR\nbare.shop.svc.cluster.local. 5 IN A 10.244.1.11",
+		"bare-0.bare.shop.svc.cluster.local. A":     "NOERROR\nbare-0.bare.shop.svc.cluster.local. 5 IN A 10.244.1.11",
+		"bare.shop.svc.cluster.local. SRV":          only,
+		"_http._tcp.bare.shop.svc.cluster.local. A": none,
+		"mail.shop.svc.cluster.local. CNAME":        "NOERROR\nmail.shop.svc.cluster.local. 5 IN CNAME mail.example.com.",
 		// No other server is known: the alias is, what it leads to is not.
 		"mail.shop.svc.cluster.local. A":                                                "NOERROR\nmail.shop.svc.cluster.local. 5 IN CNAME mail.example.com.",
 		"again.shop.svc.cluster.local. A":                                               "NOERROR\nagain.shop.svc.cluster.local. 5 IN CNAME web.default.svc.cluster.local.\nweb.default.svc.cluster.local. 5 IN A 10.96.0.20",
