@@ -9,6 +9,8 @@ import (
 	"maps"
 	"math/rand/v2"
 	"net/http"
+	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -32,6 +34,13 @@ const (
 	beatBudget = 40 * time.Second
 	// beatRetry is the pause after one that failed.
 	beatRetry = time.Second
+	// A node that waits to be carried for the first time waits for others that
+	// fell silent with it, and no longer: carryGather at most. Between two such
+	// writes is carryPause at least.
+	carryGather = time.Second
+	carryPause  = 2 * time.Second
+	// recently is how long a peer that was heard counts as one that answers.
+	recently = 10 * time.Second
 )
 
 // prompt reports whether the link is up and worth waiting for.
@@ -49,16 +58,20 @@ func (h *Hub) silence() string {
 // the cloud has not seen. It is not kept on disk: it would be one write every
 // ten seconds for a value that a restart renews.
 type heartbeat struct {
-	owed chan struct{} // holds a token when the cloud is owed a renewal
+	owed  chan struct{} // holds a token when the cloud is owed a renewal
+	hurry chan struct{} // holds a token when a node waits to be carried
 
 	mu    sync.Mutex // guards the following
 	lease *coordinationv1.Lease
 	spoke time.Time         // when the kubelet last renewed it here
 	wrote *metav1.MicroTime // and what it wrote
 	taken time.Time         // when the cloud last took a renewal
+	moved [2]string         // from and to which version this hub last brought it
 }
 
-func newHeartbeat() *heartbeat { return &heartbeat{owed: make(chan struct{}, 1)} }
+func newHeartbeat() *heartbeat {
+	return &heartbeat{owed: make(chan struct{}, 1), hurry: make(chan struct{}, 1)}
+}
 
 func (b *heartbeat) get() *coordinationv1.Lease {
 	b.mu.Lock()
@@ -110,6 +123,33 @@ func (b *heartbeat) took(version string) {
 	}
 }
 
+// move notes that this hub has written its annotations, and nothing else, over
+// the version from.
+func (b *heartbeat) move(from, to string) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.lease != nil && b.lease.ResourceVersion == from {
+		l := b.lease.DeepCopy()
+		l.ResourceVersion = to
+		b.lease = l
+	}
+	if b.moved[1] == from {
+		from = b.moved[0]
+	}
+	b.moved = [2]string{from, to}
+}
+
+// version is what a version has become by what this hub wrote: the kubelet
+// knows of none of that, and need not.
+func (b *heartbeat) version(known string) string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if known != "" && known == b.moved[0] {
+		return b.moved[1]
+	}
+	return known
+}
+
 // beat passes on the renewals that were answered here because the link is
 // weak, always the latest, one at a time. A renewal that is older than it is
 // good for is not news: the kubelet may be dead.
@@ -152,36 +192,95 @@ func (h *Hub) passOn(ctx context.Context, l *coordinationv1.Lease) error {
 	if err != nil {
 		return fmt.Errorf("renew lease: %w", err)
 	}
+	renewed, err := h.patchLease(ctx, patch)
+	if renewed == nil {
+		return err
+	}
+	h.heartbeat.took(renewed.ResourceVersion)
+	h.vouch.Took(renewed.Annotations[apps.Heartbeats])
+	return nil
+}
+
+// patchLease returns nil without an error when the cloud refuses the patch.
+func (h *Hub) patchLease(ctx context.Context, patch []byte) (*metav1.PartialObjectMetadata, error) {
 	const path = "https://upstream/apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases/"
 	req, err := http.NewRequestWithContext(ctx, http.MethodPatch, path+h.cfg.NodeName, bytes.NewReader(patch))
 	if err != nil {
-		return fmt.Errorf("renew lease: %w", err)
+		return nil, fmt.Errorf("renew lease: %w", err)
 	}
 	req.Header.Set("Content-Type", string(types.MergePatchType))
 	req.Header.Set("Accept", runtime.ContentTypeJSON)
 	req.Header.Set("User-Agent", "yurthub")
 	resp, err := h.link.Node().RoundTrip(req)
 	if err != nil {
-		return fmt.Errorf("renew lease: %w", err)
+		return nil, fmt.Errorf("renew lease: %w", err)
 	}
 	defer resp.Body.Close()
 	body, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
 	if err != nil {
-		return fmt.Errorf("renew lease: %w", err)
+		return nil, fmt.Errorf("renew lease: %w", err)
 	}
 	if resp.StatusCode != http.StatusOK {
 		if resp.StatusCode/100 == 4 && resp.StatusCode != http.StatusTooManyRequests {
 			h.log.Debug("lease not renewed in the cloud", "status", resp.Status)
-			return nil
+			return nil, nil //nolint:nilnil // it is refused
 		}
-		return fmt.Errorf("renew lease: the cloud answered %s", resp.Status)
+		return nil, fmt.Errorf("renew lease: the cloud answered %s", resp.Status)
 	}
-	var renewed metav1.PartialObjectMetadata
-	if err := json.Unmarshal(body, &renewed); err != nil {
-		return fmt.Errorf("renew lease: read answer: %w", err)
+	renewed := &metav1.PartialObjectMetadata{}
+	if err := json.Unmarshal(body, renewed); err != nil {
+		return nil, fmt.Errorf("renew lease: read answer: %w", err)
 	}
-	h.heartbeat.took(renewed.ResourceVersion)
-	h.vouch.Took(renewed.Annotations[apps.Heartbeats])
+	return renewed, nil
+}
+
+// carrySoon takes to the cloud, between two renewals, the heartbeats of nodes of
+// which it has not heard from here: a node that falls silent need not wait for
+// this one's kubelet. After that they go with its renewals.
+func (h *Hub) carrySoon(ctx context.Context) error {
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-h.heartbeat.hurry:
+		}
+		for pause := carryGather/2 + rand.N(carryGather/2); ; pause = carryPause {
+			select {
+			case <-ctx.Done():
+				return nil
+			case <-time.After(pause):
+			}
+			if !h.vouch.Waits() {
+				break
+			}
+			if err := h.carryNow(ctx); err != nil {
+				h.log.Debug("heartbeats of peers not carried at once", "err", err)
+			}
+		}
+	}
+}
+
+// carryNow writes what this hub carries, if nobody has written the lease since.
+// Whoever has, the kubelet as a rule, has carried it.
+func (h *Hub) carryNow(ctx context.Context) error {
+	l := h.heartbeat.get()
+	if l == nil || l.ResourceVersion == "" {
+		return nil
+	}
+	patch, err := json.Marshal(map[string]any{
+		"metadata": map[string]any{"resourceVersion": l.ResourceVersion, "annotations": h.leaseAnnotations()},
+	})
+	if err != nil {
+		return fmt.Errorf("carry heartbeats: %w", err)
+	}
+	ctx, cancel := context.WithTimeout(ctx, leaseBudget)
+	defer cancel()
+	written, err := h.patchLease(ctx, patch)
+	if written == nil {
+		return err
+	}
+	h.heartbeat.move(l.ResourceVersion, written.ResourceVersion)
+	h.vouch.Took(written.Annotations[apps.Heartbeats])
 	return nil
 }
 
@@ -190,24 +289,35 @@ func (h *Hub) newVouch() *vouch.Vouch {
 		Node: h.cfg.NodeName, Certificate: h.certs.ClientCertificate, ClusterCAs: h.certs.ClusterCAs, Clock: h.clock,
 		Online: h.link.Online, Changed: h.link.Changed, Own: h.ownHeartbeat,
 		From: pool.PeerFrom, Member: func(node string) bool { return h.pool.Membership().Has(node) },
-		Peers: func() []string {
-			// Those that say that they have a link come first, and not the
-			// same of them for every hub.
-			peers := h.pool.Peers()
-			rand.Shuffle(len(peers), func(i, j int) { peers[i], peers[j] = peers[j], peers[i] })
-			var linked, others []string
-			for _, p := range peers {
-				if p.Link {
-					linked = append(linked, p.Node)
-				} else {
-					others = append(others, p.Node)
-				}
+		Peers:  func() []string { return inTurn(h.pool.Peers(), time.Now()) },
+		Helped: func() <-chan struct{} { return h.pool.Helped() },
+		Hurry: func() {
+			select {
+			case h.heartbeat.hurry <- struct{}{}:
+			default:
 			}
-			return append(linked, others...)
 		},
 		Transport: func(node string) http.RoundTripper { return h.pool.Transport(node) }, Path: pool.HeartbeatsPath,
 		Log: h.log.With("part", "vouch"), Registerer: h.cfg.Registerer,
 	})
+}
+
+// inTurn is the order in which peers are asked to vouch: those that were heard
+// lately and say that they have a link, then the others that were heard lately.
+// It is not the same for every hub.
+func inTurn(peers []pool.Peer, now time.Time) []string {
+	var turns [3][]string
+	for _, i := range rand.Perm(len(peers)) {
+		p, turn := peers[i], 2
+		switch heard := now.Sub(p.Seen) < recently; {
+		case heard && p.Link:
+			turn = 0
+		case heard:
+			turn = 1
+		}
+		turns[turn] = append(turns[turn], p.Node)
+	}
+	return slices.Concat(turns[:]...)
 }
 
 // ownHeartbeat is what others may carry to the cloud for this node.
@@ -271,7 +381,7 @@ func (h *Hub) renewal(r *http.Request, body []byte, into *coordinationv1.Lease) 
 		return nil
 	}
 	h.heartbeat.heard(into)
-	if err := carry(r, body, into, h.leaseAnnotations()); err != nil {
+	if err := carry(r, body, into, h.leaseAnnotations(), h.heartbeat.version(into.ResourceVersion)); err != nil {
 		h.log.Warn("the heartbeats of peers are not carried", "err", err)
 	}
 	return nil
@@ -280,9 +390,11 @@ func (h *Hub) renewal(r *http.Request, body []byte, into *coordinationv1.Lease) 
 // carry puts annotations into the kubelet's own renewal, so that they cost no
 // write of their own and cannot be in its way, and takes away those that it
 // repeats from the answer before. The kubelet may be newer than this hub: the
-// fields of its lease that are not known here stay.
-func carry(r *http.Request, body []byte, l *coordinationv1.Lease, set map[string]*string) error {
-	changed := false
+// fields of its lease that are not known here stay. The renewal is of the given
+// version then.
+func carry(r *http.Request, body []byte, l *coordinationv1.Lease, set map[string]*string, version string) error {
+	moved := version != l.ResourceVersion
+	changed := moved
 	annotations := maps.Clone(l.Annotations)
 	for key, text := range set {
 		had, has := annotations[key]
@@ -309,11 +421,22 @@ func carry(r *http.Request, body []byte, l *coordinationv1.Lease, set map[string
 	if err == nil {
 		object, err = wire.Annotate(enc, object, set)
 	}
+	if err == nil && moved {
+		object, err = setVersion(enc, object, version)
+	}
 	if err != nil {
 		return err //nolint:wrapcheck // it names the object
 	}
 	text := wire.AppendObject(nil, enc, apiVersion, kind, object)
 	r.Body, r.ContentLength = io.NopCloser(bytes.NewReader(text)), int64(len(text))
-	l.Annotations = annotations
+	l.Annotations, l.ResourceVersion = annotations, version
 	return nil
+}
+
+func setVersion(enc wire.Encoding, object []byte, version string) ([]byte, error) {
+	v, err := strconv.ParseUint(version, 10, 64)
+	if err != nil {
+		return nil, fmt.Errorf("version of the lease: %w", err)
+	}
+	return wire.SetVersion(enc, object, v)
 }

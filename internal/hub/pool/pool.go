@@ -116,6 +116,7 @@ type Pool struct {
 	changed  chan struct{} // closed when one of these changes
 	machine  *member
 	moved    chan struct{} // closed when another upstream is decided on
+	helped   chan struct{} // closed when a peer may help that could not before
 	decided  bool          // one was
 	book     map[string]*entry
 	inFlight map[*inFlight]*entry // what is served, by whom it is for
@@ -132,7 +133,7 @@ func New(cfg Config) *Pool {
 	}
 	return &Pool{
 		cfg: cfg, log: cfg.Log, metrics: newMetrics(cfg.Registerer),
-		changed: make(chan struct{}), moved: make(chan struct{}), machine: newMember(cfg.Node, rand.Uint64(), patience{cmp.Or(cfg.Grace, DefaultGrace), cmp.Or(cfg.Return, DefaultReturn)}), book: map[string]*entry{}, inFlight: map[*inFlight]*entry{},
+		changed: make(chan struct{}), moved: make(chan struct{}), helped: make(chan struct{}), machine: newMember(cfg.Node, rand.Uint64(), patience{cmp.Or(cfg.Grace, DefaultGrace), cmp.Or(cfg.Return, DefaultReturn)}), book: map[string]*entry{}, inFlight: map[*inFlight]*entry{},
 	}
 }
 
@@ -180,6 +181,20 @@ func (p *Pool) Set(m Membership, address net.IP, known bool) {
 	}
 	close(p.changed)
 	p.changed = make(chan struct{})
+	p.helpLocked()
+}
+
+// Helped returns a channel that is closed when a peer may help that could not
+// before: it says that its link is back, is heard again, or is new.
+func (p *Pool) Helped() <-chan struct{} {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.helped
+}
+
+func (p *Pool) helpLocked() {
+	close(p.helped)
+	p.helped = make(chan struct{})
 }
 
 func same(a, b Membership) bool {

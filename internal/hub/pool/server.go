@@ -196,6 +196,9 @@ func (p *Pool) admit(f *inFlight, from net.IP) error {
 		return forbidden(fmt.Sprintf("node %s is not in the pool of %s, as this hub knows it", f.peer, p.cfg.Node))
 	}
 	e := p.entryLocked(f.peer)
+	if time.Since(e.seen) > silentFor {
+		p.helpLocked()
+	}
 	e.seen = time.Now()
 	if from != nil && !p.member.leader(f.peer) {
 		e.setAddress(from.String())

@@ -15,8 +15,10 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"k8s.io/apimachinery/pkg/runtime/schema"
 
 	"github.com/yurt-edge/yurt/internal/httpx"
@@ -405,4 +407,58 @@ func TestOnePeerHasLimits(t *testing.T) {
 	if _, err := admit("b", true); err == nil {
 		t.Error("room is given back twice")
 	}
+}
+
+// TestHelped tells when somebody may help who could not before, and not when
+// nothing has changed.
+func TestHelped(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p := New(Config{Node: "a", Registerer: prometheus.NewRegistry()})
+		p.Set(Membership{Pool: "p", Nodes: []string{"a", "b", "c"}, Contacts: []Leader{{"b", "192.0.2.2"}}}, nil, true)
+		p.machine.setPool(time.Now(), "p", nil, []string{"b"})
+		for _, tc := range []struct {
+			what string
+			do   func()
+			want bool
+		}{
+			{"b has no link", func() { p.hear("b", time.Now(), State{}, nil) }, false},
+			{"b has one", func() { p.hear("b", time.Now(), State{Link: true}, nil) }, true},
+			{"and still has", func() { p.hear("b", time.Now(), State{Link: true}, nil) }, false},
+			{"b falls silent", func() { p.hear("b", time.Now(), State{}, errRefused); time.Sleep(silentFor) }, false},
+			{"b is back", func() { p.hear("b", time.Now(), State{Link: true}, nil) }, true},
+			{"b knows c", func() {
+				p.hear("b", time.Now(), State{Link: true, Peers: map[string]string{"c": "192.0.2.3"}}, nil)
+			}, true},
+			{"c calls", func() { p.leave(call(t, p, "c")) }, true},
+			{"c calls again", func() { p.leave(call(t, p, "c")) }, false},
+			{"nothing new of the pool", func() { p.Set(p.member, nil, true) }, false},
+			{"another leader", func() {
+				m := p.member
+				m.Leaders = []Leader{{"b", "192.0.2.2"}}
+				p.Set(m, nil, true)
+			}, true},
+		} {
+			helped := p.Helped()
+			time.Sleep(time.Second)
+			tc.do()
+			got := false
+			select {
+			case <-helped:
+				got = true
+			default:
+			}
+			if got != tc.want {
+				t.Errorf("%s: got %v", tc.what, got)
+			}
+		}
+	})
+}
+
+func call(t *testing.T, p *Pool, peer string) *inFlight {
+	t.Helper()
+	f := &inFlight{peer: peer}
+	if err := p.admit(f, nil); err != nil {
+		t.Fatal(err)
+	}
+	return f
 }

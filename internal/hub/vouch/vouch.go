@@ -40,6 +40,9 @@ const (
 	beats = 4
 	// idle is how often it looks whether it needs it.
 	idle = 10 * time.Second
+	// again is after how long it asks once more if nobody carries its
+	// heartbeat, and twice as long each time after that, up to the usual.
+	again = 2 * time.Second
 	// soon bounds the pause before the first time after the link went down,
 	// so that a pool that is cut does not speak in one voice.
 	soon = time.Second
@@ -71,7 +74,10 @@ func (o Own) alive() bool { return o.Life > 0 && time.Since(o.Spoke) < o.Life }
 
 // overdue reports whether the cloud should have taken a renewal by now: then
 // the peers are asked, though the link is up.
-func (o Own) overdue() bool { return time.Since(o.Taken) > o.Life*3/8 }
+func (o Own) overdue() bool { return o.due() < 0 }
+
+// due is in how long it will be.
+func (o Own) due() time.Duration { return o.Life*3/8 - time.Since(o.Taken) }
 
 // Config is what a Vouch needs. All fields must be set.
 type Config struct {
@@ -94,6 +100,11 @@ type Config struct {
 	Peers     func() []string
 	Transport func(node string) http.RoundTripper
 	Path      string
+	// Helped is closed when a peer may help that could not before.
+	Helped func() <-chan struct{}
+	// Hurry asks for a renewal before the next one is due, since a node waits
+	// that no renewal has carried. It does not block.
+	Hurry func()
 
 	Log        *slog.Logger
 	Registerer prometheus.Registerer
@@ -120,6 +131,7 @@ type kept struct {
 	time   time.Time // of the heartbeat
 	at     time.Time // when it came
 	place  int       // of the node in the queue to be carried
+	fresh  bool      // the cloud has not heard of it from here
 }
 
 // New returns a Vouch that carries nothing.
@@ -173,10 +185,23 @@ func (v *Vouch) Took(annotation string) {
 	for _, s := range all {
 		node := s.Claimed().Node
 		if k, ok := v.kept[node]; ok {
-			k.place = v.placeLocked()
+			k.place, k.fresh = v.placeLocked(), false
 			v.kept[node] = k
 		}
 	}
+}
+
+// Waits reports whether a node waits to be carried for the first time, by a
+// hub that can.
+func (v *Vouch) Waits() bool {
+	v.mu.Lock()
+	v.dropLocked()
+	waits := false
+	for _, k := range v.kept {
+		waits = waits || k.fresh
+	}
+	v.mu.Unlock()
+	return waits && v.carries()
 }
 
 func (v *Vouch) dropLocked() {
@@ -246,6 +271,9 @@ func (v *Vouch) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			a.Refused[s.Claimed().Node] = err.Error()
 		}
 	}
+	if v.Waits() {
+		v.cfg.Hurry()
+	}
 	text, err := json.Marshal(a)
 	if err != nil {
 		httpx.WriteStatus(w, r, apierrors.NewInternalError(err))
@@ -278,34 +306,46 @@ func (v *Vouch) keep(b heartbeat.Beat, s heartbeat.Signed) error {
 	if !known {
 		k.place = v.placeLocked()
 	}
-	v.kept[b.Node] = kept{s, b.Time.Time, time.Now(), k.place}
+	v.kept[b.Node] = kept{s, b.Time.Time, time.Now(), k.place, k.fresh || !known}
 	return nil
 }
 
 // Run speaks for the node while its renewals do not get through, until ctx
 // ends. It returns nil.
 func (v *Vouch) Run(ctx context.Context) error {
+	retry := again
 	for {
-		changed, pause := v.cfg.Changed(), idle
+		changed, helped, pause := v.cfg.Changed(), v.cfg.Helped(), idle
+		carried := true // or there is no need
 		if own, err := v.cfg.Own(); err != nil {
 			v.cfg.Log.Debug("nothing to say of the node", "err", err)
 		} else if own.alive() {
 			pause = min(idle, own.Life/beats)
 			v.expect(own.Life)
 			if !v.cfg.Online() || own.overdue() {
-				v.speak(ctx, own)
+				carried = v.speak(ctx, own)
+			} else {
+				pause = min(pause, max(time.Second, own.due()))
 			}
+		}
+		if carried {
+			helped, retry = nil, again
+		} else {
+			pause = min(pause, retry)
+			retry = min(2*retry, idle)
 		}
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-time.After(pause*9/10 + rand.N(pause/5)):
+			continue
 		case <-changed:
-			select {
-			case <-ctx.Done():
-				return nil
-			case <-time.After(rand.N(soon)):
-			}
+		case <-helped:
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(rand.N(soon)):
 		}
 	}
 }
@@ -324,8 +364,9 @@ func (v *Vouch) carries() bool {
 	return err == nil && v.cfg.Online() && own.alive() && !own.overdue()
 }
 
-// speak hands the node's heartbeat to peers until one carries it.
-func (v *Vouch) speak(ctx context.Context, own Own) {
+// speak hands the node's heartbeat to peers until one carries it, and reports
+// whether one does.
+func (v *Vouch) speak(ctx context.Context, own Own) bool {
 	peers := v.order()
 	for i, peer := range peers {
 		a, err := v.tell(ctx, peer, own)
@@ -346,13 +387,14 @@ func (v *Vouch) speak(ctx context.Context, own Own) {
 		v.sent.WithLabelValues(result).Inc()
 		if result == "link" {
 			v.carriedBy(peer)
-			return
+			return true
 		}
 		if ctx.Err() != nil || i == tries-1 {
 			break
 		}
 	}
 	v.carriedBy("")
+	return false
 }
 
 func (v *Vouch) carriedBy(peer string) {

@@ -51,10 +51,12 @@ type hub struct {
 	online atomic.Bool
 	asked  atomic.Int32 // by peers
 	dead   atomic.Bool  // does not answer
+	hurry  atomic.Int32 // renewals that were asked for
 
 	mu      sync.Mutex // guards the following
 	own     Own
 	changed chan struct{}
+	helped  chan struct{}
 }
 
 func newWorld(t *testing.T) *world {
@@ -89,7 +91,7 @@ func (w *world) sign(template, parent *x509.Certificate, key *ecdsa.PublicKey) *
 func (w *world) add(name string, skew time.Duration, heard bool) *hub {
 	w.t.Helper()
 	began := time.Now()
-	h := &hub{changed: make(chan struct{})}
+	h := &hub{changed: make(chan struct{}), helped: make(chan struct{})}
 	h.clock = clock.Open(clock.Config{
 		Path: w.t.TempDir() + "/clock", Built: time.Now().Add(-9000 * time.Hour), Log: slog.New(slog.DiscardHandler),
 		Source: func() (time.Time, time.Duration) { return time.Now().Add(skew), time.Since(began) },
@@ -126,7 +128,13 @@ func (w *world) add(name string, skew time.Duration, heard bool) *hub {
 			return slices.DeleteFunc(slices.Clone(w.names), func(n string) bool { return n == name })
 		},
 		Transport: func(node string) http.RoundTripper { return way{name, w.hubs[node]} },
-		Path:      "/beats", Log: slog.New(slog.DiscardHandler), Registerer: prometheus.NewRegistry(),
+		Helped: func() <-chan struct{} {
+			h.mu.Lock()
+			defer h.mu.Unlock()
+			return h.helped
+		},
+		Hurry: func() { h.hurry.Add(1) },
+		Path:  "/beats", Log: slog.New(slog.DiscardHandler), Registerer: prometheus.NewRegistry(),
 	})
 	w.hubs[name] = h
 	w.names = append(w.names, name)
@@ -266,6 +274,108 @@ func TestCloudThatTakesNothing(t *testing.T) {
 		synctest.Wait()
 		if got := w.carries(b); got != "a" {
 			t.Errorf("b carries %q", got)
+		}
+	})
+}
+
+// TestAsksAgainSoon has nobody with a link at first: a hub asks again soon, and
+// less often the longer that lasts.
+func TestAsksAgainSoon(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		a, b := w.add("a", 0, true), w.add("b", 0, true)
+		b.cfg.Peers = func() []string { return nil }
+		defer w.run()()
+		time.Sleep(time.Second)
+		b.renew(true)
+		b.online.Store(true)
+		time.Sleep(again)
+		synctest.Wait()
+		if got := w.carries(b); got != "a" {
+			t.Errorf("%s after its link was back, b carries %q", again, got)
+		}
+		b.online.Store(false)
+		before := b.asked.Load()
+		w.live(time.Minute)
+		if n := b.asked.Load() - before; n < 6 || n > 9 {
+			t.Errorf("in a minute without help b was asked %d times", n)
+		}
+		// It is told when there is some.
+		b.renew(true)
+		b.online.Store(true)
+		before = b.asked.Load()
+		a.mu.Lock()
+		close(a.helped)
+		a.helped = make(chan struct{})
+		a.mu.Unlock()
+		time.Sleep(soon)
+		synctest.Wait()
+		if n := b.asked.Load() - before; n != 1 || a.Carrier() != "b" {
+			t.Errorf("asked %d times, carried by %q", n, a.Carrier())
+		}
+		// Who is carried needs no help.
+		a.mu.Lock()
+		close(a.helped)
+		a.helped = make(chan struct{})
+		a.mu.Unlock()
+		time.Sleep(soon)
+		synctest.Wait()
+		if n := b.asked.Load() - before; n != 1 {
+			t.Errorf("asked %d times", n)
+		}
+	})
+}
+
+// TestOverdueIsNoticed has the cloud take no renewals though the link is up: the
+// peers are asked as soon as one is overdue, not at the next look.
+func TestOverdueIsNoticed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		a, b := w.add("a", 0, true), w.add("b", 0, true)
+		a.online.Store(true)
+		b.online.Store(true)
+		defer w.run()()
+		time.Sleep(6 * time.Second)
+		a.renew(true) // the last one
+		b.renew(true)
+		time.Sleep(a.own.Life*3/8 - time.Second)
+		a.renew(false)
+		b.renew(true)
+		time.Sleep(3 * time.Second)
+		synctest.Wait()
+		if got := w.carries(b); got != "a" {
+			t.Errorf("b carries %q", got)
+		}
+	})
+}
+
+// TestNewcomersAreHurried: who falls silent does not wait for the carrier's
+// kubelet, once.
+func TestNewcomersAreHurried(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		a, b := w.add("a", 0, true), w.add("b", 0, true)
+		a.speak(t.Context(), a.own)
+		if b.Waits() || b.hurry.Load() != 0 {
+			t.Error("a hub without a link hurries")
+		}
+		b.online.Store(true)
+		a.speak(t.Context(), a.own)
+		if !b.Waits() || b.hurry.Load() != 1 {
+			t.Errorf("%d renewals asked for", b.hurry.Load())
+		}
+		text, err := heartbeat.Join(b.Turn())
+		if err != nil {
+			t.Fatal(err)
+		}
+		b.Took(text)
+		for range 3 {
+			time.Sleep(10 * time.Second)
+			b.renew(true)
+			a.speak(t.Context(), a.own)
+		}
+		if b.Waits() || b.hurry.Load() != 1 {
+			t.Errorf("%d renewals asked for", b.hurry.Load())
 		}
 	})
 }

@@ -108,40 +108,54 @@ func (c *listener) Reconcile(ctx context.Context, req reconcile.Request) (reconc
 	if err := c.read.Get(ctx, types.NamespacedName{Name: lease.Name}, &node); err != nil {
 		return reconcile.Result{}, client.IgnoreNotFound(err)
 	}
+	var next time.Duration
 	if text := lease.Annotations[apps.Heartbeats]; text != "" {
-		if err := c.listen(ctx, &node, text); err != nil {
+		var err error
+		if next, err = c.listen(ctx, &node, text); err != nil {
 			return reconcile.Result{}, err
 		}
 	}
-	return c.stand(ctx, &lease, &node)
+	until, err := c.stand(ctx, &lease, &node)
+	return reconcile.Result{RequeueAfter: sooner(next, until)}, err
 }
 
-// listen takes what the voucher carries. It goes on after one that fails.
-func (c *listener) listen(ctx context.Context, voucher *corev1.Node, text string) error {
+// sooner returns the shorter of two waits, of which those that are not above 0
+// are none.
+func sooner(a, b time.Duration) time.Duration {
+	if a <= 0 || b > 0 && b < a {
+		return max(0, b)
+	}
+	return a
+}
+
+// listen takes what the voucher carries. It goes on after one that fails. Next
+// is when to look at it again; 0: when it carries something else.
+func (c *listener) listen(ctx context.Context, voucher *corev1.Node, text string) (next time.Duration, err error) {
 	all, err := heartbeat.Split(text)
 	if err != nil {
 		c.judge(voucher, unreadable, err)
-		return nil
+		return 0, nil
 	}
 	var errs []error
 	for _, s := range all {
 		roots, err := c.authority.roots(ctx)
 		if err != nil {
-			return err
+			return 0, err
 		}
-		v, why, err := c.take(ctx, voucher, s, roots)
+		v, why, err := c.take(ctx, voucher, s, roots, &next)
 		if err != nil {
 			errs = append(errs, err)
 			continue
 		}
 		c.judge(voucher, v, why)
 	}
-	return errors.Join(errs...)
+	return next, errors.Join(errs...)
 }
 
 // take renews the lease of the node that the heartbeat is of, if it is worth
-// that. Why says what is wrong with it.
-func (c *listener) take(ctx context.Context, voucher *corev1.Node, s heartbeat.Signed, roots *x509.CertPool) (v verdict, why, err error) {
+// that. Why says what is wrong with it, and next becomes no later than when it
+// is worth something.
+func (c *listener) take(ctx context.Context, voucher *corev1.Node, s heartbeat.Signed, roots *x509.CertPool, next *time.Duration) (v verdict, why, err error) {
 	now := c.clock.Now()
 	claimed := s.Claimed()
 	var lease coordinationv1.Lease
@@ -149,7 +163,11 @@ func (c *listener) take(ctx context.Context, voucher *corev1.Node, s heartbeat.S
 	if err := c.read.Get(ctx, key, &lease); err != nil {
 		return unknown, nil, client.IgnoreNotFound(err)
 	}
-	if v = worth(&lease, claimed, c.ear.Last(claimed.Node), now); v != renewed {
+	heard := c.ear.Last(claimed.Node)
+	if v = worth(&lease, claimed, heard, now); v != renewed {
+		if v == notYet {
+			*next = sooner(*next, again(&lease, heard, now))
+		}
 		return v, nil, nil
 	}
 	b, why := s.Open(roots, now)
@@ -194,13 +212,14 @@ func (c *listener) judge(voucher *corev1.Node, v verdict, why error) {
 	}
 }
 
-// stand says of a node whether it is vouched for.
-func (c *listener) stand(ctx context.Context, lease *coordinationv1.Lease, node *corev1.Node) (reconcile.Result, error) {
+// stand says of a node whether it is vouched for, and for how long if nobody
+// says more.
+func (c *listener) stand(ctx context.Context, lease *coordinationv1.Lease, node *corev1.Node) (until time.Duration, err error) {
 	was := lease.DeepCopy()
 	if settle(lease) {
 		patch := client.MergeFromWithOptions(was, client.MergeFromWithOptimisticLock{})
 		if err := c.write.Patch(ctx, lease, patch); client.IgnoreNotFound(err) != nil {
-			return reconcile.Result{}, fmt.Errorf("patch lease of %s: %w", node.Name, err)
+			return 0, fmt.Errorf("patch lease of %s: %w", node.Name, err)
 		}
 	}
 	now := c.clock.Now()
@@ -210,15 +229,15 @@ func (c *listener) stand(ctx context.Context, lease *coordinationv1.Lease, node 
 		// The patch names the conditions that change, and no others.
 		patch := client.StrategicMergeFrom(before, client.MergeFromWithOptimisticLock{})
 		if err := c.write.Status().Patch(ctx, node, patch); client.IgnoreNotFound(err) != nil {
-			return reconcile.Result{}, fmt.Errorf("patch status of node: %w", err)
+			return 0, fmt.Errorf("patch status of node: %w", err)
 		}
 		before = node.DeepCopy()
 	}
 	if closeTo(node, s.vouched, now) {
 		patch := client.MergeFromWithOptions(before, client.MergeFromWithOptimisticLock{})
 		if err := c.write.Patch(ctx, node, patch); client.IgnoreNotFound(err) != nil {
-			return reconcile.Result{}, fmt.Errorf("patch node: %w", err)
+			return 0, fmt.Errorf("patch node: %w", err)
 		}
 	}
-	return reconcile.Result{RequeueAfter: max(0, s.until)}, nil
+	return s.until, nil
 }

@@ -80,6 +80,19 @@ func worth(lease *coordinationv1.Lease, b heartbeat.Beat, heard Heard, now time.
 	return renewed
 }
 
+// again returns after how long a heartbeat that came too early is worth
+// something, if that is sooner than the carrier's next renewal brings another;
+// else 0. It is when the node has just fallen silent, and when it was last
+// renewed out of step with the carrier.
+func again(lease *coordinationv1.Lease, heard Heard, now time.Time) time.Duration {
+	silence, life := now.Sub(heard.Any), durationOf(lease)
+	// In step it is one interval of renewals, at most 0.26 of the life.
+	if ByAnother(lease) && silence < life*27/100 {
+		return 0
+	}
+	return life*3/8 - silence
+}
+
 // renew renews the lease of a node on a heartbeat that is proved, and returns
 // what became of that.
 //

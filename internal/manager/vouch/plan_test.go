@@ -81,6 +81,34 @@ func TestRenew(t *testing.T) {
 	}
 }
 
+// TestAgain: a heartbeat that came too early is looked at again where waiting
+// for the next one would make the silence long.
+func TestAgain(t *testing.T) {
+	own, vouched := leaseAt(at(0)), leaseAt(at(0))
+	if renew(vouched, beatAt(at(20), at(19)), "b", Heard{}, at(20)) != renewed {
+		t.Fatal("not renewed")
+	}
+	for _, tc := range []struct {
+		lease   *coordinationv1.Lease
+		silence float64
+		want    time.Duration
+	}{
+		{own, 5, 10 * time.Second}, // it has just fallen silent
+		{own, 14.5, 500 * time.Millisecond},
+		{vouched, 10.4, 0}, // in step: the next one comes at 20.8 at the latest
+		{vouched, 12, 3 * time.Second},
+	} {
+		if got := again(tc.lease, Heard{Any: at(100)}, at(100+tc.silence)); got != tc.want {
+			t.Errorf("silent for %vs: got %s, want %s", tc.silence, got, tc.want)
+		}
+	}
+	for _, tc := range [][3]time.Duration{{0, 0, 0}, {0, -1, 0}, {2, 0, 2}, {2, -1, 2}, {0, 3, 3}, {2, 3, 2}, {3, 2, 2}} {
+		if got := sooner(tc[0], tc[1]); got != tc[2] {
+			t.Errorf("of %d and %d: got %d", tc[0], tc[1], got)
+		}
+	}
+}
+
 // TestRenewNeverGoesBack sends heartbeats with any times in any order.
 func TestRenewNeverGoesBack(t *testing.T) {
 	for seed := range uint64(200) {
