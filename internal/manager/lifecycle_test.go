@@ -307,19 +307,22 @@ func TestLinkLossEvictsNobody(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(c.stop)
-	edge, cloud := v1beta2.NodePoolSpec{Type: v1beta2.Edge}, v1beta2.NodePoolSpec{Type: v1beta2.Cloud}
-	for name, spec := range map[string]v1beta2.NodePoolSpec{"cut": edge, "alone": edge, "site": edge, "dc": cloud} {
+	edge, cloud := v1beta2.NodePoolSpec{Type: v1beta2.Edge, InterConnectivity: true}, v1beta2.NodePoolSpec{Type: v1beta2.Cloud}
+	apart := v1beta2.NodePoolSpec{Type: v1beta2.Edge} // none can vouch for another
+	for name, spec := range map[string]v1beta2.NodePoolSpec{"cut": edge, "alone": edge, "site": edge, "apart": apart, "dc": cloud} {
 		if err := c.Create(t.Context(), &v1beta2.NodePool{ObjectMeta: metav1.ObjectMeta{Name: name}, Spec: spec}); err != nil {
 			t.Fatal(err)
 		}
 	}
 	cut1, cut2, alone := c.machine(t, "cut-1", "cut"), c.machine(t, "cut-2", "cut"), c.machine(t, "alone-1", "alone")
 	leads, dies, linkless := c.machine(t, "site-1", "site"), c.machine(t, "site-2", "site"), c.machine(t, "site-3", "site")
+	c.machine(t, "apart-1", "apart")
+	unreached := c.machine(t, "apart-2", "apart")
 	joins := c.machine(t, "joins-1", "")
 	c.machine(t, "dc-1", "dc")
 	dc := c.machine(t, "dc-2", "dc")
 	plain, sentinel, sentinel2 := c.machine(t, "plain-1", ""), c.machine(t, "plain-2", ""), c.machine(t, "plain-3", "")
-	edges := []*machine{cut1, cut2, alone, dies, linkless}
+	edges := []*machine{cut1, cut2, alone, dies, linkless, unreached}
 	passed := t.Run("the manager is down", func(t *testing.T) {
 		for _, m := range append(slices.Clone(edges), dc, plain) {
 			m.cut()
@@ -388,7 +391,7 @@ func TestLinkLossEvictsNobody(t *testing.T) {
 		})
 		sentinel2.cut()
 		c.awaitEvicted(t, "stock eviction", sentinel2)
-		c.stay(t, "cut off", cut1, cut2, alone, linkless)
+		c.stay(t, "cut off", cut1, cut2, alone, linkless, unreached)
 		if n := c.get(t, linkless.name); conditionOf(n, corev1.NodeReady).Status != corev1.ConditionTrue {
 			t.Errorf("the node that is vouched for: %+v", n.Status.Conditions)
 		}

@@ -49,8 +49,8 @@ type watcher struct {
 	grace       time.Duration
 	buried      prometheus.Counter
 
-	mu     sync.Mutex // guards voices
-	voices map[string]voice
+	mu    sync.Mutex // guards pools, whose own are of one worker at a time
+	pools map[string]*pool
 }
 
 // Setup adds the controller to mgr. A node that is silent for grace is dead if
@@ -59,7 +59,7 @@ func Setup(mgr ctrl.Manager, write client.Client, grace time.Duration, metrics p
 	wall := clock.RealClock{}
 	c := &watcher{
 		read: mgr.GetClient(), write: write, clock: wall, events: mgr.GetEventRecorder("yurt-manager"),
-		ear: vouch.NewEar(), grace: grace, voices: map[string]voice{},
+		ear: vouch.NewEar(grace), grace: grace, pools: map[string]*pool{},
 		buried: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "yurt_manager_dead_nodes_total", Help: "Nodes of Edge pools that were taken for dead.",
 		}),
@@ -86,21 +86,25 @@ func stateChanged(e event.UpdateEvent) bool {
 
 // Reconcile looks at one pool.
 func (c *watcher) Reconcile(ctx context.Context, req reconcile.Request) (reconcile.Result, error) {
-	var pool v1beta2.NodePool
-	if err := c.read.Get(ctx, req.NamespacedName, &pool); err != nil {
-		c.silence(req.Name)
+	var np v1beta2.NodePool
+	if err := c.read.Get(ctx, req.NamespacedName, &np); err != nil {
+		c.forget(req.Name)
 		return reconcile.Result{}, client.IgnoreNotFound(err)
 	}
-	if pool.Spec.Type != v1beta2.Edge {
+	if np.Spec.Type != v1beta2.Edge {
 		return reconcile.Result{}, nil
 	}
-	members, err := c.members(ctx, pool.Name)
+	members, err := c.members(ctx, np.Name)
 	if err != nil {
 		return reconcile.Result{}, err
 	}
-	v := c.listen(pool.Name, members)
 	now := c.clock.Now()
-	dead := dying(members, v, c.grace)
+	p := c.pool(&np, now)
+	p.meet(members, now)
+	var dead *corev1.Node
+	if np.Spec.InterConnectivity { // else none can vouch for another, and silence proves nothing
+		dead = p.dying(members, c.grace, now)
+	}
 	var errs []error // of one node; the others are looked at all the same
 	for _, m := range members {
 		was := m.node.DeepCopy()
@@ -120,7 +124,7 @@ func (c *watcher) Reconcile(ctx context.Context, req reconcile.Request) (reconci
 			c.buried.Inc()
 			c.events.Eventf(m.node, nil, corev1.EventTypeWarning, "NodeDead", "Evict",
 				"silent for %s and nobody of pool %s vouches for it, while %s are heard: its pods are evicted after the time that they tolerate",
-				now.Sub(m.any).Round(time.Second), pool.Name, heardOf(members, m.any))
+				now.Sub(m.silent).Round(time.Second), np.Name, heardOf(members, m.silent))
 		}
 	}
 	if err := errors.Join(errs...); err != nil {
@@ -138,25 +142,26 @@ func (c *watcher) members(ctx context.Context, pool string) ([]member, error) {
 	members := make([]member, len(list.Items))
 	for i := range list.Items {
 		heard := c.ear.Last(list.Items[i].Name)
-		members[i] = member{&list.Items[i], heard.Own, later(heard.Any, c.ear.Began(c.clock.Now()))}
+		members[i] = member{node: &list.Items[i], Heard: heard, silent: later(heard.Any, c.ear.Began(c.clock.Now()))}
 	}
 	return members, nil
 }
 
-// listen keeps the voice of a pool up to date.
-func (c *watcher) listen(pool string, members []member) voice {
-	var last time.Time
-	for _, m := range members {
-		last = later(last, m.own)
-	}
+func (c *watcher) pool(np *v1beta2.NodePool, now time.Time) *pool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.voices[pool] = c.voices[pool].next(last, c.grace)
-	return c.voices[pool]
+	if c.pools[np.Name] == nil {
+		p := &pool{}
+		if np.CreationTimestamp.After(c.ear.Began(now)) {
+			p.joined = map[string]time.Time{} // the manager sees its nodes come
+		}
+		c.pools[np.Name] = p
+	}
+	return c.pools[np.Name]
 }
 
-func (c *watcher) silence(pool string) {
+func (c *watcher) forget(pool string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	delete(c.voices, pool)
+	delete(c.pools, pool)
 }

@@ -10,39 +10,74 @@ import (
 
 	"github.com/yurt-edge/yurt/api/apps"
 	"github.com/yurt-edge/yurt/internal/heartbeat"
+	"github.com/yurt-edge/yurt/internal/manager/vouch"
 )
 
-// voice is since when the nodes of a pool have been heard without a gap, and
-// when one was heard last. What counts is what nodes say for themselves.
-type voice struct{ since, last time.Time }
+// pool is what the manager remembers of a pool.
+type pool struct {
+	buried time.Time            // when it last took a node of it for dead
+	joined map[string]time.Time // when its nodes came; zero: before it looked first
+}
 
-// next takes the last moment at which any node of the pool was heard. A gap
-// longer than grace is a cut of the pool: then it begins anew.
-func (v voice) next(heard time.Time, grace time.Duration) voice {
-	switch {
-	case !heard.After(v.last):
-	case heard.Sub(v.last) > grace:
-		v = voice{heard, heard}
-	default:
-		v.last = heard
+// meet takes who is in the pool now.
+func (p *pool) meet(members []member, now time.Time) {
+	first := p.joined == nil
+	joined := make(map[string]time.Time, len(members))
+	for i := range members {
+		m := &members[i]
+		at, known := p.joined[m.node.Name]
+		if !known && !first {
+			at = now
+		}
+		joined[m.node.Name], m.joined = at, at
 	}
-	return v
+	p.joined = joined
 }
 
 // member is a node of a pool.
 type member struct {
 	node *corev1.Node
-	// own is when it last spoke for itself, any when it did or was vouched
-	// for; since when the manager listens if it was not heard.
-	own, any time.Time
+	vouch.Heard
+	// joined is when it came into the pool; zero: before the manager looked.
+	joined time.Time
+	// silent is since when nothing was heard of it, by itself or by another;
+	// since when the manager listens if it was never heard.
+	silent time.Time
 }
 
-// gone is since when Kubernetes knows nothing of the node; zero while it does.
-func gone(node *corev1.Node) string {
+// knew reports whether the hub of the node, when it last spoke to the cloud, can
+// have heard that other is in its pool. The manager may have begun later: then
+// what counts is what the one before wrote down, or when Kubernetes lost sight
+// of the node, less the time after which it does.
+func (m *member) knew(other *member, grace time.Duration) bool {
+	at := m.Own
+	switch {
+	case !at.IsZero():
+	case !m.Spoke.IsZero():
+		at = m.Spoke
+	default:
+		at = goneAt(m.node).Add(-grace * 5 / 4) // Kubernetes waits longer
+		if at.After(m.silent) {
+			at = m.silent
+		}
+	}
+	return !later(other.joined, other.node.CreationTimestamp.Time).After(at)
+}
+
+// goneAt is since when Kubernetes knows nothing of the node; zero while it does.
+func goneAt(node *corev1.Node) time.Time {
 	for _, c := range node.Status.Conditions {
 		if c.Type == corev1.NodeReady && c.Status == corev1.ConditionUnknown {
-			return c.LastTransitionTime.UTC().Format(time.RFC3339)
+			return c.LastTransitionTime.Time
 		}
+	}
+	return time.Time{}
+}
+
+// gone is the same as the mark has it.
+func gone(node *corev1.Node) string {
+	if at := goneAt(node); !at.IsZero() {
+		return at.UTC().Format(time.RFC3339)
 	}
 	return ""
 }
@@ -55,13 +90,14 @@ func isDead(node *corev1.Node) bool {
 }
 
 // dying returns which node of the pool to take for dead now, nil for none: it
-// is gone, nobody vouches for it, and for grace others of the pool have been
-// heard without a gap, so the pool is not cut. Of several it is the one that is
-// silent longest. One at a time, as Kubernetes does it, since many at once are
-// more often a broken network than dead machines.
-func dying(members []member, v voice, grace time.Duration) *corev1.Node {
-	wait, ok := patience(members, v, grace)
-	if !ok {
+// is gone, nobody vouches for it, and for grace another of the pool, which its
+// hub knew, has been heard without a gap: that one would have vouched for it, and
+// the pool is not cut. Of several it is the one that is silent longest. One at a
+// time, as Kubernetes does it, since many at once are more often a broken network
+// than dead machines.
+func (p *pool) dying(members []member, grace time.Duration, now time.Time) *corev1.Node {
+	wait, ok := patience(members, grace)
+	if !ok || now.Sub(p.buried) < grace/lookEvery {
 		return nil
 	}
 	var first *member
@@ -70,27 +106,44 @@ func dying(members []member, v voice, grace time.Duration) *corev1.Node {
 		if gone(m.node) == "" || isDead(m.node) || m.node.DeletionTimestamp != nil {
 			continue
 		}
-		others := v.last.Sub(later(v.since, m.any)) // for how long they were heard while it was not
-		if others < wait {
+		// Who comes silent from another pool knows nobody of this one.
+		if m.Own.Before(m.joined) || missed(members, m, grace) < wait {
 			continue
 		}
-		if first == nil || m.any.Before(first.any) || m.any.Equal(first.any) && m.node.Name < first.node.Name {
+		if first == nil || m.silent.Before(first.silent) || m.silent.Equal(first.silent) && m.node.Name < first.node.Name {
 			first = m
 		}
 	}
 	if first == nil {
 		return nil
 	}
+	p.buried = now
 	return first.node
+}
+
+// missed is for how long, at most, one other node was heard without a gap while
+// this one was not.
+func missed(members []member, m *member, grace time.Duration) (longest time.Duration) {
+	for i := range members {
+		other := &members[i]
+		if both := other.Own.Sub(later(other.Since, m.silent)); both > longest && m.knew(other, grace) {
+			longest = both
+		}
+	}
+	return longest
 }
 
 // patience is how long a node must be silent to be dead: as many times grace as
 // those that are heard need turns to vouch for those that are not. If these are
 // more than they can vouch for, that nobody vouches for one proves nothing.
-func patience(members []member, v voice, grace time.Duration) (wait time.Duration, ok bool) {
+func patience(members []member, grace time.Duration) (wait time.Duration, ok bool) {
+	var last time.Time
+	for i := range members {
+		last = later(last, members[i].Own)
+	}
 	speaking := 0
 	for i := range members {
-		if own := members[i].own; !own.IsZero() && v.last.Sub(own) < grace {
+		if own := members[i].Own; !own.IsZero() && last.Sub(own) < grace {
 			speaking++
 		}
 	}
@@ -147,7 +200,7 @@ func tend(node *corev1.Node, now time.Time) bool {
 func heardOf(members []member, since time.Time) string {
 	var names []string
 	for _, m := range members {
-		if m.own.After(since) {
+		if m.Own.After(since) {
 			names = append(names, m.node.Name)
 		}
 	}

@@ -57,7 +57,7 @@ type listener struct {
 func Setup(mgr ctrl.Manager, write client.Client, metrics prometheus.Registerer, options controller.Options) error {
 	wall := clock.RealClock{}
 	c := &listener{
-		read: mgr.GetClient(), write: write, clock: wall, events: mgr.GetEventRecorder("yurt-manager"), ear: NewEar(),
+		read: mgr.GetClient(), write: write, clock: wall, events: mgr.GetEventRecorder("yurt-manager"), ear: NewEar(heartbeat.Good),
 		authority: &authority{read: mgr.GetAPIReader(), clock: wall},
 		heartbeats: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "yurt_manager_heartbeats_total", Help: "Heartbeats that nodes carried for others, by what became of them.",
@@ -192,7 +192,8 @@ func (c *listener) take(ctx context.Context, voucher *corev1.Node, s heartbeat.S
 		return foreign, fmt.Errorf("%s is not another node of pool %q", node.Name, pool), nil
 	}
 	was := lease.DeepCopy()
-	if v = renew(&lease, b, voucher.Name, c.ear.Last(b.Node), now); v != renewed {
+	heard = c.ear.Last(b.Node)
+	if v = renew(&lease, b, voucher.Name, heard, SpokeAt(&node, heard, now), now); v != renewed {
 		return v, nil, nil
 	}
 	// If the node speaks for itself in this moment, its word counts.

@@ -13,12 +13,16 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/event"
 	"sigs.k8s.io/controller-runtime/pkg/handler"
 	"sigs.k8s.io/controller-runtime/pkg/reconcile"
+
+	"github.com/yurt-edge/yurt/internal/heartbeat"
 )
 
 // Ear remembers when a node was last heard, by the manager's own clock: what
 // nodes write into their leases is the time by theirs. It is safe for
 // concurrent use.
 type Ear struct {
+	gap time.Duration
+
 	mu    sync.Mutex // guards the following
 	began time.Time  // zero: not yet
 	nodes map[string]Heard
@@ -31,10 +35,17 @@ type Heard struct {
 	// Own is when the node last spoke for itself, and Any when it did or
 	// another vouched for it. Zero: not since the ear began.
 	Own, Any time.Time
+	// Since is since when it has spoken for itself without a gap.
+	Since time.Time
+	// Spoke is when a node that is vouched for last spoke for itself, as the
+	// manager wrote it down; zero for others.
+	Spoke time.Time
 }
 
-// NewEar returns an ear that has not begun to listen.
-func NewEar() *Ear { return &Ear{nodes: map[string]Heard{}} }
+// NewEar returns an ear that has not begun to listen. To it a node that says
+// nothing for longer than gap begins anew, and so does one of which a renewal is
+// overdue.
+func NewEar(gap time.Duration) *Ear { return &Ear{gap: gap, nodes: map[string]Heard{}} }
 
 // Began is since when it listens: its first lease, or the first call of this.
 // A replica that stands by hears nothing, for however long.
@@ -69,10 +80,16 @@ func (e *Ear) Hear(lease *coordinationv1.Lease, now time.Time) {
 	default:
 		h.Any = now
 		if !ByAnother(lease) {
+			if silence := now.Sub(h.Own); silence > e.gap || heartbeat.Due(silence, durationOf(lease)) {
+				h.Since = now
+			}
 			h.Own = now
 		}
 	}
-	h.renewed = *lease.Spec.RenewTime
+	h.renewed, h.Spoke = *lease.Spec.RenewTime, time.Time{}
+	if m := Remembered(lease); ByAnother(lease) {
+		h.Spoke = m.Spoke.Time
+	}
 	e.nodes[lease.Name] = h
 }
 

@@ -19,6 +19,8 @@ import (
 type Memory struct {
 	By    string      `json:"by"`
 	Since metav1.Time `json:"since"`
+	// Spoke is when the node last spoke for itself, or a while before that.
+	Spoke metav1.Time `json:"spoke"`
 	// Time is that of the heartbeat: none that is not later counts.
 	Time metav1.MicroTime `json:"time"`
 	// Renewed is the renewTime that the manager wrote for it: while it stands
@@ -98,13 +100,16 @@ func again(lease *coordinationv1.Lease, heard Heard, now time.Time) time.Duratio
 //
 // The lease gets what the kubelet would have written: its own clock may be
 // wrong, and when it speaks for itself again Kubernetes takes only what is
-// later than the last.
-func renew(lease *coordinationv1.Lease, b heartbeat.Beat, by string, heard Heard, now time.Time) verdict {
+// later than the last. Spoke is when the node last spoke for itself.
+func renew(lease *coordinationv1.Lease, b heartbeat.Beat, by string, heard Heard, spoke, now time.Time) verdict {
 	if v := worth(lease, b, heard, now); v != renewed {
 		return v
 	}
 	m := Remembered(lease)
-	if !ByAnother(lease) || m.By != by {
+	if !ByAnother(lease) {
+		m.By, m.Spoke = "", metav1.NewTime(spoke)
+	}
+	if m.By != by {
 		m.By, m.Since = by, metav1.NewTime(now)
 	}
 	m.Time, m.Renewed, m.Ready = b.Time, b.Renewed, b.Ready
@@ -124,6 +129,21 @@ func renew(lease *coordinationv1.Lease, b heartbeat.Beat, by string, heard Heard
 	renewTime := m.Renewed
 	lease.Spec.RenewTime = &renewTime
 	return renewed
+}
+
+// SpokeAt is when a node last spoke for itself. A manager that has not heard that
+// goes by what Kubernetes saw, at the latest, within its grace period.
+func SpokeAt(node *corev1.Node, heard Heard, now time.Time) time.Time {
+	const stockGrace = 50 * time.Second
+	if !heard.Own.IsZero() {
+		return heard.Own
+	}
+	for _, c := range node.Status.Conditions {
+		if c.Type == corev1.NodeReady && c.Status == corev1.ConditionUnknown {
+			now = c.LastTransitionTime.Time
+		}
+	}
+	return now.Add(-stockGrace)
 }
 
 // settle takes the sign of delegation from the lease of a node that speaks for
