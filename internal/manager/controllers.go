@@ -49,6 +49,7 @@ type site struct {
 	mgr     ctrl.Manager
 	write   client.Client // as the part's account
 	options controller.Options
+	cloud   *vouch.Cloud
 	cfg     *Config
 }
 
@@ -64,7 +65,7 @@ var parts = []part{
 	},
 	{
 		name: "delegate-lease-controller", alias: "delegatelease", rules: vouch.Rules, leases: vouch.LeaseRules,
-		setup: func(s *site) error { return vouch.Setup(s.mgr, s.write, metrics.Registry, s.options) },
+		setup: func(s *site) error { return vouch.Setup(s.mgr, s.write, s.cloud, metrics.Registry, s.options) },
 	},
 	{
 		name: "hubleader-controller", alias: "hubleader", rules: hubleader.Rules,

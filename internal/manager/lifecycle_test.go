@@ -357,7 +357,7 @@ func TestLinkLossEvictsNobody(t *testing.T) {
 		return
 	}
 	t.Run("the manager is uninstalled", func(t *testing.T) { c.uninstall(t, joins) })
-	if err := c.startManagers(1, "--node-monitor-grace-period=5s"); err != nil {
+	if err := c.startManagers(1, "--node-monitor-grace-period=5s", "--leader-elect-lease-duration=60s"); err != nil {
 		t.Fatal(err)
 	}
 	leads.carry(nil, linkless)

@@ -29,6 +29,7 @@ import (
 	"github.com/yurt-edge/yurt/internal/daemon"
 	"github.com/yurt-edge/yurt/internal/manager/accessfilter"
 	"github.com/yurt-edge/yurt/internal/manager/podbinding"
+	"github.com/yurt-edge/yurt/internal/manager/vouch"
 	"github.com/yurt-edge/yurt/internal/manager/webhookcert"
 )
 
@@ -86,7 +87,9 @@ func Run(ctx context.Context, cfg Config) error {
 	if err != nil {
 		return err
 	}
-	holder := &webhookcert.Holder{}
+	holder, cloud := &webhookcert.Holder{}, &vouch.Cloud{}
+	cfg.REST = rest.CopyConfig(cfg.REST)
+	cfg.REST.Wrap(cloud.Wrap)
 	mgr, err := newManager(cfg, holder)
 	if err != nil {
 		return fmt.Errorf("make manager: %w", err)
@@ -111,7 +114,7 @@ func Run(ctx context.Context, cfg Config) error {
 		if write, err = clientAs(mgr, cfg.Namespace, p); err != nil {
 			return err
 		}
-		s := &site{mgr: mgr, write: write, cfg: &cfg, options: controller.Options{MaxConcurrentReconciles: cfg.Workers}}
+		s := &site{mgr: mgr, write: write, cloud: cloud, cfg: &cfg, options: controller.Options{MaxConcurrentReconciles: cfg.Workers}}
 		if err := p.setup(s); err != nil {
 			return err
 		}

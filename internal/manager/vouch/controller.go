@@ -50,15 +50,16 @@ type listener struct {
 	events      events.EventRecorder
 	ear         *Ear
 	authority   *authority
+	cloud       *Cloud
 	heartbeats  *prometheus.CounterVec
 }
 
-// Setup adds the controller to mgr.
-func Setup(mgr ctrl.Manager, write client.Client, metrics prometheus.Registerer, options controller.Options) error {
+// Setup adds the controller to mgr. Cloud knows the API server's clock.
+func Setup(mgr ctrl.Manager, write client.Client, cloud *Cloud, metrics prometheus.Registerer, options controller.Options) error {
 	wall := clock.RealClock{}
 	c := &listener{
 		read: mgr.GetClient(), write: write, clock: wall, events: mgr.GetEventRecorder("yurt-manager"), ear: NewEar(heartbeat.Good),
-		authority: &authority{read: mgr.GetAPIReader(), clock: wall},
+		authority: &authority{read: mgr.GetAPIReader(), clock: wall}, cloud: cloud,
 		heartbeats: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "yurt_manager_heartbeats_total", Help: "Heartbeats that nodes carried for others, by what became of them.",
 		}, []string{"result"}),
@@ -163,18 +164,18 @@ func (c *listener) take(ctx context.Context, voucher *corev1.Node, s heartbeat.S
 	if err := c.read.Get(ctx, key, &lease); err != nil {
 		return unknown, nil, client.IgnoreNotFound(err)
 	}
-	heard := c.ear.Last(claimed.Node)
-	if v = worth(&lease, claimed, heard, now); v != renewed {
+	heard, ahead := c.ear.Last(claimed.Node), c.cloud.Ahead()
+	if v = worth(&lease, claimed, heard, ahead, now); v != renewed {
 		if v == notYet {
 			*next = sooner(*next, again(&lease, heard, now))
 		}
 		return v, nil, nil
 	}
-	b, why := s.Open(roots, now)
+	b, why := s.Open(roots, now.Add(ahead))
 	if why != nil {
 		return forged, why, nil
 	}
-	if why = b.Fresh(now); why != nil {
+	if why = b.Fresh(now.Add(ahead)); why != nil {
 		return stale, fmt.Errorf("heartbeat of %s: %w", b.Node, why), nil
 	}
 	if why = b.For(voucher.Name); why != nil {
@@ -193,7 +194,7 @@ func (c *listener) take(ctx context.Context, voucher *corev1.Node, s heartbeat.S
 	}
 	was := lease.DeepCopy()
 	heard = c.ear.Last(b.Node)
-	if v = renew(&lease, b, voucher.Name, heard, SpokeAt(&node, heard, now), now); v != renewed {
+	if v = renew(&lease, b, voucher.Name, heard, ahead, SpokeAt(&node, heard, now), now); v != renewed {
 		return v, nil, nil
 	}
 	// If the node speaks for itself in this moment, its word counts.

@@ -71,10 +71,11 @@ const (
 var refused = []verdict{forged, stale, foreign, unreadable}
 
 // worth reports what would become of a heartbeat if it were proved. Most are
-// not needed, and to prove one costs more than all else.
-func worth(lease *coordinationv1.Lease, b heartbeat.Beat, heard Heard, now time.Time) verdict {
+// not needed, and to prove one costs more than all else. The clock by which it
+// was signed is ahead of that by which the node was heard.
+func worth(lease *coordinationv1.Lease, b heartbeat.Beat, heard Heard, ahead time.Duration, now time.Time) verdict {
 	switch {
-	case !b.Time.After(Remembered(lease).Time.Time) || !b.Time.After(heard.Own):
+	case !b.Time.After(Remembered(lease).Time.Time) || !b.Time.After(heard.Own.Add(ahead)):
 		return superseded
 	case !heartbeat.Due(now.Sub(heard.Any), durationOf(lease)):
 		return notYet
@@ -101,8 +102,8 @@ func again(lease *coordinationv1.Lease, heard Heard, now time.Time) time.Duratio
 // The lease gets what the kubelet would have written: its own clock may be
 // wrong, and when it speaks for itself again Kubernetes takes only what is
 // later than the last. Spoke is when the node last spoke for itself.
-func renew(lease *coordinationv1.Lease, b heartbeat.Beat, by string, heard Heard, spoke, now time.Time) verdict {
-	if v := worth(lease, b, heard, now); v != renewed {
+func renew(lease *coordinationv1.Lease, b heartbeat.Beat, by string, heard Heard, ahead time.Duration, spoke, now time.Time) verdict {
+	if v := worth(lease, b, heard, ahead, now); v != renewed {
 		return v
 	}
 	m := Remembered(lease)

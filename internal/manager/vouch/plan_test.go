@@ -50,7 +50,7 @@ func TestRenew(t *testing.T) {
 		{"the clock of the node was set back", 100, 95, -5000, "c", renewed, 70, 61.000001},
 		{"and forward", 130, 125, 9000, "c", renewed, 70, 9000},
 	} {
-		got := renew(lease, beatAt(at(tc.signed), at(tc.renewed)), tc.by, heard, at(0), at(tc.now))
+		got := renew(lease, beatAt(at(tc.signed), at(tc.renewed)), tc.by, heard, 0, at(0), at(tc.now))
 		if got != tc.want || !lease.Spec.RenewTime.Time.Equal(at(tc.lease)) {
 			t.Fatalf("%s: got %s, renewed at %s", tc.what, got, lease.Spec.RenewTime.Sub(epoch))
 		}
@@ -72,11 +72,11 @@ func TestRenew(t *testing.T) {
 	if !settle(lease) || settle(lease) || lease.Annotations[apps.DelegateHeartbeat] != "" || ByAnother(lease) {
 		t.Errorf("not settled: %v", lease.Annotations)
 	}
-	if got := renew(lease, beatAt(at(125), at(9002)), "c", Heard{Own: at(140), Any: at(140)}, at(0), at(200)); got != superseded {
+	if got := renew(lease, beatAt(at(125), at(9002)), "c", Heard{Own: at(140), Any: at(140)}, 0, at(0), at(200)); got != superseded {
 		t.Errorf("an old heartbeat after the node spoke: got %s", got)
 	}
 	// The manager was replaced, and has heard nothing yet.
-	if got := renew(lease, beatAt(at(125), at(9002)), "c", Heard{}, at(0), at(200)); got != superseded {
+	if got := renew(lease, beatAt(at(125), at(9002)), "c", Heard{}, 0, at(0), at(200)); got != superseded {
 		t.Errorf("an old heartbeat for a new manager: got %s", got)
 	}
 }
@@ -85,7 +85,7 @@ func TestRenew(t *testing.T) {
 // for the next one would make the silence long.
 func TestAgain(t *testing.T) {
 	own, vouched := leaseAt(at(0)), leaseAt(at(0))
-	if renew(vouched, beatAt(at(20), at(19)), "b", Heard{}, at(0), at(20)) != renewed {
+	if renew(vouched, beatAt(at(20), at(19)), "b", Heard{}, 0, at(0), at(20)) != renewed {
 		t.Fatal("not renewed")
 	}
 	for _, tc := range []struct {
@@ -120,7 +120,7 @@ func TestRenewNeverGoesBack(t *testing.T) {
 			now = now.Add(time.Duration(rng.IntN(5000)) * time.Millisecond)
 			signed := now.Add(time.Duration(rng.IntN(60)-50) * time.Second)
 			was := *lease.Spec.RenewTime
-			if renew(lease, beatAt(signed, at(float64(rng.IntN(1000)-500))), fmt.Sprint(rng.IntN(3)), heard, at(0), now) != renewed {
+			if renew(lease, beatAt(signed, at(float64(rng.IntN(1000)-500))), fmt.Sprint(rng.IntN(3)), heard, 0, at(0), now) != renewed {
 				if !lease.Spec.RenewTime.Equal(&was) {
 					t.Fatalf("seed %d: changed without a word", seed)
 				}
@@ -152,7 +152,7 @@ func TestEar(t *testing.T) {
 	hear(6, Heard{}) // nor the same again
 	lease.Spec.RenewTime = new(metav1.NewMicroTime(at(-900)))
 	hear(7, Heard{Own: at(7), Any: at(7)}) // whatever the node's clock says
-	if renew(lease, beatAt(at(30), at(25)), "b", e.Last("a"), at(0), at(31)) != renewed {
+	if renew(lease, beatAt(at(30), at(25)), "b", e.Last("a"), 0, at(0), at(31)) != renewed {
 		t.Fatal("not renewed")
 	}
 	hear(31, Heard{Own: at(7), Any: at(31)})
@@ -192,7 +192,7 @@ func TestSpokeAt(t *testing.T) {
 	// It is kept while the node is vouched for, by whomever.
 	lease, e := leaseAt(at(0)), NewEar(time.Hour)
 	for i, by := range []string{"b", "c"} {
-		if renew(lease, beatAt(at(float64(30+40*i)), at(float64(25+40*i))), by, Heard{}, at(float64(10*i)), at(float64(31+40*i))) != renewed {
+		if renew(lease, beatAt(at(float64(30+40*i)), at(float64(25+40*i))), by, Heard{}, 0, at(float64(10*i)), at(float64(31+40*i))) != renewed {
 			t.Fatal("not renewed")
 		}
 		e.Hear(lease, at(31))
@@ -222,7 +222,7 @@ func TestStanding(t *testing.T) {
 	if tell(node, standingOf(lease, Heard{}, at(0), at(0)), at(0)) || closeTo(node, false, at(0)) {
 		t.Errorf("nobody vouches: %s", kinds())
 	}
-	if renew(lease, beatAt(at(30), at(25)), "b", Heard{}, at(0), at(31)) != renewed {
+	if renew(lease, beatAt(at(30), at(25)), "b", Heard{}, 0, at(0), at(31)) != renewed {
 		t.Fatal("not renewed")
 	}
 	heard := Heard{Any: at(31)}
