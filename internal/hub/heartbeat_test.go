@@ -131,8 +131,11 @@ func TestKubeletGoesOnFromItsVersion(t *testing.T) {
 func TestInTurn(t *testing.T) {
 	now := time.Now()
 	peers := []pool.Peer{
-		{Node: "gone", Link: true, Seen: now.Add(-time.Minute)}, {Node: "never"},
-		{Node: "silent", Seen: now}, {Node: "linked", Link: true, Seen: now}, {Node: "other", Seen: now},
+		{Node: "gone", Link: true, Seen: now.Add(-time.Minute)},
+		{Node: "never"},
+		{Node: "silent", Seen: now},
+		{Node: "linked", Link: true, Seen: now},
+		{Node: "other", Seen: now},
 	}
 	first := map[string]int{}
 	for range 100 {

@@ -250,7 +250,7 @@ func (p *Pool) hear(node string, asked time.Time, s State, err error) {
 		p.machine.failedOf(now, node, errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, errRefused))
 		return
 	}
-	if s.Link && !(p.machine.isAlive(now, node) && p.machine.saidBy(node).Link) {
+	if s.Link && (!p.machine.isAlive(now, node) || !p.machine.saidBy(node).Link) {
 		p.helpLocked()
 	}
 	p.machine.heard(now, node, s)

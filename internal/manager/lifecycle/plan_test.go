@@ -35,8 +35,8 @@ func silent(name string, since time.Time) *corev1.Node {
 func TestDying(t *testing.T) {
 	now := epoch.Add(time.Hour)
 	ago := func(d time.Duration) time.Time { return now.Add(-d) }
-	lost := func(name string, any time.Time) member {
-		return member{node: silent(name, later(epoch, any.Add(stockGrace))), Heard: vouch.Heard{Own: any, Any: any}, silent: any}
+	lost := func(name string, at time.Time) member {
+		return member{node: silent(name, later(epoch, at.Add(stockGrace))), Heard: vouch.Heard{Own: at, Any: at}, silent: at}
 	}
 	heard := func(name string, since, own time.Time) member {
 		n := silent(name, now)
