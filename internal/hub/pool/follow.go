@@ -22,8 +22,10 @@ const (
 	// long they may take to say it.
 	pollEvery    = 2 * time.Second
 	pollPatience = 2 * time.Second
-	// maxPolled bounds whom a hub asks at a time.
-	maxPolled = 16
+	// maxPolled bounds whom a hub asks at a time, and again of whom it needs help;
+	// of those it asks as many as helpersLeast and a part of the pool.
+	maxPolled    = 16
+	helpersLeast = 2
 	// maxGossip bounds the addresses that hubs tell each other.
 	maxGossip = 64
 	maxState  = 64 << 10
@@ -182,17 +184,7 @@ func (p *Pool) Following() (peer string, live bool) {
 // poll asks peers how they do, all at a time.
 func (p *Pool) poll(ctx context.Context) {
 	p.mu.Lock()
-	now := time.Now()
-	asked := p.machine.asked(now)
-	if len(asked) > maxPolled {
-		// Whom it follows and would follow come first, then who was asked
-		// longest ago.
-		first := 1 + len(p.machine.ahead())
-		slices.SortStableFunc(asked[min(first, len(asked)):], func(a, b string) int {
-			return p.machine.asks(a).Compare(p.machine.asks(b))
-		})
-		asked = asked[:maxPolled]
-	}
+	asked := p.machine.asked(time.Now())
 	p.mu.Unlock()
 	var polls sync.WaitGroup
 	for _, node := range asked {

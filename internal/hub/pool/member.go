@@ -92,6 +92,7 @@ type member struct {
 
 	link   bool
 	isBare bool
+	alone  time.Time // since when neither its link nor a peer helps; zero: one does
 
 	known   bool                 // the pool is known, or that there is none
 	pool    string               // its name
@@ -375,19 +376,46 @@ func (m *member) usable(now time.Time, avoid func(string) bool) (string, bool) {
 }
 
 // asked are those of whom the hub wants to know how they do: whom it follows,
-// whom it would rather follow, and, when it needs help, everybody.
+// whom it would rather follow, and, when it needs help, some of the others.
 func (m *member) asked(now time.Time) []string {
 	order := m.order()
 	upTo := slices.Index(order, cloud)
 	if i := slices.Index(order, m.current); m.chosen && i >= 0 {
 		upTo = max(i, upTo)
 	}
-	if live, _ := m.live(now); !live && !m.link {
-		upTo = len(order) - 1
-	}
 	out := slices.DeleteFunc(slices.Clone(order[:upTo+1]), func(node string) bool { return node == cloud })
 	if i := slices.Index(out, m.current); m.chosen && i > 0 {
 		out = slices.Insert(slices.Delete(out, i, i+1), 0, m.current)
 	}
-	return out
+	out = out[:min(len(out), maxPolled)]
+	if live, _ := m.live(now); live || m.link {
+		m.alone = time.Time{}
+		return out
+	}
+	if m.alone.IsZero() {
+		m.alone = now
+	}
+	return append(out, m.helpers(now, order[upTo+1:])...)
+}
+
+// helpers are those of the others to ask next: who hears the cloud is asked
+// before that is forgotten, then who was asked longest ago. All are asked once
+// soon after the hub is alone, and then less often: where a whole pool is cut
+// off, all of them ask all others for as long as that lasts.
+func (m *member) helpers(now time.Time, others []string) []string {
+	others = slices.Clone(others)
+	most := helpersLeast + len(others)/10
+	slices.SortStableFunc(others, func(a, b string) int {
+		switch lives := m.isGood(now, a); {
+		case lives == m.isGood(now, b):
+			return m.asks(a).Compare(m.asks(b))
+		case lives:
+			return -1
+		}
+		return 1
+	})
+	if slices.ContainsFunc(others, func(node string) bool { return m.asks(node).Before(m.alone) }) {
+		most = helpersLeast + len(others)/5
+	}
+	return others[:min(len(others), most, maxPolled)]
 }

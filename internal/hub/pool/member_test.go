@@ -285,6 +285,45 @@ func TestOneHubAsksTheCloud(t *testing.T) {
 	}
 }
 
+// TestCutPoolAsksLittle: where a whole pool is cut off, each hub asks all others
+// once, and goes on to ask a few of them at a time, each again and again.
+func TestCutPoolAsksLittle(t *testing.T) {
+	const nodes = 40
+	w := newWorld(1, nodes, 2)
+	for range int(time.Minute / tick) {
+		w.step(t)
+	}
+	for _, node := range w.nodes {
+		w.cut[[2]string{node, cloud}] = true
+	}
+	begun := w.now
+	for range int(30 * time.Second / tick) {
+		w.step(t)
+	}
+	for node, h := range w.hubs {
+		for other, p := range h.machine.peers {
+			if !p.heard.After(begun) {
+				t.Errorf("%s has not asked %s", node, other)
+			}
+		}
+	}
+	for range int(time.Minute / tick) {
+		w.step(t)
+		for node, h := range w.hubs {
+			if n := len(h.machine.asked(w.now)); n > 2+helpersLeast+nodes/10 {
+				t.Fatalf("%s: %s asks %d hubs at a time", w.now.Sub(begun), node, n)
+			}
+		}
+	}
+	for node, h := range w.hubs {
+		for other, p := range h.machine.peers {
+			if ago := w.now.Sub(p.heard); ago > 20*time.Second {
+				t.Errorf("%s asked %s %s ago", node, other, ago)
+			}
+		}
+	}
+}
+
 // TestSwitchesAreSpread kills the leader of a large pool without another: those
 // who leave it do so one by one.
 func TestSwitchesAreSpread(t *testing.T) {

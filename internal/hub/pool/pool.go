@@ -16,7 +16,6 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
-	"errors"
 	"log/slog"
 	"math/rand/v2"
 	"net"
@@ -121,6 +120,8 @@ type Pool struct {
 	book     map[string]*entry
 	inFlight map[*inFlight]*entry // what is served, by whom it is for
 	busy     [2]int               // requests and watches in flight
+
+	proofs proofs
 }
 
 // New returns the part of a hub that knows of no pool yet.
@@ -248,33 +249,6 @@ func (p *Pool) Peers() []Peer {
 		}
 	}
 	return out
-}
-
-// verify returns the node that a chain of certificates is of. The name alone
-// does not make a node: the cluster gives the group to nodes only.
-func (p *Pool) verify(chain []*x509.Certificate) (node string, err error) {
-	if len(chain) == 0 {
-		return "", errors.New("no certificate shown")
-	}
-	options := x509.VerifyOptions{
-		Roots: p.cfg.ClusterCAs(), Intermediates: x509.NewCertPool(),
-		KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
-	}
-	if options.Roots == nil { // would mean the system's
-		return "", errors.New("the cluster's certificate authority is not known yet")
-	}
-	for _, c := range chain[1:] {
-		options.Intermediates.AddCert(c)
-	}
-	if _, err := p.cfg.Clock.Verify(chain[0], options); err != nil {
-		return "", err //nolint:wrapcheck // the caller says whose it is
-	}
-	subject := chain[0].Subject
-	node, ok := cutPrefix(subject.CommonName)
-	if !ok || !slices.Contains(subject.Organization, "system:nodes") {
-		return "", errors.New("the certificate is not a node's")
-	}
-	return node, nil
 }
 
 // Run serves peers and follows the pool until ctx ends, and returns nil.
