@@ -134,7 +134,7 @@ func (l *Link) ping(ctx context.Context, i int) bool {
 // probe finds out on a fresh connection whether server i can be reached and
 // serves, and reports what it found.
 func (l *Link) probe(ctx context.Context, i int, p probing) {
-	f := l.look(ctx, i, p.connect, p.answer)
+	f := l.look(ctx, i, p)
 	if ctx.Err() != nil {
 		return
 	}
@@ -227,24 +227,32 @@ func (l *Link) sweepOnce() {
 }
 
 // look makes a fresh connection to server i and asks whether it is ready.
-func (l *Link) look(ctx context.Context, i int, connect, answer time.Duration) finding {
+func (l *Link) look(ctx context.Context, i int, p probing) finding {
 	begun := time.Now()
-	raw, err := race(ctx, l.servers[i].addr, connect)
+	raw, err := race(ctx, l.servers[i].addr, p.connect)
 	if err != nil {
 		return finding{verdict: silence, reason: err.Error()}
 	}
 	f := finding{connect: time.Since(begun)}
 	defer func() { _ = raw.Close() }()
+	l.mu.Lock()
+	l.tracker.reached(i, p.started)
+	l.mu.Unlock()
+	defer func() {
+		l.mu.Lock()
+		l.tracker.answered(i)
+		l.mu.Unlock()
+	}()
 
 	begun = time.Now()
-	ctx, cancel := context.WithTimeout(ctx, answer)
+	ctx, cancel := context.WithTimeout(ctx, p.answer)
 	defer cancel()
 	stop := context.AfterFunc(ctx, func() { _ = raw.Close() })
 	defer stop()
 	f.verdict, f.reason = l.question(ctx, i, raw)
 	f.answer = time.Since(begun)
 	if f.verdict == silence && ctx.Err() != nil {
-		f.reason = fmt.Sprintf("no answer within %s of connecting", answer)
+		f.reason = fmt.Sprintf("no answer within %s of connecting", p.answer)
 	}
 	return f
 }

@@ -109,6 +109,8 @@ type server struct {
 	due time.Time
 	// probed is when the last probe started.
 	probed time.Time
+	// asking counts probes that have connected and wait for the answer.
+	asking int
 	// suspected says that something was wrong after the last probe set out:
 	// the next one must be on a fresh connection, and is not put off.
 	suspected bool
@@ -192,6 +194,21 @@ func (t *tracker) start(i int, now time.Time, jitter float64) (connect, answer t
 	// in as well.
 	return limit(t.budgets.Connect, max(s.connect, s.answer)), limit(t.budgets.Answer, s.answer)
 }
+
+// reached notes that the probe which set out at started has connected and
+// waits for its answer; answered must follow. A server that is not healthy and
+// lets probes in without answering them is busy, with those of other nodes
+// perhaps: each that waits doubles the time until the next one.
+func (t *tracker) reached(i int, started time.Time) {
+	s := &t.servers[i]
+	s.asking++
+	if gap := s.due.Sub(s.probed); !s.healthy && started.Equal(s.probed) && gap > 0 {
+		s.due = s.probed.Add(min(gap<<min(s.asking, 3), max(gap, t.budgets.Patience)))
+	}
+}
+
+// answered notes that a probe waits no more.
+func (t *tracker) answered(i int) { t.servers[i].asking-- }
 
 // silent is how long a healthy server may be silent. It leaves the pings of
 // HTTP/2 connections, if there are any, the time to break the silence.

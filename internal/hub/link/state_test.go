@@ -19,6 +19,7 @@ var rewrite = flag.Bool("rewrite", false, "write what the scenarios print as wha
 //
 //	0s   start 0            a probe of server 0 sets out
 //	10ms alive 0 since=0s   it found the server alive; it set out at 0s
+//	20ms reached 0 since=0s it has connected and waits, answered 0: no more
 //	3s   suspect 0          a request failed or waits
 //	3s   hear 0             bytes came in
 func TestStateScenarios(t *testing.T) {
@@ -88,6 +89,10 @@ func play(t *testing.T, script []byte) []byte {
 			result = fmt.Sprintf("wake %v, ", tr.suspect(i, now))
 		case "hear":
 			tr.hear(i, now)
+		case "reached":
+			tr.reached(i, zero.Add(args["since"]))
+		case "answered":
+			tr.answered(i)
 		case "alive", "unwell", "stranger", "silence":
 			v := map[string]verdict{"alive": alive, "unwell": unwell, "stranger": stranger, "silence": silence}[f[1]]
 			if tr.report(i, zero.Add(args["since"]), now, finding{v, args["connect"], args["answer"], f[1]}) {
