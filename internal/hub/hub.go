@@ -11,6 +11,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/url"
@@ -69,6 +70,9 @@ const (
 	// prefetchAfter is how long after the link came up the hub fetches what
 	// nobody has asked for.
 	prefetchAfter = time.Second
+	// prefetchSpread is within which it does so again after a later return: other
+	// nodes have the cloud back at the same moment.
+	prefetchSpread = 10 * time.Second
 
 	minTokenLife = 2 * time.Minute
 	// maxTokenRenewal bounds the life that a token is said to have that was
@@ -544,7 +548,7 @@ func (h *Hub) follow(ctx context.Context) error {
 // prefetch fetches what nobody asks for before the link goes down: some time
 // after it came up, for the first moments belong to those who wait.
 func (h *Hub) prefetch(ctx context.Context) error {
-	wait := prefetchAfter
+	wait, again := prefetchAfter, false
 	for {
 		changed := h.link.Changed()
 		select {
@@ -552,6 +556,9 @@ func (h *Hub) prefetch(ctx context.Context) error {
 			return nil
 		case <-changed:
 			wait = prefetchAfter
+			if again {
+				wait += rand.N(prefetchSpread)
+			}
 			continue
 		case <-time.After(wait):
 		}
@@ -559,6 +566,7 @@ func (h *Hub) prefetch(ctx context.Context) error {
 		if !h.link.Online() {
 			continue
 		}
+		again = true
 		if err := h.answers.prefetch(ctx, h.link.Questions()); err != nil && ctx.Err() == nil {
 			h.log.Debug("discovery not fetched", "err", err)
 		}
