@@ -179,7 +179,8 @@ func (b *bench) measure(ctx context.Context, only *regexp.Regexp) error {
 		start := time.Now()
 		if err := s.within(ctx, b); err != nil {
 			fmt.Fprintf(b.log, "%s: %v\n", s.name, err)
-			b.add(Row{What: "not measured", Note: strings.ReplaceAll(err.Error(), "\n", " ")}, bar{})
+			why := strings.ReplaceAll(err.Error(), "\n", " ")
+			b.add(Row{What: "not measured", Note: why[:min(len(why), 300)]}, bar{})
 			failed = append(failed, s.name)
 		}
 		fmt.Fprintf(b.log, "%s took %s\n", s.name, time.Since(start).Round(time.Second))

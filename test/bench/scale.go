@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"maps"
 	"math"
+	goruntime "runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -374,7 +375,7 @@ func (b *bench) compare(of [2]outcome) {
 		b.add(row, most)
 	}
 	hubs := fmt.Sprintf("%d hubs", b.scale.pools*b.scale.hubs)
-	all := "all hubs and their watchers share the processors with the API server"
+	all := fmt.Sprintf("all hubs and their watchers share %d processors with the API server, which comes first", goruntime.NumCPU())
 	perPool := ratioAtMost(math.Round(1200/float64(b.scale.hubs)) / 1000)
 	pair(started, "until all have started, with nothing on disk", "s", func(o outcome) float64 { return o.start }, bar{},
 		fmt.Sprintf("%s in %d pools: whole hubs with a watcher each, in %d processes on this machine, %d starting at a time; nodes have no kubelet",
