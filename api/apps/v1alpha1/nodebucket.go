@@ -4,6 +4,7 @@ import metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 // Node is a node of a bucket.
 type Node struct {
+	// Name is that of a Node.
 	Name string `json:"name"`
 }
 
@@ -22,6 +23,8 @@ type NodeBucket struct {
 
 	// NumNodes is the number of Nodes.
 	NumNodes int32 `json:"numNodes"`
+	// Nodes are the bucket's nodes.
+	//
 	// +listType=map
 	// +listMapKey=name
 	Nodes []Node `json:"nodes"`

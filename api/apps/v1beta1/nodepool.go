@@ -10,25 +10,42 @@ type NodePoolType string
 
 // NodePoolSpec is what is wanted of a pool. Its fields are those of v1beta2.
 type NodePoolSpec struct {
+	// Type is Edge or Cloud. It cannot change.
+	//
 	// +optional
 	// +kubebuilder:default=Edge
 	Type NodePoolType `json:"type,omitempty"`
+	// HostNetwork says that pods on the pool's nodes use the network of the
+	// host only. It cannot change.
+	//
 	// +optional
 	HostNetwork bool `json:"hostNetwork,omitempty"`
+	// Labels are put on each node of the pool.
+	//
 	// +optional
 	Labels map[string]string `json:"labels,omitempty"`
+	// Annotations are put on each node of the pool.
+	//
 	// +optional
 	Annotations map[string]string `json:"annotations,omitempty"`
+	// Taints are put on each node of the pool.
+	//
 	// +optional
 	Taints []corev1.Taint `json:"taints,omitempty"`
 }
 
 // NodePoolStatus is what was observed of a pool.
 type NodePoolStatus struct {
+	// ReadyNodeNum is how many nodes are ready.
+	//
 	// +optional
 	ReadyNodeNum int32 `json:"readyNodeNum"`
+	// UnreadyNodeNum is how many nodes are not ready.
+	//
 	// +optional
 	UnreadyNodeNum int32 `json:"unreadyNodeNum"`
+	// Nodes are the names of the pool's nodes, sorted.
+	//
 	// +optional
 	Nodes []string `json:"nodes,omitempty"`
 }

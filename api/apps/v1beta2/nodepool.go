@@ -85,7 +85,8 @@ type NodePoolSpec struct {
 	// +optional
 	InterConnectivity bool `json:"interConnectivity,omitempty"`
 
-	// LeaderElectionStrategy says which nodes may lead.
+	// LeaderElectionStrategy says which nodes may lead: with random any node,
+	// with mark those that LeaderNodeLabelSelector selects.
 	//
 	// +optional
 	// +kubebuilder:default=random
@@ -117,7 +118,7 @@ type NodePoolSpec struct {
 	PoolScopeMetadata []metav1.GroupVersionResource `json:"poolScopeMetadata,omitempty"`
 
 	// LeaderReplicas is how many leaders the pool has, when that many nodes
-	// can lead.
+	// can lead; 16 at most.
 	//
 	// +optional
 	// +kubebuilder:default=1
@@ -131,6 +132,7 @@ const MaxContacts = 8
 
 // Leader is a node that leads its pool, or a contact.
 type Leader struct {
+	// NodeName is the name of its Node.
 	NodeName string `json:"nodeName"`
 	// Address is the node's internal IP, where the other hubs of the pool
 	// reach its hub.
@@ -139,13 +141,15 @@ type Leader struct {
 
 // NodePoolStatus is what was observed of a pool.
 type NodePoolStatus struct {
+	// The defaults are for the columns: a patch of what differs never writes a
+	// first 0.
+
 	// ReadyNodeNum is how many nodes are ready.
 	//
 	// +optional
 	// +kubebuilder:default=0
 	ReadyNodeNum int32 `json:"readyNodeNum"`
-	// UnreadyNodeNum is how many are not. The defaults are for the columns: a
-	// patch of what differs never writes a first 0.
+	// UnreadyNodeNum is how many nodes are not ready.
 	//
 	// +optional
 	// +kubebuilder:default=0
@@ -171,10 +175,17 @@ type NodePoolStatus struct {
 	// +optional
 	// +listType=atomic
 	Contacts []Leader `json:"contacts,omitempty"`
+	// LeaderNum is how many LeaderEndpoints there are.
+	//
 	// +optional
 	LeaderNum int32 `json:"leaderNum,omitempty"`
+	// LeaderLastElectedTime is when LeaderEndpoints changed last.
+	//
 	// +optional
 	LeaderLastElectedTime metav1.Time `json:"leaderLastElectedTime,omitempty"`
+	// Conditions are aspects of the pool's state. LeaderReady is False while a
+	// pool that elects leaders has none, or none that is heard.
+	//
 	// +optional
 	// +listType=map
 	// +listMapKey=type
@@ -183,12 +194,20 @@ type NodePoolStatus struct {
 
 // NodePoolCondition is one aspect of a pool's state.
 type NodePoolCondition struct {
-	Type   string                 `json:"type"`
+	// Type is LeaderReady.
+	Type string `json:"type"`
+	// Status is True, False or Unknown.
 	Status corev1.ConditionStatus `json:"status,omitempty"`
+	// LastTransitionTime is when Status changed last.
+	//
 	// +optional
 	LastTransitionTime metav1.Time `json:"lastTransitionTime,omitempty"`
+	// Reason is a word for programs.
+	//
 	// +optional
 	Reason string `json:"reason,omitempty"`
+	// Message is for people.
+	//
 	// +optional
 	Message string `json:"message,omitempty"`
 }

@@ -15,6 +15,7 @@ type AccessFilterResource struct {
 	Group string `json:"group,omitempty"`
 	// +kubebuilder:validation:MaxLength=63
 	// +kubebuilder:validation:Pattern=`^[a-z0-9]([-a-z0-9]*[a-z0-9])?$`
+	// Version is the version of the group, such as v1.
 	Version string `json:"version"`
 	// Resource is the name in the plural, as in `kubectl api-resources`.
 	//
@@ -164,6 +165,7 @@ type AccessFilterPool struct {
 
 // AccessFilterFailure is a reason why nodes do otherwise than the filter says.
 type AccessFilterFailure struct {
+	// Message is the reason.
 	Message string `json:"message"`
 	// Count is how many nodes say so.
 	Count int32 `json:"count"`
@@ -175,19 +177,28 @@ type AccessFilterFailure struct {
 
 // AccessFilterStatus is what was observed of an AccessFilter.
 type AccessFilterStatus struct {
-	// Nodes, Active and Failed count the nodes of all pools, as in Pools.
+	// Nodes is how many nodes have the filter.
 	//
 	// +optional
 	// +kubebuilder:default=0
 	Nodes int32 `json:"nodes"`
+	// Active is how many of these apply it as it is.
+	//
 	// +optional
 	// +kubebuilder:default=0
 	Active int32 `json:"active"`
+	// Failed is how many cannot apply it, or could not to some objects.
+	//
 	// +optional
 	// +kubebuilder:default=0
 	Failed int32 `json:"failed"`
+	// ObservedGeneration is the generation that the status is about.
+	//
 	// +optional
 	ObservedGeneration int64 `json:"observedGeneration,omitempty"`
+	// Conditions are aspects of the filter's state. Ready is True when all
+	// nodes apply it as it is, and Unknown while some have not said so yet.
+	//
 	// +optional
 	// +listType=map
 	// +listMapKey=type

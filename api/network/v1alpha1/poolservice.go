@@ -20,14 +20,17 @@ type PoolServiceStatus struct {
 	//
 	// +optional
 	LoadBalancer corev1.LoadBalancerStatus `json:"loadBalancer,omitempty"`
-	// AggregateToAnnotations are copied to the Service.
+	// AggregateToAnnotations are shown as annotations of the Service, under
+	// keys that begin with "aggregated.".
 	//
 	// +optional
 	AggregateToAnnotations map[string]string `json:"aggregateToAnnotations,omitempty"`
-	// AggregateToLabels are copied to the Service.
+	// AggregateToLabels are shown as labels of the Service, likewise.
 	//
 	// +optional
 	AggregateToLabels map[string]string `json:"aggregateToLabels,omitempty"`
+	// Conditions are the implementation's.
+	//
 	// +optional
 	// +listType=map
 	// +listMapKey=type
