@@ -138,6 +138,60 @@ func TestDefaults(t *testing.T) {
 	})
 }
 
+// TestOpenYurtsClientsWrite makes and changes a pool as OpenYurt's Go clients do,
+// who write null for a time that is not set.
+func TestOpenYurtsClientsWrite(t *testing.T) {
+	c := theCluster(t)
+	p := &unstructured.Unstructured{Object: map[string]any{
+		"apiVersion": "apps.openyurt.io/v1beta2", "kind": "NodePool",
+		"metadata": map[string]any{"name": "theirs", "creationTimestamp": nil},
+		"spec": map[string]any{"type": "Edge", "interConnectivity": true, "enableLeaderElection": true, "poolScopeMetadata": []any{
+			map[string]any{"group": "", "version": "v1", "resource": "services"},
+			map[string]any{"group": "discovery.k8s.io", "version": "v1", "resource": "endpoints"},
+		}},
+		"status": map[string]any{"readyNodeNum": int64(0), "unreadyNodeNum": int64(0), "leaderLastElectedTime": nil},
+	}}
+	if err := c.Create(t.Context(), p); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		await(t, "delete pool", func() error { return client.IgnoreNotFound(c.Delete(context.Background(), p)) })
+	})
+	change := func(what string, write func(client.Object) error, to func()) {
+		t.Helper()
+		await(t, what, func() error {
+			if err := c.Get(t.Context(), client.ObjectKeyFromObject(p), p); err != nil {
+				return err
+			}
+			to()
+			return write(p) // or a conflict with a controller
+		})
+	}
+	status := map[string]any{"readyNodeNum": int64(0), "unreadyNodeNum": int64(0), "leaderLastElectedTime": nil}
+	change("another spec", func(o client.Object) error { return c.Update(t.Context(), o) }, func() {
+		p.Object["spec"] = map[string]any{
+			"type": "Edge", "interConnectivity": true, "leaderElectionStrategy": "mark", "leaderReplicas": int64(2),
+			"leaderNodeLabelSelector": map[string]any{"kubernetes.io/hostname": "theirs-1"}, "enableLeaderElection": true,
+			"poolScopeMetadata": p.Object["spec"].(map[string]any)["poolScopeMetadata"],
+		}
+		p.Object["status"] = status
+	})
+	change("another status", func(o client.Object) error { return c.Status().Update(t.Context(), o) }, func() { p.Object["status"] = status })
+	await(t, "the ConfigMap tells of it", func() error {
+		var told corev1.ConfigMap
+		if err := c.Get(t.Context(), client.ObjectKey{Namespace: namespace, Name: "leader-hub-theirs"}, &told); err != nil {
+			return err
+		}
+		if got, want := told.Data, map[string]string{
+			"leaders": "", "pool-scoped-metadata": "/v1/services,discovery.k8s.io/v1/endpoints,discovery.k8s.io/v1/endpointslices",
+			"interconnectivity": "true", "enable-leader-election": "true",
+		}; !maps.Equal(got, want) {
+			return fmt.Errorf("got %v", got)
+		}
+		return nil
+	})
+}
+
 // TestOldVersions has the real API server convert by the real webhook.
 func TestOldVersions(t *testing.T) {
 	c := theCluster(t)
