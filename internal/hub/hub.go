@@ -211,7 +211,7 @@ func Run(ctx context.Context, cfg Config) error {
 		h.clock.Run, h.certs.Run, h.link.Run, h.answers.run, h.announce, h.keepAddress, h.runEndpoints, h.keepNeeds,
 		h.reask, h.awaitDisk, h.beat, h.carrySoon, h.keepFilters, h.reportAccessFilters,
 		h.certified(h.replica.Run), h.certified(h.journal.Run), h.certified(h.authn.Run), h.certified(h.follow),
-		h.certified(h.prefetch), h.certified(h.conditions.Run), h.certified(h.pool.Run), h.certified(h.keepPool), h.certified(h.vouch.Run),
+		h.certified(h.prefetch), h.certified(h.conditions.Run), h.certified(h.pool.Run), h.certified(h.keepPool), h.certified(h.vouch.Run), h.certified(h.hearPods),
 		h.gate.Run, h.runDNS,
 		daemon.Watchdog(h.log, h.alive),
 	}

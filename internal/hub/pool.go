@@ -51,6 +51,7 @@ func (h *Hub) newPool() *pool.Pool {
 		Ages:       h.ages,
 		Serve:      h.servePeer,
 		Heartbeats: h.vouch,
+		Pods:       http.HandlerFunc(h.tellPods),
 		Protect:    func(next http.Handler) http.Handler { return h.survive(h.observe(next)) },
 		Refused:    h.unconnected,
 		Log:        h.log.With("part", "pool"),

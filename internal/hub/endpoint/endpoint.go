@@ -1,17 +1,18 @@
-// Package endpoint lets the endpoints of a node's own pods follow these pods
-// while the cloud, whose controllers keep them otherwise, is away. After a
+// Package endpoint lets the endpoints of a node's own pods, and of pods on nodes
+// of its pool that can be asked, follow these pods while the cloud, whose
+// controllers keep them otherwise, is away. After a
 // machine has lost its power while it was cut off its pods have new addresses,
 // and a Service that led to the old ones would be dead until the link is back.
 //
 // What counts is the kubelet's own word: what it last wrote of a pod's
-// addresses and readiness. Local readers see it in EndpointSlices, and in v1
+// addresses and readiness, here or, as its hub tells, there. Local readers see it in EndpointSlices, and in v1
 // Endpoints, as an overlay on the replica. It begins when the link goes down
 // and ends some time after it is back, once the cloud shows the same: until
 // then the cloud knows the pods by their old addresses, or takes them for not
 // ready because their node was silent.
 //
 // Only objects that the controllers of Kubernetes make are touched, and in
-// them only the endpoints that name a pod of this node. Everything else,
+// them only the endpoints that name a pod of the node whose word it is. Everything else,
 // fields that are not known here too, stays as the cloud has it.
 package endpoint
 
@@ -47,6 +48,9 @@ const (
 	most = 10 * time.Minute
 	// checkEvery is how often it is looked whether it can end.
 	checkEvery = 5 * time.Second
+	// peerGrace is how long the word of another node's hub holds. A node that
+	// is gone is what the cloud says of it after that.
+	peerGrace = 15 * time.Second
 )
 
 var (
@@ -78,10 +82,16 @@ type Config struct {
 
 // Pod is what a kubelet says of a pod, as far as endpoints are concerned.
 type Pod struct {
-	UID       string
-	Addresses []string
-	Ready     bool
-	Ended     bool // all its containers have ended for good
+	UID       string   `json:"uid"`
+	Addresses []string `json:"addresses,omitempty"`
+	Ready     bool     `json:"ready,omitempty"`
+	Ended     bool     `json:"ended,omitempty"` // all its containers have ended for good
+}
+
+// word is what the hub of another node said of its pods.
+type word struct {
+	pods  map[string]Pod
+	heard time.Time
 }
 
 func (p Pod) equal(q Pod) bool {
@@ -104,6 +114,7 @@ type Tracker struct {
 
 	mu      sync.Mutex // guards the following
 	pods    map[string]Pod
+	words   map[string]word                // by node; none without pods
 	mention map[string]map[object]struct{} // the objects that mention a pod, by its key
 	indexed map[string]bool                // namespaces whose objects are all in mention
 	publish map[string]bool                // Services that publish what is not ready, by key
@@ -118,7 +129,7 @@ func New(cfg Config) *Tracker {
 	t.resetLocked()
 	cfg.Registerer.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 		Name: "node_yurthub_endpoints_overlaid",
-		Help: "Objects whose endpoints follow this node's pods while the cloud shows something else.",
+		Help: "Objects whose endpoints follow the pods of this node or of its pool while the cloud shows something else.",
 	}, func() float64 {
 		t.mu.Lock()
 		defer t.mu.Unlock()
@@ -129,6 +140,7 @@ func New(cfg Config) *Tracker {
 
 func (t *Tracker) resetLocked() {
 	t.pods, t.mention, t.indexed = map[string]Pod{}, map[string]map[object]struct{}{}, map[string]bool{}
+	t.words = map[string]word{}
 	t.publish, t.edited = map[string]bool{}, map[object]struct{}{}
 	t.up, t.quiet = time.Time{}, time.Time{}
 	t.active.Store(false)
@@ -177,7 +189,7 @@ func (t *Tracker) Hold() {
 	}
 	t.mu.Lock()
 	t.up, t.quiet = time.Time{}, time.Time{}
-	t.active.Store(len(held) > 0)
+	t.active.Store(true) // without pods of its own too: others have some
 	var news []string
 	for key, pod := range held {
 		// What the kubelet wrote since is newer, or the same.
@@ -192,6 +204,68 @@ func (t *Tracker) Hold() {
 		}
 	}
 	t.mu.Unlock()
+	t.show(news...)
+}
+
+// Own is what the hubs of other nodes are told: what the kubelet says of the
+// pods that endpoints mention, which every node may read. It is nothing while
+// the cloud's word is good.
+func (t *Tracker) Own() map[string]Pod {
+	out := map[string]Pod{}
+	if !t.Active() {
+		return out
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for key, pod := range t.pods {
+		if len(t.mention[key]) > 0 {
+			out[key] = pod
+		}
+	}
+	return out
+}
+
+// Hear takes what the hubs of other nodes said just now of their pods, by node.
+// It must be called again and again: who is not heard for a while has said
+// nothing.
+func (t *Tracker) Hear(said map[string]map[string]Pod) {
+	t.indexing.Lock()
+	t.mu.Lock()
+	if !t.Active() {
+		t.mu.Unlock()
+		t.indexing.Unlock()
+		return
+	}
+	now := time.Now()
+	next := map[string]word{}
+	for node, w := range t.words {
+		if now.Sub(w.heard) <= peerGrace {
+			next[node] = w
+		}
+	}
+	for node, pods := range said {
+		if len(pods) == 0 {
+			delete(next, node)
+			continue
+		}
+		if _, ok := t.words[node]; !ok {
+			t.indexed = map[string]bool{} // its pods were not looked for
+		}
+		next[node] = word{pods, now}
+	}
+	var news []string
+	for _, diff := range [][2]map[string]word{{t.words, next}, {next, t.words}} {
+		for node, w := range diff[0] {
+			for key, pod := range w.pods {
+				if other, ok := diff[1][node].pods[key]; !ok || !other.equal(pod) {
+					news = append(news, key)
+				}
+			}
+		}
+	}
+	t.words = next
+	t.mu.Unlock()
+	t.indexing.Unlock()
 	t.show(news...)
 }
 
@@ -316,12 +390,12 @@ func (t *Tracker) index(namespace string) {
 			break
 		}
 		err = t.cfg.Each(r, namespace, func(key string, k replica.Kind, data []byte) error {
-			if bytes.Contains(data, []byte(t.cfg.Node)) {
-				t.mu.Lock()
-				defer t.mu.Unlock()
-				return t.learnLocked(object{r, key}, k.Encoding, data)
+			t.mu.Lock()
+			defer t.mu.Unlock()
+			if !t.concernsLocked(data) {
+				return nil
 			}
-			return nil
+			return t.learnLocked(object{r, key}, k.Encoding, data)
 		})
 	}
 	if err != nil {
@@ -342,6 +416,11 @@ func publishes(enc wire.Encoding, data []byte) bool {
 	return service.Unmarshal(data) == nil && service.Spec.PublishNotReadyAddresses
 }
 
+// concernsLocked reports whether an object may name a node whose pods are known.
+func (t *Tracker) concernsLocked(data []byte) bool {
+	return len(t.words) > 0 || bytes.Contains(data, []byte(t.cfg.Node))
+}
+
 // learnLocked takes note of the pods that an object mentions.
 func (t *Tracker) learnLocked(o object, enc wire.Encoding, data []byte) error {
 	e := editor{change: func(p point, _ discoveryv1.AddressType) point {
@@ -353,17 +432,22 @@ func (t *Tracker) learnLocked(o object, enc wire.Encoding, data []byte) error {
 }
 
 // noteLocked takes note of the pod that an endpoint of the object names, and
-// returns its key; empty: none of this node.
-func (t *Tracker) noteLocked(o object, p point) string {
-	if p.kind != "Pod" || p.node != t.cfg.Node {
-		return ""
+// returns what is known of it: by the word of its own node only.
+func (t *Tracker) noteLocked(o object, p point) (Pod, bool) {
+	pods := t.pods
+	if p.node != t.cfg.Node {
+		pods = t.words[p.node].pods
+	}
+	if p.kind != "Pod" || pods == nil {
+		return Pod{}, false
 	}
 	key := p.namespace + "/" + p.name
 	if t.mention[key] == nil {
 		t.mention[key] = map[object]struct{}{}
 	}
 	t.mention[key][o] = struct{}{}
-	return key
+	pod, ok := pods[key]
+	return pod, ok
 }
 
 // Holds reports whether Overlay may have a word on objects of the resource.
@@ -371,13 +455,16 @@ func Holds(r schema.GroupVersionResource) bool { return slices.Contains(resource
 
 // Overlay is the replica's OverlayFunc for what Holds names.
 func (t *Tracker) Overlay(r schema.GroupVersionResource, key string, k replica.Kind, base []byte) ([]byte, bool) {
-	if !t.Active() || !bytes.Contains(base, []byte(t.cfg.Node)) {
+	if !t.Active() {
 		return nil, false
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	o := object{r, key}
 	delete(t.edited, o)
+	if !t.concernsLocked(base) {
+		return nil, false
+	}
 	meta, err := wire.ReadMeta(k.Encoding, base, false)
 	if err != nil || !ofController(r, meta.Labels) {
 		return nil, false
@@ -388,7 +475,7 @@ func (t *Tracker) Overlay(r schema.GroupVersionResource, key string, k replica.K
 	}
 	publish := t.publish[meta.Namespace+"/"+service]
 	e := editor{change: func(p point, family discoveryv1.AddressType) point {
-		pod, ok := t.pods[t.noteLocked(o, p)]
+		pod, ok := t.noteLocked(o, p)
 		if !ok || (p.uid != "" && p.uid != pod.UID) {
 			return p
 		}

@@ -5,6 +5,7 @@ import (
 	"context"
 	"log/slog"
 	"maps"
+	"reflect"
 	"slices"
 	"strings"
 	"sync"
@@ -280,6 +281,111 @@ func TestFlappingLink(t *testing.T) {
 		w.want("10.0.0.1 10.0.0.2 10.0.0.3", "10.0.0.9 10.0.0.2 10.0.0.3")
 		if w.reads != 1 {
 			w.t.Errorf("slices were read %d times", w.reads)
+		}
+	})
+}
+
+// says is the word of other nodes' hubs on the pod c.
+func (w *world) says(node, uid, ip string, ready bool) {
+	pods := map[string]Pod{"ns/c": {UID: uid, Addresses: []string{ip}, Ready: ready}}
+	w.tracker.Hear(map[string]map[string]Pod{node: pods})
+}
+
+// TestPeersPodsFollow is an outage of two nodes. What the hub of the other one
+// says of its pod is seen, through the cloud's return, which takes the pod for
+// not ready; until the cloud shows the same, or the other is silent.
+func TestPeersPodsFollow(t *testing.T) {
+	const own = "10.0.0.1 10.0.0.2 "
+	back := func(w *world) {
+		w.want(own + "10.0.0.3")
+		w.says("edge-2", "u-c", "10.0.0.7", true) // the cloud is there: its word counts
+		w.link(false)
+		w.says("edge-2", "u-c", "10.0.0.3", true)
+		w.says("edge-2", "u-c", "10.0.0.3", false)
+		w.says("edge-2", "u-c", "10.0.0.8", true)
+		w.want(own+"10.0.0.3", own+"10.0.0.3!", own+"10.0.0.8")
+		w.link(true)
+		w.cloud(made("a", "edge-1", "10.0.0.1", false, false, false), made("b", "edge-1", "10.0.0.2", false, false, false), made("c", "edge-2", "10.0.0.3", false, false, false))
+		w.want(own+"10.0.0.8", own+"10.0.0.8")
+	}
+	right := func(w *world) {
+		w.cloud(made("a", "edge-1", "10.0.0.1", true, true, false), made("b", "edge-1", "10.0.0.2", true, true, false), made("c", "edge-2", "10.0.0.8", true, true, false))
+	}
+	t.Run("the cloud comes round", func(t *testing.T) {
+		inBubble(t, func(w *world) {
+			back(w)
+			for range 4 {
+				pass(5 * time.Second)
+				w.says("edge-2", "u-c", "10.0.0.8", true)
+			}
+			right(w)
+			pass(20 * time.Second)
+			w.want(own+"10.0.0.8", own+"10.0.0.8")
+			if w.tracker.Active() {
+				t.Error("still active")
+			}
+		})
+	})
+	t.Run("the other dies", func(t *testing.T) {
+		inBubble(t, func(w *world) {
+			back(w)
+			pass(peerGrace + time.Second)
+			w.tracker.Hear(nil)
+			w.want(own+"10.0.0.8", own+"10.0.0.3!")
+		})
+	})
+	t.Run("the other believes the cloud", func(t *testing.T) {
+		inBubble(t, func(w *world) {
+			back(w)
+			w.tracker.Hear(map[string]map[string]Pod{"edge-2": {}})
+			w.want(own+"10.0.0.8", own+"10.0.0.3!")
+		})
+	})
+	t.Run("the cloud does not come round", func(t *testing.T) {
+		inBubble(t, func(w *world) {
+			back(w)
+			for range (lag + 30*time.Second) / (5 * time.Second) {
+				w.says("edge-2", "u-c", "10.0.0.8", true)
+				pass(5 * time.Second)
+			}
+			w.want(own+"10.0.0.8", "10.0.0.1! 10.0.0.2! 10.0.0.3!")
+			if w.tracker.Active() {
+				t.Error("still active")
+			}
+		})
+	})
+}
+
+// TestPeersSpeakForTheirPods: of a pod only the word of its own node counts.
+func TestPeersSpeakForTheirPods(t *testing.T) {
+	inBubble(t, func(w *world) {
+		w.link(false)
+		w.says("edge-2", "another", "10.0.0.9", true)
+		w.says("edge-3", "u-c", "10.0.0.9", true)
+		w.tracker.Hear(map[string]map[string]Pod{
+			"edge-1": {"ns/a": {UID: "u-a", Addresses: []string{"10.0.0.9"}, Ready: true}},
+			"edge-2": {"ns/a": {UID: "u-a", Addresses: []string{"10.0.0.9"}, Ready: true}},
+		})
+		w.want("10.0.0.1 10.0.0.2 10.0.0.3")
+	})
+}
+
+// TestOwnIsWhatEndpointsMention: others are told of no other pods, and of none
+// while the cloud is there.
+func TestOwnIsWhatEndpointsMention(t *testing.T) {
+	inBubble(t, func(w *world) {
+		w.pod("unseen", "10.0.0.5", true)
+		if own := w.tracker.Own(); len(own) > 0 {
+			t.Errorf("online: %v", own)
+		}
+		w.link(false)
+		w.wrote("a", "u-a", "10.0.0.9", false)
+		w.wrote("unseen", "u-unseen", "10.0.0.5", true)
+		want := map[string]Pod{
+			"ns/a": {UID: "u-a", Addresses: []string{"10.0.0.9"}}, "ns/b": {UID: "u-b", Addresses: []string{"10.0.0.2"}, Ready: true},
+		}
+		if own := w.tracker.Own(); !reflect.DeepEqual(own, want) {
+			t.Errorf("got %v, want %v", own, want)
 		}
 	})
 }

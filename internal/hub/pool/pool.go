@@ -59,8 +59,8 @@ func (m Membership) leader(node string) bool {
 	return slices.ContainsFunc(m.Leaders, func(l Leader) bool { return l.Node == node })
 }
 
-// Config is what a hub's part in its pool needs. All but Heartbeats must be
-// set.
+// Config is what a hub's part in its pool needs. All but Heartbeats and
+// Pods must be set.
 type Config struct {
 	Node string
 	Port int // of all hubs of the pool; 0 means DefaultPort
@@ -91,6 +91,8 @@ type Config struct {
 	// Heartbeats answers POST [HeartbeatsPath]; nil: nobody does. Its caller
 	// is in the request's context, see [PeerFrom].
 	Heartbeats http.Handler
+	// Pods answers GET [PodsPath]; nil: nobody does.
+	Pods http.Handler
 	// Protect stands before everything that the listener serves: against
 	// panics and slow peers.
 	Protect func(http.Handler) http.Handler

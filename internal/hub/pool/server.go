@@ -26,6 +26,8 @@ const (
 	StatePath = "/pool/v1/state"
 	// HeartbeatsPath takes the heartbeats of hubs without a link.
 	HeartbeatsPath = "/pool/v1/heartbeats"
+	// PodsPath says what the node's kubelet says of its pods.
+	PodsPath = "/pool/v1/pods"
 )
 
 // What peers may send and have in flight.
@@ -260,6 +262,10 @@ func (p *Pool) route(w http.ResponseWriter, r *http.Request, peer string) {
 	}
 	if r.Method != http.MethodGet {
 		p.refuse(w, r, "method", methodNotAllowed(r.Method))
+		return
+	}
+	if r.URL.Path == PodsPath && p.cfg.Pods != nil {
+		p.cfg.Pods.ServeHTTP(w, r)
 		return
 	}
 	if r.URL.Path == StatePath {

@@ -223,6 +223,7 @@ func TestOnlyPeersAreServed(t *testing.T) {
 			}
 			_, _ = io.WriteString(w, PeerFrom(r.Context())+" says "+string(body))
 		})
+		c.Pods = http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, "{}") })
 	})
 	const address, list = "127.0.0.11", "/api/v1/services"
 	if c, err := net.Dial("tcp", strings.TrimPrefix(h.url(address), "https://")); err == nil {
@@ -283,6 +284,9 @@ func TestOnlyPeersAreServed(t *testing.T) {
 		{http.MethodPost, HeartbeatsPath, "I live", nil, 200},
 		{http.MethodPost, HeartbeatsPath, strings.Repeat("x", maxBody+1), []string{"Expect", "100-continue"}, 413},
 		{http.MethodGet, HeartbeatsPath, "", nil, 405},
+		{http.MethodGet, PodsPath, "", nil, 200},
+		{http.MethodPost, PodsPath, "{}", nil, 405},
+		{http.MethodGet, PodsPath + "/x", "", nil, 403},
 		{http.MethodPost, HeartbeatsPath + "/x", "", nil, 405},
 	} {
 		if got, text := h.ask(t, b, address, tc.method, tc.path, tc.body, tc.header...); got != tc.want {
