@@ -24,11 +24,11 @@ type Schemas func(schema.GroupVersionResource) (*spec.Schema, error)
 // schemas.
 func Check(af *v1alpha1.AccessFilter, schemas Schemas) error {
 	// What is wrong for any resource is said once.
-	env, err := newEnvironment(apiservercel.DynType, environment.NewExpressions)
+	run, err := newEnvironments(environment.NewExpressions)
 	if err != nil {
 		return err
 	}
-	c := compiler{env: env, programs: true}
+	c := compiler{env: run.counted, uncounted: run.uncounted}
 	if c.filter(af); len(c.problems) > 0 {
 		return c.problems
 	}

@@ -5,6 +5,7 @@ import (
 	"sync"
 
 	"github.com/google/cel-go/cel"
+	"github.com/google/cel-go/common/decls"
 	"k8s.io/apimachinery/pkg/util/version"
 	apiservercel "k8s.io/apiserver/pkg/cel"
 	"k8s.io/apiserver/pkg/cel/environment"
@@ -44,11 +45,45 @@ func structType(name string, types map[string]*apiservercel.DeclType) *apiserver
 	return apiservercel.NewObjectType(name, fields)
 }
 
-// anyObject is the environment in which filters run. Fields of an object are
+// environments are those in which filters run. Fields of an object are
 // found when they are asked for.
-var anyObject = sync.OnceValues(func() (*cel.Env, error) {
-	return newEnvironment(apiservercel.DynType, environment.StoredExpressions)
-})
+type environments struct{ counted, uncounted *cel.Env }
+
+var anyObject = sync.OnceValues(func() (environments, error) { return newEnvironments(environment.StoredExpressions) })
+
+func newEnvironments(t environment.Type) (environments, error) {
+	counted, err := newEnvironment(apiservercel.DynType, t)
+	if err != nil {
+		return environments{}, err
+	}
+	free, err := uncounted(counted)
+	return environments{counted, free}, err
+}
+
+// uncounted returns an environment that runs what another compiled, without
+// counting what it costs. Programs of the API server's environments count, and
+// cannot be told not to.
+func uncounted(env *cel.Env) (*cel.Env, error) {
+	// Optional values are a part of the language that comes with an evaluation
+	// of its own.
+	bare, err := cel.NewCustomEnv(cel.OptionalTypes())
+	if err != nil {
+		return nil, fmt.Errorf("make an environment without costs: %w", err)
+	}
+	var more []*decls.FunctionDecl
+	for name, f := range env.Functions() {
+		if bare.Functions()[name] == nil {
+			more = append(more, f)
+		}
+	}
+	out, err := cel.NewCustomEnv(
+		cel.OptionalTypes(), cel.FunctionDecls(more...), cel.CustomTypeAdapter(adapter{}), cel.CustomTypeProvider(env.CELTypeProvider()),
+	)
+	if err != nil {
+		return nil, fmt.Errorf("make an environment without costs: %w", err)
+	}
+	return out, nil
+}
 
 // newEnvironment returns the API server's environment with our variables.
 func newEnvironment(object *apiservercel.DeclType, t environment.Type) (*cel.Env, error) {

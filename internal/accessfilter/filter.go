@@ -10,6 +10,7 @@ import (
 	"cmp"
 	"fmt"
 	"slices"
+	"strings"
 
 	"github.com/google/cel-go/cel"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -17,6 +18,7 @@ import (
 	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/apimachinery/pkg/util/sets"
 	"k8s.io/apimachinery/pkg/util/validation/field"
+	"k8s.io/apiserver/pkg/cel/library"
 
 	"github.com/yurt-edge/yurt/api/network/v1alpha1"
 )
@@ -30,6 +32,9 @@ const (
 	// that a filter sets or removes, as the definition of the type does.
 	textMost    = 4096
 	changesMost = 16
+	// doublesMost bounds the macros that write what they are called on twice:
+	// each on another doubles the expression before it is compiled.
+	doublesMost = 8
 )
 
 // Filter is a compiled AccessFilter. It is immutable.
@@ -46,8 +51,11 @@ type Filter struct {
 
 	drop, keep *expression
 	changes    []change // in the order in which they are made
-	usesPool   bool     // what is known of the pool
-	usesNode   bool     // what is known of the node
+	// uncounted is the length of the longest list, map or string of an object
+	// for which nothing needs to be counted; 0: there is none.
+	uncounted int
+	usesPool  bool // what is known of the pool
+	usesNode  bool // what is known of the node
 }
 
 // change is a field that is set, or removed if value is nil.
@@ -60,18 +68,19 @@ type change struct {
 
 // expression is a compiled one.
 type expression struct {
-	at      *field.Path
-	text    string
-	program cel.Program
+	at   *field.Path
+	text string
+	// Both do the same.
+	counted, uncounted cel.Program
 }
 
 // Compile compiles a filter to be run. The error is of type [Problems].
 func Compile(af *v1alpha1.AccessFilter) (*Filter, error) {
-	env, err := anyObject()
+	run, err := anyObject()
 	if err != nil {
 		return nil, Problems{{Field: field.NewPath("spec"), Message: err.Error()}}
 	}
-	c := compiler{env: env, programs: true}
+	c := compiler{env: run.counted, uncounted: run.uncounted}
 	f := c.filter(af)
 	return f, c.problems.err()
 }
@@ -140,12 +149,13 @@ func (s selector) selects(pool string, nodeLabels map[string]string) bool {
 
 // compiler goes through a filter in one environment.
 type compiler struct {
-	env      *cel.Env
-	programs bool // not only checks
+	env       *cel.Env
+	uncounted *cel.Env // nil: expressions are checked, and not to be run
 	// value returns the type that a path's values are to have, nil: any.
 	value    func(text string, p pointer) (*cel.Type, int, error)
 	problems Problems
 	used     sets.Set[string] // variables, once compiled
+	compiled []*cel.Ast
 }
 
 func (c *compiler) fail(at *field.Path, text string, line, column int, message string) {
@@ -153,7 +163,7 @@ func (c *compiler) fail(at *field.Path, text string, line, column int, message s
 }
 
 func (c *compiler) filter(af *v1alpha1.AccessFilter) *Filter {
-	c.used = sets.New[string]()
+	c.used, c.compiled = sets.New[string](), nil
 	spec, at := &af.Spec, field.NewPath("spec")
 	f := &Filter{
 		Name: af.Name, Generation: af.Generation, Version: af.ResourceVersion, priority: spec.Priority,
@@ -193,6 +203,7 @@ func (c *compiler) filter(af *v1alpha1.AccessFilter) *Filter {
 		path, _ := c.path(at.Child("path"), remove.Path)
 		f.changes = append(f.changes, change{at: at, path: path, when: c.expression(at.Child("when"), remove.When, cel.BoolType)})
 	}
+	f.uncounted = c.uncountedUpTo()
 	f.usesPool, f.usesNode = c.used.Has(poolVariable), c.used.Has(nodeVariable)
 	return f
 }
@@ -239,6 +250,10 @@ func (c *compiler) expression(at *field.Path, text string, want *cel.Type) *expr
 		c.fail(at, text[:excerptMost], 0, 0, fmt.Sprintf("the expression has %d bytes, more than %d", len(text), textMost))
 		return nil
 	}
+	if n := strings.Count(text, "optMap") + strings.Count(text, "optFlatMap"); n > doublesMost {
+		c.fail(at, text, 1, 1, fmt.Sprintf("the expression has %d of optMap and optFlatMap, more than %d", n, doublesMost))
+		return nil
+	}
 	ast, issues := c.env.Compile(text)
 	if issues.Err() != nil {
 		c.problems = append(c.problems, fromIssues(at, text, issues)...)
@@ -251,12 +266,37 @@ func (c *compiler) expression(at *field.Path, text string, want *cel.Type) *expr
 	for _, ref := range ast.NativeRep().ReferenceMap() {
 		c.used.Insert(ref.Name)
 	}
+	if tooHeavy(ast) {
+		c.fail(at, text, 1, 1, "the expression puts lists and maps into one another so often that nobody could read them")
+		return nil
+	}
 	e := &expression{at: at, text: text}
-	if c.programs {
-		var err error
-		if e.program, err = c.env.Program(ast); err != nil {
-			c.fail(at, text, 1, 1, err.Error())
-		}
+	if c.uncounted == nil {
+		return e
+	}
+	c.compiled = append(c.compiled, ast)
+	var err error
+	if e.counted, err = c.env.Program(ast, careful(c.env)); err == nil {
+		e.uncounted, err = c.uncounted.Program(ast, careful(c.env), quickly(ast), cel.EvalOptions(cel.OptOptimize),
+			cel.OptimizeRegex(library.FindRegexOptimization, library.FindAllRegexOptimization))
+	}
+	if err != nil {
+		c.fail(at, text, 1, 1, err.Error())
 	}
 	return e
+}
+
+// uncountedUpTo returns how long lists, maps and strings of an object may be
+// while all expressions together cost less than they may; 0: not even short ones.
+func (c *compiler) uncountedUpTo() int {
+	for longest := uint64(1 << 20); longest >= 16; longest /= 2 {
+		cost := uint64(0)
+		for _, ast := range c.compiled {
+			cost = add(cost, costOf(ast, longest))
+		}
+		if cost <= mostCost {
+			return int(longest) //nolint:gosec // not large
+		}
+	}
+	return 0
 }

@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 
 	"github.com/google/cel-go/common/types"
 	"github.com/google/cel-go/common/types/ref"
@@ -21,6 +22,19 @@ type Scene struct {
 	component ref.Val
 	node      ref.Val // nil: not known yet
 	pool      ref.Val // nil: not known yet
+}
+
+// fixed is a map of a scene: its members are values of CEL, so that none is
+// made when it is asked.
+type fixed struct {
+	tree
+	names func() []string // sorted
+}
+
+func (f fixed) Names() []string { return f.names() }
+
+func newFixed(t tree) ref.Val {
+	return &members{Members: fixed{t, sync.OnceValue(func() []string { return slices.Sorted(maps.Keys(t)) })}}
 }
 
 // Place is a node and the pool it is in.
@@ -41,24 +55,29 @@ func NewScene(component string, p *Place) *Scene {
 	}
 	nodeLabels := tree{}
 	for k, v := range p.Labels {
-		nodeLabels[k] = v
+		nodeLabels[k] = types.String(v)
 	}
-	s.node = &members{tree{"name": p.Node, "labels": map[string]any(nodeLabels)}}
+	s.node = newFixed(tree{"name": types.String(p.Node), "labels": newFixed(nodeLabels)})
 	nodes := p.Nodes
 	if p.Pool == "" {
 		nodes = map[string]struct{}{p.Node: {}}
 	}
 	if nodes != nil {
-		s.pool = &members{tree{"name": p.Pool, "nodes": nodeSet(nodes)}}
+		set := &members{Members: nodeSet{nodes, sync.OnceValue(func() []string { return slices.Sorted(maps.Keys(nodes)) })}}
+		s.pool = newFixed(tree{"name": types.String(p.Pool), "nodes": set})
 	}
 	return s
 }
 
 // nodeSet is a map that has true for each node.
-type nodeSet map[string]struct{}
+type nodeSet struct {
+	nodes map[string]struct{}
+	names func() []string // sorted
+}
 
-func (s nodeSet) Get(name string) (any, bool) { _, ok := s[name]; return ok, ok }
-func (s nodeSet) Names() []string             { return slices.Sorted(maps.Keys(s)) }
+func (s nodeSet) Get(name string) (any, bool) { _, ok := s.nodes[name]; return types.True, ok }
+func (nodeSet) Text(string) ([]byte, bool)    { return nil, false }
+func (s nodeSet) Names() []string             { return s.names() }
 
 // Verdict is what a filter makes of an object.
 type Verdict struct {
@@ -114,19 +133,22 @@ func (e *expression) fail(err error) error {
 // variables are those of one object's expressions.
 type variables struct {
 	scene  *Scene
-	object ref.Val
+	object members
+	work   work
 }
 
 func (v *variables) ResolveName(name string) (any, bool) {
 	switch name {
 	case objectVariable:
-		return v.object, true
+		return &v.object, true
 	case componentVariable:
 		return v.scene.component, true
 	case nodeVariable:
 		return v.scene.node, v.scene.node != nil
 	case poolVariable:
 		return v.scene.pool, v.scene.pool != nil
+	case workVariable:
+		return &v.work, true
 	}
 	return nil, false
 }
@@ -139,7 +161,19 @@ func (f *Filter) Run(s *Scene, object Members) (Verdict, error) {
 	if f.usesNode && s.node == nil || f.usesPool && s.pool == nil {
 		return Verdict{}, nil
 	}
-	r := run{vars: variables{s, &members{object}}}
+	if f.uncounted > 0 {
+		r := newRun(s, object)
+		r.vars.work.longest = f.uncounted
+		if v, err := f.run(r); !r.vars.work.over {
+			return v, err
+		}
+	}
+	r := newRun(s, object)
+	r.counted = true
+	return f.run(r)
+}
+
+func (f *Filter) run(r *run) (Verdict, error) {
 	for _, e := range []struct {
 		*expression
 		hides bool
@@ -170,7 +204,7 @@ func (f *Filter) Run(s *Scene, object Members) (Verdict, error) {
 			if err != nil {
 				return Verdict{}, err
 			}
-			if edit.Value, err = native(v, 0); err != nil {
+			if edit.Value, err = r.native(v, 0); err != nil {
 				return Verdict{}, c.value.fail(err)
 			}
 		}
@@ -181,8 +215,15 @@ func (f *Filter) Run(s *Scene, object Members) (Verdict, error) {
 
 // run is one run of a filter.
 type run struct {
-	vars variables
-	cost uint64
+	vars    variables
+	counted bool
+	cost    uint64
+}
+
+func newRun(s *Scene, object Members) *run {
+	r := &run{vars: variables{scene: s, work: work{left: mostWork}}}
+	r.vars.object = members{Members: object, work: &r.vars.work}
+	return r
 }
 
 func (r *run) holds(e *expression) (bool, error) {
@@ -198,11 +239,18 @@ func (r *run) holds(e *expression) (bool, error) {
 }
 
 func (r *run) eval(e *expression) (ref.Val, error) {
-	v, details, err := e.program.Eval(&r.vars)
+	program := e.uncounted
+	if r.counted {
+		program = e.counted
+	}
+	v, details, err := program.Eval(&r.vars)
 	if details != nil && details.ActualCost() != nil {
 		r.cost += *details.ActualCost()
 	}
-	if err == nil && r.cost > mostCost {
+	switch {
+	case r.vars.work.left < 0: // whatever became of the error
+		err = errWork
+	case err == nil && r.cost > mostCost:
 		err = fmt.Errorf("the filter's expressions cost more than %d together: cost limit exceeded", mostCost)
 	}
 	if err != nil {

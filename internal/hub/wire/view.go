@@ -89,6 +89,34 @@ func (v *View) read(r route) (_ any, _ bool, err error) {
 	return r.member.read(data, r.num, v.depth)
 }
 
+// Text is Get for members that are strings, at less cost: the bytes are those of
+// the object. It returns false if it is none, or not there.
+func (v *View) Text(name string) ([]byte, bool) {
+	route, ok := v.plan.byName()[name]
+	if !ok || len(route.in) > 0 || route.member.value.op != opString || route.member.shape > pointer {
+		return nil, false
+	}
+	var found []byte
+	there := false
+	for data := v.data; len(data) > 0; {
+		num, typ, b, _, size := field(data)
+		if size < 0 || num == route.num && typ != protowire.BytesType {
+			return nil, false // Get says what is wrong
+		}
+		if num == route.num {
+			found, there = b, true
+		}
+		data = data[size:]
+	}
+	if !there || len(found) == 0 && route.member.shape == one || !utf8.Valid(found) {
+		return nil, false
+	}
+	return found, true
+}
+
+// Len is the length of the object on the wire.
+func (v *View) Len() int { return len(v.data) }
+
 // Names returns the names of the members that the object has, sorted.
 func (v *View) Names() []string {
 	out := slices.Collect(maps.Keys(v.extra))
@@ -106,6 +134,18 @@ type ViewMap struct {
 	value *value
 	depth int
 	pairs []pair // sorted by key
+}
+
+// Text leaves all to Get.
+func (*ViewMap) Text(string) ([]byte, bool) { return nil, false }
+
+// Len is the length of the map on the wire, or somewhat less.
+func (m *ViewMap) Len() int {
+	out := 0
+	for _, p := range m.pairs {
+		out += len(p.key) + len(p.value)
+	}
+	return out
 }
 
 // Get returns an entry. A value that cannot be read is an error.
@@ -199,13 +239,25 @@ func (f *member) read(data []byte, num protowire.Number, depth int) (any, bool, 
 }
 
 func (f *member) list(data []byte, num protowire.Number, depth int) (any, bool, error) {
-	var out []any
-	err := f.elements(data, num, func(_ int, b []byte, n uint64) error {
-		x, err := f.value.read(b, n, depth)
-		out = append(out, x)
+	count := 0
+	if err := f.elements(data, num, func(int, []byte, uint64) error { count++; return nil }); err != nil || count == 0 {
+		return nil, !f.omitEmpty, err
+	}
+	out := make([]any, count)
+	var views []View // of one piece, for there may be thousands
+	if f.value.op == opMessage && f.value.prefix == nil && depth < maxDepth {
+		views = make([]View, count)
+	}
+	err := f.elements(data, num, func(i int, b []byte, n uint64) (err error) {
+		if views != nil {
+			views[i] = View{plan: f.value.msg, data: b, depth: depth + 1}
+			out[i] = &views[i]
+			return nil
+		}
+		out[i], err = f.value.read(b, n, depth)
 		return err
 	})
-	if out == nil || err != nil {
+	if err != nil {
 		return nil, !f.omitEmpty, err
 	}
 	return out, true, nil

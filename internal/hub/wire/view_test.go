@@ -77,6 +77,13 @@ func TestViewIsAsJSONForEveryKind(t *testing.T) {
 			w, _ := json.MarshalIndent(want, "", " ")
 			t.Fatalf("%s: view\n%s\nJSON\n%s", gvk, g, w)
 		}
+		for _, name := range v.Names() {
+			if text, ok := v.Text(name); ok {
+				if x, _ := v.Get(name); x != string(text) {
+					t.Fatalf("%s: %s is %v, and as a text %q", gvk, name, x, text)
+				}
+			}
+		}
 		if _, ok := v.Get("no such field"); ok {
 			t.Fatalf("%s has a field that it has not", gvk)
 		}
