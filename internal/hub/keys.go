@@ -67,6 +67,7 @@ func KeyCommand() *cobra.Command {
 		flags keyFlags
 	)
 	cmd := &cobra.Command{Use: "key", Short: "Look at the node key, which seals what is on disk, and change it", Args: cobra.NoArgs}
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error { return cmd.Help() } // else a slip of the pen ends well
 	cmd.PersistentFlags().StringVar(&cfg.RootDir, "root-dir", "/var/lib/yurthub", "the hub's --root-dir")
 	status := &cobra.Command{
 		Use: "status", Short: "Say where the node key comes from", Args: cobra.NoArgs,
