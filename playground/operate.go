@@ -269,9 +269,6 @@ func (p *Playground) KubectlCommand(ctx context.Context, args ...string) *exec.C
 	return exec.CommandContext(ctx, p.bin.Path("kubectl"), append([]string{"--kubeconfig=" + p.kubeconfig()}, args...)...)
 }
 
-// Kubeconfig is the path of a cluster admin's kubeconfig.
-func (p *Playground) Kubeconfig() string { return p.kubeconfig() }
-
 // RESTConfig returns the configuration of a cluster admin's client without a
 // rate limit.
 func (p *Playground) RESTConfig() (*rest.Config, error) {
@@ -291,10 +288,6 @@ func (p *Playground) Client() (*kubernetes.Clientset, error) {
 	}
 	return kubernetes.NewForConfig(config)
 }
-
-// ControlPlane is the control plane of a playground that this process owns, and
-// nil otherwise.
-func (p *Playground) ControlPlane() *ControlPlane { return p.cp }
 
 const waitPoll = 200 * time.Millisecond
 

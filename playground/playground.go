@@ -436,9 +436,6 @@ func (p *Playground) kubeconfig() string {
 }
 func keeperSocket(dir string) string { return filepath.Join(dir, "keeper.sock") }
 
-// Dir is the folder of the playground's files.
-func (p *Playground) Dir() string { return p.dir }
-
 // Topology is what the playground was built from.
 func (p *Playground) Topology() Topology { return p.topology }
 

@@ -83,41 +83,6 @@ func TestAddWarning(t *testing.T) {
 	}
 }
 
-func TestAccessRecorderPassesFlushAndHijack(t *testing.T) {
-	t.Parallel()
-	records := make(chan AccessRecorder, 1)
-	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		a := NewAccessRecorder(w)
-		defer func() { records <- *a }()
-		rc := http.NewResponseController(a)
-		if r.URL.Path == "/hijack" {
-			c, _, err := rc.Hijack()
-			if err == nil {
-				_, _ = io.WriteString(c, "HTTP/1.1 101 Switching Protocols\r\n\r\n")
-				_ = c.Close()
-			}
-			return
-		}
-		a.WriteHeader(http.StatusAccepted)
-		_, _ = io.WriteString(a, "hello")
-		if err := rc.Flush(); err != nil {
-			t.Error(err)
-		}
-	}))
-	defer s.Close()
-	for path, want := range map[string][2]int{"/": {202, 5}, "/hijack": {101, 0}} {
-		resp, err := s.Client().Get(s.URL + path)
-		if err != nil {
-			t.Fatal(err)
-		}
-		_ = resp.Body.Close()
-		if got := <-records; got.Status != want[0] || got.Bytes != int64(want[1]) {
-			t.Errorf("%s: %d, %d bytes", path, got.Status, got.Bytes)
-		}
-	}
-	s.Client().CloseIdleConnections()
-}
-
 func TestServerStops(t *testing.T) {
 	t.Parallel()
 	for name, grace := range map[string]time.Duration{"after the requests": time.Minute, "when the grace is over": time.Millisecond} {

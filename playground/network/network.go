@@ -207,11 +207,6 @@ func free(p Plan) error {
 	})
 }
 
-// Plan returns the plan of the network.
-func (n *Network) Plan() Plan {
-	return n.plan
-}
-
 func (n *Network) cable(target string) (cable, error) {
 	c, ok := n.layout.cables[target]
 	if !ok {

@@ -9,13 +9,12 @@ import (
 	"testing"
 	"time"
 
-	apiextensionsv1 "k8s.io/apiextensions-apiserver/pkg/apis/apiextensions/v1"
 	"k8s.io/apimachinery/pkg/util/wait"
 	"sigs.k8s.io/yaml"
 )
 
-// fill creates the objects of testdata and returns the columns of Fancy.
-func fill(t *testing.T, s *server) []apiextensionsv1.CustomResourceColumnDefinition {
+// fill creates the objects of testdata.
+func fill(t *testing.T, s *server) {
 	t.Helper()
 	text, err := os.ReadFile(filepath.Join("testdata", "objects.yaml"))
 	if err != nil {
@@ -25,7 +24,6 @@ func fill(t *testing.T, s *server) []apiextensionsv1.CustomResourceColumnDefinit
 	for _, r := range resources {
 		paths[r.apiVersion+r.kind] = r.path
 	}
-	var columns []apiextensionsv1.CustomResourceColumnDefinition
 	for doc := range strings.SplitSeq(string(text), "\n---\n") {
 		var object struct {
 			APIVersion, Kind string
@@ -45,17 +43,9 @@ func fill(t *testing.T, s *server) []apiextensionsv1.CustomResourceColumnDefinit
 		path = inNamespace(path, object.Metadata.Namespace)
 		waitServed(t, s, path)
 		s.create(t, path, raw)
-		if object.Metadata.Name == "fancies.example.com" {
-			var crd apiextensionsv1.CustomResourceDefinition
-			if err := yaml.Unmarshal([]byte(doc), &crd); err != nil {
-				t.Fatal(err)
-			}
-			columns = crd.Spec.Versions[0].AdditionalPrinterColumns
-		}
 	}
 	// A pod with a finalizer stays, terminating.
 	s.send(t, http.MethodDelete, "/api/v1/namespaces/default/pods/running", map[string]any{})
-	return columns
 }
 
 func inNamespace(path, namespace string) string {

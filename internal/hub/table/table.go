@@ -13,7 +13,6 @@ import (
 	"sync"
 	"time"
 
-	apiextensionsv1 "k8s.io/apiextensions-apiserver/pkg/apis/apiextensions/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/util/duration"
 	utiljson "k8s.io/apimachinery/pkg/util/json"
@@ -43,20 +42,7 @@ func printerOf(apiVersion, kind string) *printer {
 	if wire.Known(apiVersion, kind) {
 		return defaultPrinter()
 	}
-	return customPrinter(nil)
-}
-
-// Supports says whether the table of a kind is the API server's own. Tables of
-// other kinds show names and ages only: right for custom resources without
-// columns and for built-in kinds without printer, poorer for the rest.
-func Supports(apiVersion, kind string) bool {
-	_, ok := printers()[typeKey{apiVersion, kind}]
-	return ok
-}
-
-// Definitions returns the columns of a kind's table.
-func Definitions(apiVersion, kind string) []metav1.TableColumnDefinition {
-	return printerOf(apiVersion, kind).columns
+	return customPrinter()
 }
 
 // Builder makes one Table. It is not safe for concurrent use.
@@ -73,22 +59,6 @@ type Builder struct {
 // continue token and the remaining count matter.
 func New(apiVersion, kind string, h wire.ListHeader) *Builder {
 	return &Builder{printer: printerOf(apiVersion, kind), apiVersion: apiVersion, kind: kind, header: h}
-}
-
-// NewCRD is New for a custom resource with the columns that its definition
-// gives for this version. A column that cannot be parsed ends the list of
-// columns, as it does in the API server.
-func NewCRD(apiVersion, kind string, columns []apiextensionsv1.CustomResourceColumnDefinition, h wire.ListHeader) *Builder {
-	b := New(apiVersion, kind, h)
-	b.printer = customPrinter(columns)
-	return b
-}
-
-// WithoutColumns leaves the column definitions out, as in all events of a
-// watch but the first.
-func (b *Builder) WithoutColumns() *Builder {
-	b.headless = true
-	return b
 }
 
 // Add appends the row of an object. An empty include means Metadata. After an
@@ -220,11 +190,6 @@ func Object(apiVersion, kind string, enc wire.Encoding, object []byte, include m
 	return single(New(apiVersion, kind, wire.ListHeader{}), enc, object, include, columns)
 }
 
-// CustomObject is Object for a custom resource with printer columns.
-func CustomObject(apiVersion, kind string, printed []apiextensionsv1.CustomResourceColumnDefinition, object []byte, include metav1.IncludeObjectPolicy, columns bool) ([]byte, error) {
-	return single(NewCRD(apiVersion, kind, printed, wire.ListHeader{}), wire.JSON, object, include, columns)
-}
-
 func single(b *Builder, enc wire.Encoding, object []byte, include metav1.IncludeObjectPolicy, columns bool) ([]byte, error) {
 	meta, err := wire.ReadMeta(enc, object, false)
 	if err != nil {
@@ -252,18 +217,37 @@ func defaultPrinter() *printer {
 			nameColumn(),
 			column("Created At", "date", objectMeta("creationTimestamp")),
 		},
-		row: func(enc wire.Encoding, object []byte) ([]any, []metav1.TableRowCondition, error) {
-			partial, err := wire.PartialMetadata(enc, object)
-			if err != nil {
-				return nil, nil, err
-			}
-			var m metav1.PartialObjectMetadata
-			if err := decode(enc, partial, &m); err != nil {
-				return nil, nil, err
-			}
-			return []any{m.Name, m.CreationTimestamp.Time.UTC().Format(time.RFC3339)}, nil, nil
-		},
+		row:       metadataRow(func(created time.Time) any { return created.UTC().Format(time.RFC3339) }),
 		emptyNull: true,
+	}
+}
+
+// customPrinter is for custom resources, as if their definition named no
+// columns: the replica need not have it.
+func customPrinter() *printer {
+	return &printer{
+		columns: []metav1.TableColumnDefinition{nameColumn(), column("Age", "date", objectMeta("creationTimestamp"))},
+		row: metadataRow(func(created time.Time) any {
+			if created.IsZero() {
+				return nil
+			}
+			return since(created)
+		}),
+	}
+}
+
+// metadataRow is a row of the name and what is said of the creation.
+func metadataRow(say func(created time.Time) any) rowFunc {
+	return func(enc wire.Encoding, object []byte) ([]any, []metav1.TableRowCondition, error) {
+		partial, err := wire.PartialMetadata(enc, object)
+		if err != nil {
+			return nil, nil, err
+		}
+		var m metav1.PartialObjectMetadata
+		if err := decode(enc, partial, &m); err != nil {
+			return nil, nil, err
+		}
+		return []any{m.Name, say(m.CreationTimestamp.Time)}, nil, nil
 	}
 }
 
