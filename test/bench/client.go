@@ -231,18 +231,21 @@ func (s sides) close() {
 // comparison is what alternating rounds of a request came to.
 type comparison struct {
 	pace rounds // answers per second
-	// cost is the processor time in µs that an answer takes the servers: the
-	// API server and etcd, or the hub. What the cloud's servers do for the
-	// hub is not in it, and neither is the client.
+	// cost is the processor time in µs that an answer takes all servers: the
+	// API server, etcd and the hub, whoever of them works. The client is not
+	// in it.
 	cost rounds
-	size int // bytes of an answer, from the hub
+	size [2]int // bytes of an answer
 }
 
 func (c comparison) note() string {
 	spread := c.pace.spread()
-	size := fmt.Sprintf("%d B", c.size)
-	if c.size > 10000 {
-		size = fmt.Sprintf("%d KB", c.size/1000)
+	size := fmt.Sprintf("%d B", c.size[1])
+	if c.size[1] > 10000 {
+		size = fmt.Sprintf("%d KB", c.size[1]/1000)
+	}
+	if c.size[0] != c.size[1] {
+		size = fmt.Sprintf("%d B direct and %d B", c.size[0], c.size[1])
 	}
 	return fmt.Sprintf("%s each; %.2f to %.2f in %d rounds", size, spread[0], spread[1], len(c.pace))
 }
@@ -253,12 +256,12 @@ func (s sides) compare(ctx context.Context, h *hub, l load, n int, d time.Durati
 	if err != nil {
 		return comparison{}, err
 	}
-	return s.measure(ctx, [2][]int{cloud, {h.PID()}}, l, n, d)
+	return s.measure(ctx, append(cloud, h.PID()), l, n, d)
 }
 
 // measure measures a request both ways in alternating rounds, and what it takes
-// the processes that serve each.
-func (s sides) measure(ctx context.Context, serving [2][]int, l load, n int, d time.Duration) (comparison, error) {
+// the processes that serve.
+func (s sides) measure(ctx context.Context, pids []int, l load, n int, d time.Duration) (comparison, error) {
 	var out comparison
 	for _, side := range s { // warm connections and caches
 		if _, _, err := rate(ctx, side, l, d/4); err != nil {
@@ -269,13 +272,12 @@ func (s sides) measure(ctx context.Context, serving [2][]int, l load, n int, d t
 		var pace, cost [2]float64
 		for j := range 2 {
 			which := (i + j) % 2 // neither is always first
-			pids := serving[which]
 			before, err := busy(pids...)
 			if err != nil {
 				return out, err
 			}
 			start := time.Now()
-			if pace[which], out.size, err = rate(ctx, s[which], l, d); err != nil {
+			if pace[which], out.size[which], err = rate(ctx, s[which], l, d); err != nil {
 				return out, err
 			}
 			count := pace[which] * time.Since(start).Seconds()

@@ -132,14 +132,14 @@ func (b *bench) shows(ctx context.Context, proxy target, near int) error {
 func (b *bench) filteredList(ctx context.Context, h *hub, proxy target, l load, near int) error {
 	s := connect(h.user, proxy, 2)
 	defer s.close()
-	c, err := s.measure(ctx, [2][]int{{h.PID()}, {h.PID()}}, l, pick(b, 5, 3), pick(b, 2*time.Second, time.Second))
+	c, err := s.measure(ctx, []int{h.PID()}, l, pick(b, 5, 3), pick(b, 2*time.Second, time.Second))
 	if err != nil {
 		return err
 	}
 	what := map[int]string{endpoints: "all", 2: "a tenth", 0: "none"}[near] + " of the endpoints near, " + l.accept
 	plain, seen, ratio := c.cost.medians()
 	b.hub("LIST of 1 000 slices, "+what+": processor time, of an unfiltered one's", "×", ratio, atMost(1.3),
-		fmt.Sprintf("%.0f and %.0f µs; answers per second %.2f ×; %d KB", seen, plain, ratioOf(c.pace), c.size/1000))
+		fmt.Sprintf("%.0f and %.0f µs; answers per second %.2f ×; %d and %d KB", seen, plain, ratioOf(c.pace), c.size[1]/1000, c.size[0]/1000))
 	return nil
 }
 

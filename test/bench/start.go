@@ -81,8 +81,8 @@ func (b *bench) startWith(ctx context.Context, h *hub, namespace string, n int, 
 			}
 			full = append(full, ms(int64(time.Since(begin))))
 		}
-		b.hub(fmt.Sprintf("kill -9 to first GET, %d objects, link %s", n, way), "ms", median(first), most, "process start included")
-		b.hub(fmt.Sprintf("kill -9 to a full LIST as JSON metadata, %d objects, link %s", n, way), "ms", median(full), bar{}, "")
+		b.hub(fmt.Sprintf("started after kill -9, to first GET, %d objects, link %s", n, way), "ms", median(first), most, "process start included")
+		b.hub(fmt.Sprintf("started after kill -9, to a full LIST as JSON metadata, %d objects, link %s", n, way), "ms", median(full), bar{}, "")
 	}
 	return nil
 }

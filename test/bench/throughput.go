@@ -68,7 +68,7 @@ func (b *bench) forward(ctx context.Context) error {
 // compared adds the figures of a comparison.
 func (b *bench) compared(what string, c comparison, least bar) {
 	b.pair(what, "1/s", c.pace, least, c.note())
-	b.pair(what+": processor time of the servers", "µs", c.cost, bar{}, "")
+	b.pair(what+": processor time of all servers", "µs", c.cost, bar{}, "")
 }
 
 // replica measures what the hub answers by itself: EndpointSlices, which it
