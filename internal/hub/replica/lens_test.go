@@ -114,27 +114,50 @@ func (h *history) through(i int) *Slice {
 func TestFilteredHistory(t *testing.T) {
 	for seed := range uint64(30) {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) { filteredHistory(t, seed) })
+			synctest.Test(t, func(t *testing.T) { filteredHistory(t, seed, &glass{}) })
 		})
 	}
 }
 
-func filteredHistory(t *testing.T, seed uint64) {
-	var current atomic.Pointer[glass]
-	current.Store(&glass{})
+// TestAccessFilterHistory is TestFilteredHistory with AccessFilters, that come,
+// change, go bad and go.
+func TestAccessFilterHistory(t *testing.T) {
+	for seed := range uint64(10) {
+		t.Run(fmt.Sprint(seed), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) { filteredHistory(t, seed, &accessGlass{}) })
+		})
+	}
+}
+
+// mind is a filter of which it is known what it makes of a value.
+type mind interface {
+	Filter
+	sees(value string) (string, bool)
+	// next is what it thinks next, of a version.
+	next(rng *rand.Rand, version uint64) mind
+}
+
+func (*glass) next(rng *rand.Rand, version uint64) mind {
+	return &glass{colour: rng.Uint32(), version: version}
+}
+
+func filteredHistory(t *testing.T, seed uint64, first mind) {
+	var current atomic.Pointer[mind]
+	current.Store(&first)
 	h := newHistory(t, seed)
 	h.stop()
 	moves := rand.New(rand.NewPCG(seed, 2))
 	move := func() {
 		// What it goes by may come sooner or later than the objects.
 		now := h.cloud.at()
-		current.Store(&glass{colour: moves.Uint32(), version: now - min(now, moves.Uint64N(5))})
+		next := (*current.Load()).next(moves, now-min(now, moves.Uint64N(5)))
+		current.Store(&next)
 	}
 	h.conf = func(c *Config) {
 		if moves.IntN(2) == 0 {
 			move() // while the hub was down
 		}
-		c.Filter = func(string) Filter { return current.Load() }
+		c.Filter = func(string) Filter { return *current.Load() }
 	}
 	h.open()
 	defer func() {
@@ -192,7 +215,7 @@ func filteredHistory(t *testing.T, seed uint64) {
 		}
 		want := map[string]string{}
 		for key, th := range h.cloud.state(scope, h.cloud.at()) {
-			if seen, ok := current.Load().sees(th.value); ok {
+			if seen, ok := (*current.Load()).sees(th.value); ok {
 				want[key] = seen
 			}
 		}
