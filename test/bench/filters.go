@@ -75,7 +75,10 @@ func (b *bench) filters(ctx context.Context) error {
 	if err := b.shows(ctx, proxy, 2); err != nil {
 		return err
 	}
-	return b.filteredWatch(ctx, h, proxy)
+	if err := b.filteredWatch(ctx, h, proxy); err != nil {
+		return err
+	}
+	return b.accessFilters(ctx, h)
 }
 
 // shows makes the nodes of so many of a slice's first endpoints near, and returns once a list

@@ -48,6 +48,7 @@ metadata: {name: bench}
 rules:
 - {apiGroups: [""], resources: [configmaps], verbs: [get, list, watch]}
 - {apiGroups: [apps.openyurt.io], resources: [nodepools], verbs: [get, list, watch]}
+- {apiGroups: [network.openyurt.io], resources: [accessfilters], verbs: [get, list, watch]}
 `)
 	if err != nil {
 		return err
