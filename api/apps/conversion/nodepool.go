@@ -40,6 +40,18 @@ type newer struct {
 	Unmarked bool `json:"unmarked,omitempty"`
 }
 
+// defaults are the API server's own for v1beta2. It gives them to what is
+// written and to what is stored as v1beta2, and not to a pool that OpenYurt
+// stored as one of the older versions.
+func defaults() newer {
+	return newer{Spec: v1beta2.NodePoolSpec{
+		LeaderElectionStrategy: v1beta2.ElectRandom, LeaderReplicas: 1,
+		PoolScopeMetadata: []metav1.GroupVersionResource{
+			{Version: "v1", Resource: "services"}, {Group: "discovery.k8s.io", Version: "v1", Resource: "endpointslices"},
+		},
+	}}
+}
+
 // older is what the newer versions cannot hold.
 type older struct {
 	Selector *metav1.LabelSelector `json:"selector,omitempty"`
@@ -48,8 +60,8 @@ type older struct {
 // V1beta1ToStored converts a pool to the stored version.
 func V1beta1ToStored(in *v1beta1.NodePool) (*v1beta2.NodePool, error) {
 	out := &v1beta2.NodePool{ObjectMeta: *in.ObjectMeta.DeepCopy()}
-	var carried newer
-	if err := take(&out.ObjectMeta, CarriedV1beta2, &carried); err != nil {
+	carried, err := takeNewer(&out.ObjectMeta)
+	if err != nil {
 		return nil, err
 	}
 	spec := in.Spec.DeepCopy()
@@ -80,8 +92,8 @@ func StoredToV1beta1(in *v1beta2.NodePool) (*v1beta1.NodePool, error) {
 // V1alpha1ToStored converts a pool to the stored version.
 func V1alpha1ToStored(in *v1alpha1.NodePool) (*v1beta2.NodePool, error) {
 	out := &v1beta2.NodePool{ObjectMeta: *in.ObjectMeta.DeepCopy()}
-	var carried newer
-	if err := take(&out.ObjectMeta, CarriedV1beta2, &carried); err != nil {
+	carried, err := takeNewer(&out.ObjectMeta)
+	if err != nil {
 		return nil, err
 	}
 	spec := in.Spec.DeepCopy()
@@ -142,11 +154,21 @@ func onlyNewer(in *v1beta2.NodePool) newer {
 	return n
 }
 
+// carryNewer and takeNewer have no annotation stand for the defaults.
 func carryNewer(meta *metav1.ObjectMeta, n newer) error {
-	if equality.Semantic.DeepEqual(n, newer{}) {
+	if equality.Semantic.DeepEqual(n, defaults()) {
 		return nil
 	}
 	return carry(meta, CarriedV1beta2, n)
+}
+
+func takeNewer(meta *metav1.ObjectMeta) (newer, error) {
+	if _, ok := meta.Annotations[CarriedV1beta2]; !ok {
+		return defaults(), nil
+	}
+	var n newer
+	err := take(meta, CarriedV1beta2, &n)
+	return n, err
 }
 
 // carry puts into an annotation what would be lost.

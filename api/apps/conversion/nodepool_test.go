@@ -88,6 +88,22 @@ func TestClientsOfOldVersionsChangeOnlyWhatTheyMean(t *testing.T) {
 	}
 }
 
+// TestPoolsOfOldHaveDefaults is a pool that was never written as v1beta2: it has
+// what the API server gives to one that is, and it costs no annotation.
+func TestPoolsOfOldHaveDefaults(t *testing.T) {
+	old := &v1beta1.NodePool{Spec: v1beta1.NodePoolSpec{Type: "Edge"}}
+	stored, err := V1beta1ToStored(old)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if s := stored.Spec; s.LeaderElectionStrategy != v1beta2.ElectRandom || s.LeaderReplicas != 1 || len(s.PoolScopeMetadata) != 2 || s.EnableLeaderElection {
+		t.Errorf("got %+v", s)
+	}
+	if back, err := StoredToV1beta1(stored); err != nil || !equality.Semantic.DeepEqual(back, old) {
+		t.Errorf("got %+v, %v", back, err)
+	}
+}
+
 func TestGarbageInTheAnnotationIsNamed(t *testing.T) {
 	old := &v1beta1.NodePool{}
 	old.Annotations = map[string]string{CarriedV1beta2: "{"}
