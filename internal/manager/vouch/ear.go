@@ -42,6 +42,10 @@ type Heard struct {
 	Spoke time.Time
 }
 
+// slack is how late a renewal may be for any other reason than that one was
+// lost, however short the lives of leases are.
+const slack = 5 * time.Second
+
 // NewEar returns an ear that has not begun to listen. To it a node that says
 // nothing for longer than gap begins anew, and so does one of which a renewal is
 // overdue.
@@ -80,7 +84,7 @@ func (e *Ear) Hear(lease *coordinationv1.Lease, now time.Time) {
 	default:
 		h.Any = now
 		if !ByAnother(lease) {
-			if silence := now.Sub(h.Own); silence > e.gap || heartbeat.Due(silence, durationOf(lease)) {
+			if silence := now.Sub(h.Own); silence > e.gap || silence > slack && heartbeat.Due(silence, durationOf(lease)) {
 				h.Since = now
 			}
 			h.Own = now
