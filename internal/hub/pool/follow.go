@@ -80,7 +80,7 @@ func (p *Pool) decide(begun time.Time, link, bare bool) (wait time.Duration) {
 				others = append(others, node)
 			}
 		}
-		m.setPool(now, p.member.Pool, leaders, others)
+		m.setPool(now, p.member.Pool, leaders, p.member.deputy(), others)
 	}
 	before := m.current
 	upstream, ok, wait := m.decide(now)

@@ -78,15 +78,16 @@ type peer struct {
 // and the same seed give the same decisions.
 //
 // It prefers the leaders before it in the pool's list, in their order, then
-// the cloud, then whoever else of the pool hears the cloud. So of a pool one
-// hub asks the cloud, and when that one cannot, one other, which then helps
-// the first.
+// their deputy, then the cloud, then whoever else of the pool hears the cloud. So
+// of a pool one hub asks the cloud, and when that one cannot, one other, which
+// then helps the first.
 type member struct {
 	self string
 	rand *rand.Rand
 	patience
 
 	leaders []string // all, in order
+	deputy  string   // is followed when no leader can be, until there is another one; empty: nobody
 	others  []string // the pool's other hubs whose address is known, in an order of this hub's own
 	peers   map[string]*peer
 
@@ -114,9 +115,9 @@ func newMember(self string, seed uint64, p patience) *member {
 }
 
 // setPool tells who is in the pool, which is empty if there is none; others are
-// hubs beside the leaders whose address is known. In another pool the hub
-// chooses anew, at once.
-func (m *member) setPool(now time.Time, pool string, leaders, others []string) {
+// hubs beside the leaders whose address is known, of which one is their deputy,
+// or this hub is. In another pool the hub chooses anew, at once.
+func (m *member) setPool(now time.Time, pool string, leaders []string, deputy string, others []string) {
 	if !m.known || pool != m.pool {
 		m.known, m.pool, m.chosen = true, pool, false
 		m.since, m.start, m.bare = now, leaderStart, bareLeaderStart
@@ -124,7 +125,7 @@ func (m *member) setPool(now time.Time, pool string, leaders, others []string) {
 			m.start, m.bare = m.draw(memberStart, startSpread), m.draw(bareMemberStart, bareMemberStart/2)
 		}
 	}
-	m.leaders = leaders
+	m.leaders, m.deputy = leaders, deputy
 	in := map[string]bool{}
 	for _, node := range append(slices.Clone(leaders), others...) {
 		in[node] = true
@@ -190,24 +191,31 @@ func (m *member) asks(node string) time.Time {
 	return p.heard
 }
 
-// ahead are the leaders before this hub in the list.
+// ahead are the leaders before this hub in the list, and their deputy if it is
+// none of them.
 func (m *member) ahead() []string {
 	if i := slices.Index(m.leaders, m.self); i >= 0 {
 		return m.leaders[:i]
 	}
+	if m.deputy != "" && m.deputy != m.self && m.peers[m.deputy] != nil {
+		return append(slices.Clone(m.leaders), m.deputy)
+	}
 	return m.leaders
 }
+
+// isQuick reports whether this hub shall settle before those that may follow it.
+func (m *member) isQuick() bool { return slices.Contains(m.leaders, m.self) || m.deputy == m.self }
 
 // order is whom the hub would follow, the best first.
 func (m *member) order() []string {
 	ahead := m.ahead()
 	out := append(slices.Clone(ahead), cloud)
-	for _, node := range m.leaders[len(ahead):] {
-		if node != m.self {
+	for _, node := range slices.Concat(m.leaders, m.others) {
+		if node != m.self && !slices.Contains(ahead, node) {
 			out = append(out, node)
 		}
 	}
-	return append(out, m.others...)
+	return out
 }
 
 // isAlive reports whether the upstream answers at all.
@@ -261,7 +269,7 @@ func (m *member) decide(now time.Time) (upstream string, ok bool, wait time.Dura
 	}
 	if m.bad.IsZero() {
 		m.bad = now
-		if slices.Contains(m.leaders, m.self) {
+		if m.isQuick() {
 			m.leave = m.draw(m.ofLeader())
 		} else {
 			m.leave = m.draw(m.ofMember())
@@ -383,7 +391,11 @@ func (m *member) asked(now time.Time) []string {
 	if i := slices.Index(order, m.current); m.chosen && i >= 0 {
 		upTo = max(i, upTo)
 	}
-	out := slices.DeleteFunc(slices.Clone(order[:upTo+1]), func(node string) bool { return node == cloud })
+	// While all is well with a leader nobody needs the deputy.
+	led := m.chosen && m.bad.IsZero() && slices.Index(order, m.current) < slices.Index(order, m.deputy)
+	out := slices.DeleteFunc(slices.Clone(order[:upTo+1]), func(node string) bool {
+		return node == cloud || led && node == m.deputy
+	})
 	if i := slices.Index(out, m.current); m.chosen && i > 0 {
 		out = slices.Insert(slices.Delete(out, i, i+1), 0, m.current)
 	}

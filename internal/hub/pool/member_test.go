@@ -18,6 +18,7 @@ type world struct {
 	cloud uint64 // the resource version that the cloud is at
 
 	leaders []string
+	deputy  map[string]string // as each hub knows it
 	// cut are the ways that let nothing pass; a way to the cloud has no second
 	// name.
 	cut map[[2]string]bool
@@ -36,7 +37,7 @@ type simulated struct {
 func newWorld(seed uint64, nodes, leaders int) *world {
 	w := &world{
 		rand: rand.New(rand.NewPCG(seed, 2)), now: time.Unix(1e9, 0), hubs: map[string]*simulated{},
-		cut: map[[2]string]bool{}, cloud: 1,
+		cut: map[[2]string]bool{}, cloud: 1, deputy: map[string]string{},
 	}
 	for i := range nodes {
 		node := fmt.Sprintf("n%d", i)
@@ -50,7 +51,7 @@ func newWorld(seed uint64, nodes, leaders int) *world {
 func (w *world) elect(leaders []string) {
 	w.leaders = slices.Clone(leaders)
 	for _, h := range w.hubs {
-		h.machine.setPool(w.now, "pool", w.leaders, slices.DeleteFunc(slices.Clone(w.nodes), func(n string) bool { return slices.Contains(w.leaders, n) }))
+		h.machine.setPool(w.now, "pool", w.leaders, w.deputy[h.machine.self], slices.DeleteFunc(slices.Clone(w.nodes), func(n string) bool { return slices.Contains(w.leaders, n) }))
 	}
 }
 
@@ -185,7 +186,7 @@ func TestNobodyIsStuck(t *testing.T) {
 // leaders.
 func (w *world) disturb() {
 	node := w.nodes[w.rand.IntN(len(w.nodes))]
-	switch other := w.nodes[w.rand.IntN(len(w.nodes))]; w.rand.IntN(7) {
+	switch other := w.nodes[w.rand.IntN(len(w.nodes))]; w.rand.IntN(8) {
 	case 0, 1, 2:
 		w.cut[[2]string{node, cloud}] = !w.cut[[2]string{node, cloud}]
 	case 3:
@@ -203,9 +204,85 @@ func (w *world) disturb() {
 			h.machine = newMember(node, w.rand.Uint64(), defaults)
 			w.elect(w.leaders)
 		}
+	case 7: // a list of contacts on its way: hubs may differ
+		for _, n := range w.nodes {
+			if w.rand.IntN(3) > 0 {
+				w.deputy[n] = other
+			}
+		}
+		w.elect(w.leaders)
 	case 6:
 		w.rand.Shuffle(len(w.nodes), func(i, j int) { w.nodes[i], w.nodes[j] = w.nodes[j], w.nodes[i] })
 		w.elect(w.nodes[:1+w.rand.IntN(2)])
+	}
+}
+
+// TestDeputy kills the only leader of a pool: one other asks the cloud, and the
+// others follow that one, until there is another leader.
+func TestDeputy(t *testing.T) {
+	t.Parallel()
+	for seed := range uint64(5) {
+		w := newWorld(seed, 20, 1)
+		for _, node := range w.nodes {
+			w.deputy[node] = "n7"
+		}
+		w.elect(w.leaders)
+		direct := func() (n int) {
+			for _, h := range w.hubs {
+				if !h.dead && h.machine.current == cloud {
+					n++
+				}
+			}
+			return n
+		}
+		settle := func(what string, d time.Duration, follow string, most int) {
+			t.Helper()
+			for range int(d / tick) {
+				w.step(t)
+				if n := direct(); n > most {
+					t.Fatalf("seed %d: %s: %d hubs ask the cloud at once", seed, what, n)
+				}
+			}
+			for node, h := range w.hubs {
+				want := follow
+				if node == follow {
+					want = cloud
+				}
+				if !h.dead && (h.machine.current != want || w.cloud-h.version > 8) {
+					t.Fatalf("seed %d: %s: %s follows %q, is %d versions behind", seed, what, node, h.machine.current, w.cloud-h.version)
+				}
+			}
+		}
+		settle("all is well", 3*time.Minute, "n0", 20)
+		for node, h := range w.hubs {
+			if slices.Contains(h.machine.asked(w.now), "n7") {
+				t.Fatalf("seed %d: %s asks a deputy that nobody needs", seed, node)
+			}
+		}
+		for _, h := range w.hubs {
+			h.switches = 0
+		}
+		w.hubs["n0"].dead = true
+		settle("the leader is dead", bound(1), "n7", 1)
+		for node, h := range w.hubs {
+			if !h.dead && h.switches != 1 {
+				t.Fatalf("seed %d: %s switched %d times", seed, node, h.switches)
+			}
+		}
+		w.elect([]string{"n3"})
+		settle("another leads", 5*time.Minute, "n3", 2)
+		w.hubs["n3"].dead = true
+		w.cut[[2]string{"n7", cloud}] = true
+		for range int(bound(2) / tick) {
+			w.step(t)
+		}
+		for node, h := range w.hubs {
+			if !h.dead && w.cloud-h.version > 8 {
+				t.Fatalf("seed %d: the deputy has no link: %s is %d versions behind", seed, node, w.cloud-h.version)
+			}
+		}
+		delete(w.cut, [2]string{"n7", cloud})
+		settle("the deputy has its link again", 5*time.Minute, "n7", 20)
 	}
 }
 
@@ -448,7 +525,7 @@ func TestJoiningWaitsForTheLeader(t *testing.T) {
 	if _, ok, _ := m.decide(now); ok {
 		t.Error("decided before the pool was known")
 	}
-	m.setPool(now, "pool", []string{"a"}, nil)
+	m.setPool(now, "pool", []string{"a"}, "", nil)
 	if _, ok, wait := m.decide(now); ok || wait > startPoll {
 		t.Errorf("decided before the leader could answer: %v, %v", ok, wait)
 	}
@@ -458,7 +535,7 @@ func TestJoiningWaitsForTheLeader(t *testing.T) {
 	}
 	m = newMember("b", 1, defaults)
 	m.setLink(true)
-	m.setPool(now, "pool", []string{"a"}, nil)
+	m.setPool(now, "pool", []string{"a"}, "", nil)
 	m.failedOf(now, "a", true)
 	if _, ok, _ := m.decide(now.Add(memberStart - time.Millisecond)); ok {
 		t.Error("decided while the leader's hub could start")
@@ -468,7 +545,7 @@ func TestJoiningWaitsForTheLeader(t *testing.T) {
 	}
 	m = newMember("b", 1, defaults)
 	m.setLink(true)
-	m.setPool(now, "pool", []string{"a"}, nil)
+	m.setPool(now, "pool", []string{"a"}, "", nil)
 	m.failedOf(now, "a", false)
 	if got, ok, _ := m.decide(now); !ok || got != cloud {
 		t.Errorf("the leader's machine does not answer: follows %q, %v", got, ok)
@@ -476,7 +553,7 @@ func TestJoiningWaitsForTheLeader(t *testing.T) {
 	bare := newMember("b", 1, defaults)
 	bare.setLink(true)
 	bare.setBare(true)
-	bare.setPool(now, "pool", []string{"a"}, nil)
+	bare.setPool(now, "pool", []string{"a"}, "", nil)
 	bare.failedOf(now, "a", false)
 	if _, ok, wait := bare.decide(now.Add(bareMemberStart - time.Millisecond)); ok || wait > startPoll {
 		t.Errorf("it holds nothing, and decided before the leader's machine could boot: %v, %v", ok, wait)
@@ -484,15 +561,34 @@ func TestJoiningWaitsForTheLeader(t *testing.T) {
 	if got, ok, _ := bare.decide(now.Add(bareMemberStart * 3 / 2)); !ok || got != cloud {
 		t.Errorf("it holds nothing, and the leader's machine does not boot: follows %q, %v", got, ok)
 	}
-	m.setPool(now.Add(time.Minute), "another", []string{"c"}, nil)
+	m.setPool(now.Add(time.Minute), "another", []string{"c"}, "", nil)
 	m.heard(now.Add(time.Minute), "c", State{Live: true})
 	if got, ok, _ := m.decide(now.Add(time.Minute)); !ok || got != "c" {
 		t.Errorf("in another pool: follows %q, %v", got, ok)
 	}
 	m = newMember("b", 1, defaults)
 	m.setLink(true)
-	m.setPool(now, "", nil, nil)
+	m.setPool(now, "", nil, "", nil)
 	if got, ok, _ := m.decide(now); !ok || got != cloud {
 		t.Errorf("without a pool: follows %q, %v", got, ok)
+	}
+}
+
+// TestMembershipDeputy finds the same deputy on each hub.
+func TestMembershipDeputy(t *testing.T) {
+	leaders, contacts := []Leader{{"b", "192.0.2.2"}}, []Leader{{"a", "192.0.2.1"}, {"b", "192.0.2.2"}, {"c", "192.0.2.3"}}
+	for name, tc := range map[string]struct {
+		m    Membership
+		want string
+	}{
+		"the first contact":      {Membership{Nodes: []string{"a", "b", "c"}, Leaders: leaders, Contacts: contacts}, "a"},
+		"a leader is none":       {Membership{Nodes: []string{"b", "c"}, Leaders: leaders, Contacts: contacts[1:]}, "c"},
+		"nor who left the pool":  {Membership{Nodes: []string{"b", "c"}, Leaders: leaders, Contacts: contacts}, "c"},
+		"no contact but leaders": {Membership{Nodes: []string{"b"}, Leaders: leaders, Contacts: contacts[1:2]}, ""},
+		"no leaders are wanted":  {Membership{Nodes: []string{"a", "b", "c"}, Contacts: contacts}, ""},
+	} {
+		if got := tc.m.deputy(); got != tc.want {
+			t.Errorf("%s: got %q", name, got)
+		}
 	}
 }

@@ -59,6 +59,18 @@ func (m Membership) leader(node string) bool {
 	return slices.ContainsFunc(m.Leaders, func(l Leader) bool { return l.Node == node })
 }
 
+// deputy is whom hubs follow when they can follow no leader: the first contact
+// that leads not itself, which is the same for all of them. A pool without
+// leaders has none.
+func (m Membership) deputy() string {
+	for _, c := range m.Contacts {
+		if len(m.Leaders) > 0 && m.Has(c.Node) && !m.leader(c.Node) {
+			return c.Node
+		}
+	}
+	return ""
+}
+
 // Config is what a hub's part in its pool needs. All but Heartbeats and
 // Pods must be set.
 type Config struct {

@@ -419,7 +419,7 @@ func TestHelped(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		p := New(Config{Node: "a", Registerer: prometheus.NewRegistry()})
 		p.Set(Membership{Pool: "p", Nodes: []string{"a", "b", "c"}, Contacts: []Leader{{"b", "192.0.2.2"}}}, nil, true)
-		p.machine.setPool(time.Now(), "p", nil, []string{"b"})
+		p.machine.setPool(time.Now(), "p", nil, "", []string{"b"})
 		for _, tc := range []struct {
 			what string
 			do   func()
