@@ -146,6 +146,17 @@ func (c *cluster) hubsOfAPool(t *testing.T) {
 		}
 		return nil
 	})
+	// The manager takes nobody for a witness of whom the node's hub has not
+	// heard: so it must be heard once more now that both are in the pool.
+	both := time.Now().Add(time.Second)
+	await(t, "both are heard", func() error {
+		for _, m := range []*machine{away, carrier} {
+			if l := c.lease(t, m.name); l.Spec.RenewTime == nil || !l.Spec.RenewTime.After(both) {
+				return fmt.Errorf("%s was renewed at %v", m.name, l.Spec.RenewTime)
+			}
+		}
+		return nil
+	})
 	nodes, err := c.kube.CoreV1().Nodes().Watch(t.Context(), metav1.ListOptions{FieldSelector: "metadata.name=" + away.name})
 	if err != nil {
 		t.Fatal(err)
