@@ -18,12 +18,14 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/client-go/rest"
+	"k8s.io/client-go/util/workqueue"
 	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/controller"
 	"sigs.k8s.io/controller-runtime/pkg/healthz"
 	"sigs.k8s.io/controller-runtime/pkg/metrics/filters"
 	metricsserver "sigs.k8s.io/controller-runtime/pkg/metrics/server"
+	"sigs.k8s.io/controller-runtime/pkg/reconcile"
 	"sigs.k8s.io/controller-runtime/pkg/webhook"
 
 	"github.com/yurt-edge/yurt/internal/daemon"
@@ -77,6 +79,10 @@ func (c *Config) check() error {
 	return nil
 }
 
+// An object that could not be seen to is tried again after retryLeast, twice as
+// long each time it fails again, and retryMost at most.
+const retryLeast, retryMost = 50 * time.Millisecond, 5 * time.Minute
+
 // Run serves until ctx ends and returns nil, or returns the first error that
 // stops it, as when another replica has taken the lease.
 func Run(ctx context.Context, cfg Config) error {
@@ -114,7 +120,14 @@ func Run(ctx context.Context, cfg Config) error {
 		if write, err = clientAs(mgr, cfg.Namespace, p); err != nil {
 			return err
 		}
-		s := &site{mgr: mgr, write: write, cloud: cloud, cfg: &cfg, options: controller.Options{MaxConcurrentReconciles: cfg.Workers}}
+		s := &site{mgr: mgr, write: write, cloud: cloud, cfg: &cfg, options: controller.Options{
+			MaxConcurrentReconciles: cfg.Workers,
+			// Not the usual one, which lets all objects together be tried again ten
+			// times a second: what meets a change of another controller's is tried
+			// again, and with a thousand nodes at once most are. What the API server
+			// is asked is bounded by the client.
+			RateLimiter: workqueue.NewTypedItemExponentialFailureRateLimiter[reconcile.Request](retryLeast, retryMost),
+		}}
 		if err := p.setup(s); err != nil {
 			return err
 		}
