@@ -253,7 +253,7 @@ func (f *fleet) startWorker(ctx context.Context, o order) error {
 	}
 	// In the field hubs take nothing from the API server's processors: here it
 	// comes first, with its etcd, the manager and the relays.
-	cmd := exec.Command("nice", "-n", "10", self) //nolint:noctx // it ends with its input, in good order
+	cmd := exec.Command("nice", "-n", "5", self) //nolint:noctx // it ends with its input, in good order
 	// Ceilings are for one hub; these are many.
 	cmd.Env = append(os.Environ(), workerEnv+"=1", "GOMEMLIMIT=off", "GOGC=200")
 	log, err := os.OpenFile(f.logFile(), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)

@@ -238,7 +238,7 @@ func sharing(on bool) map[string]any {
 func (b *bench) makePools(ctx context.Context, names []string, shared bool) error {
 	for _, name := range names {
 		spec := sharing(shared)
-		spec["interConnectivity"] = true
+		spec["interConnectivity"] = shared
 		body, err := json.Marshal(map[string]any{
 			"apiVersion": v1beta2.GroupVersion.String(), "kind": "NodePool", "metadata": map[string]any{"name": name}, "spec": spec,
 		})

@@ -22,10 +22,9 @@ const (
 	// long they may take to say it.
 	pollEvery    = 2 * time.Second
 	pollPatience = 2 * time.Second
-	// maxPolled bounds whom a hub asks at a time, and again of whom it needs help;
-	// of those it asks as many as helpersLeast and a part of the pool.
-	maxPolled    = 16
-	helpersLeast = 2
+	// maxPolled bounds whom a hub asks at a time: of those it follows or would
+	// follow, and of those who might help it.
+	maxPolled = 16
 	// maxGossip bounds the addresses that hubs tell each other.
 	maxGossip = 64
 	maxState  = 64 << 10

@@ -416,7 +416,7 @@ func (m *member) asked(now time.Time) []string {
 // off, all of them ask all others for as long as that lasts.
 func (m *member) helpers(now time.Time, others []string) []string {
 	others = slices.Clone(others)
-	most := helpersLeast + len(others)/10
+	most := 1 + len(others)/20
 	slices.SortStableFunc(others, func(a, b string) int {
 		switch lives := m.isGood(now, a); {
 		case lives == m.isGood(now, b):
@@ -427,7 +427,7 @@ func (m *member) helpers(now time.Time, others []string) []string {
 		return 1
 	})
 	if slices.ContainsFunc(others, func(node string) bool { return m.asks(node).Before(m.alone) }) {
-		most = helpersLeast + len(others)/5
+		most = 2 + len(others)/10
 	}
 	return others[:min(len(others), most, maxPolled)]
 }
