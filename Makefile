@@ -72,7 +72,7 @@ bench: setup ## Measure direct against through the hub (BENCHFLAGS=-short is qui
 	go run ./test/bench $(BENCHFLAGS)
 
 bench-scale: setup ## Measure 1 000 hubs in 50 pools, with sharing and without: 18 minutes, 2 processors, 20 GiB.
-	go run ./test/bench -scale -cut 20s $(BENCHFLAGS)
+	go run ./test/bench -scale -cut 40s $(BENCHFLAGS)
 
 soak: setup ## A day's churn in SOAK (10m unless given): nothing may grow.
 	go test -count=1 -v -timeout 2h -run 'TestSoak' ./test/soak -soak $(or $(SOAK),10m)

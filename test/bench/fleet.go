@@ -188,8 +188,13 @@ func (f *fleet) makeNodes(ctx context.Context) error {
 	for i := range f.members {
 		g.Go(func() error {
 			m := &f.members[i]
-			if err := f.bench.makeNode(ctx, m.Node, m.Pool, m.IP); err != nil {
+			if _, err := f.bench.makeNode(ctx, m.Node, m.Pool, m.IP); err != nil {
 				return err
+			}
+			// As a kubelet does: hubs would ask for it again and again.
+			drivers := &storagev1.CSINode{ObjectMeta: metav1.ObjectMeta{Name: m.Node}}
+			if _, err := f.bench.admin.StorageV1().CSINodes().Create(ctx, drivers, metav1.CreateOptions{}); err != nil {
+				return fmt.Errorf("make node: %w", err)
 			}
 			return f.bench.makeCertificates(m)
 		})
@@ -197,14 +202,9 @@ func (f *fleet) makeNodes(ctx context.Context) error {
 	return g.Wait()
 }
 
-func (b *bench) makeNode(ctx context.Context, node, pool, ip string) error {
+func (b *bench) makeNode(ctx context.Context, node, pool, ip string) (*corev1.Node, error) {
 	now := metav1.Now()
-	// A kubelet's first: hubs would ask for it again and again.
-	_, err := b.admin.StorageV1().CSINodes().Create(ctx, &storagev1.CSINode{ObjectMeta: metav1.ObjectMeta{Name: node}}, metav1.CreateOptions{})
-	if err != nil {
-		return fmt.Errorf("make node: %w", err)
-	}
-	_, err = b.admin.CoreV1().Nodes().Create(ctx, &corev1.Node{
+	made, err := b.admin.CoreV1().Nodes().Create(ctx, &corev1.Node{
 		ObjectMeta: metav1.ObjectMeta{Name: node, Labels: map[string]string{apps.NodePoolLabel: pool}},
 		Status: corev1.NodeStatus{
 			Addresses: []corev1.NodeAddress{{Type: corev1.NodeInternalIP, Address: ip}},
@@ -214,9 +214,9 @@ func (b *bench) makeNode(ctx context.Context, node, pool, ip string) error {
 		},
 	}, metav1.CreateOptions{})
 	if err != nil {
-		return fmt.Errorf("make node: %w", err)
+		return nil, fmt.Errorf("make node: %w", err)
 	}
-	return nil
+	return made, nil
 }
 
 func (b *bench) makeCertificates(m *member) (err error) {

@@ -35,7 +35,7 @@ type scale struct {
 
 // defaultScale is what design.md asks for.
 var defaultScale = scale{
-	pools: 50, hubs: 20, slices: 20, changes: 20, objects: 1000, uplink: 50, leases: 2000, quiet: 15 * time.Second, settle: 75 * time.Second,
+	pools: 50, hubs: 20, slices: 20, changes: 20, objects: 1000, uplink: 50, leases: 10000, quiet: 15 * time.Second, settle: time.Minute,
 	spread: 20 * time.Second,
 }
 
@@ -53,7 +53,7 @@ func (s *scale) flags(fs *flag.FlagSet) {
 // time.
 func scaleSections() []section {
 	return []section{
-		{"fleet", 12 * time.Minute, (*bench).fleet},
+		{"fleet", 11 * time.Minute, (*bench).fleet},
 		{"uplink", 3 * time.Minute, (*bench).sharedUplink},
 		{"leases", 5 * time.Minute, (*bench).vouched},
 	}
