@@ -26,6 +26,7 @@ import (
 	"github.com/yurt-edge/yurt/api/apps"
 	"github.com/yurt-edge/yurt/api/apps/v1beta2"
 	"github.com/yurt-edge/yurt/internal/chart"
+	"github.com/yurt-edge/yurt/playground"
 )
 
 const (
@@ -49,7 +50,7 @@ type manager struct {
 // startManager installs the chart, but for the Deployment, and starts the
 // manager on this machine. The flags are added to its own.
 func (b *bench) startManager(ctx context.Context, flags ...string) (*manager, error) {
-	ports, err := loopbackPorts(ctx, 3)
+	ports, err := playground.FreePorts(ctx, "127.0.0.1", 3)
 	if err != nil {
 		return nil, err
 	}
@@ -204,23 +205,6 @@ func (b *bench) installChart(ctx context.Context, dir string, webhookPort int) e
 	}
 	_, err = b.cloud.Kubectl(ctx, "wait", "--for=condition=Established", "--all", "--timeout=60s", "customresourcedefinitions")
 	return err
-}
-
-func loopbackPorts(ctx context.Context, n int) ([]int, error) {
-	var ports []int
-	for range n {
-		l, err := new(net.ListenConfig).Listen(ctx, "tcp", "127.0.0.1:0")
-		if err != nil {
-			return nil, fmt.Errorf("find a free port: %w", err)
-		}
-		defer l.Close() //nolint:errcheck // it only reserved a port
-		address, ok := l.Addr().(*net.TCPAddr)
-		if !ok {
-			return nil, fmt.Errorf("find a free port: %T is no TCP address", l.Addr())
-		}
-		ports = append(ports, address.Port)
-	}
-	return ports, nil
 }
 
 // sharing is the part of a pool's spec that lets its hubs share, or not.
