@@ -78,19 +78,20 @@ func (h *Hub) keepPool(ctx context.Context) error {
 		if member.Pool != name {
 			member = pool.Membership{}
 		}
+		alone := false // as the pool says: its nodes do not reach each other
 		slice, held := h.replica.Held(followed)
 		if held {
 			changes[1] = slice.Changed()
 			switch got, err := h.membership(name); {
 			case err == nil, apierrors.IsNotFound(err):
-				member = got
+				member, alone = got, err == nil && got.Pool == ""
 			default:
 				h.log.Warn("the node's pool cannot be read", "pool", name, "err", err)
 			}
 		}
 		// A node that has just joined is in no list yet, and a hub that has just
 		// started has none.
-		joining := name != "" && !member.Has(h.cfg.NodeName)
+		joining := name != "" && !alone && !member.Has(h.cfg.NodeName)
 		h.pool.Set(member, h.address(node), !joining)
 		h.sharePool() //nolint:contextcheck // a scope outlives whoever asked for it
 		h.countPool(name)

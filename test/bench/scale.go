@@ -28,6 +28,7 @@ type scale struct {
 	pools, hubs, slices, changes int
 	objects, uplink              int
 	leases                       int
+	side                         string
 	quiet                        time.Duration // how long a fleet at rest is looked at
 	settle                       time.Duration // how long hubs may take to find their leaders
 	spread                       time.Duration // within which the hubs behind that uplink start
@@ -46,6 +47,7 @@ func (s *scale) flags(fs *flag.FlagSet) {
 	fs.IntVar(&s.changes, "changes", s.changes, "with -scale: changes of one EndpointSlice that are measured")
 	fs.IntVar(&s.objects, "objects", s.objects, "with -scale: Services, and EndpointSlices, for the bytes on one pool's uplink")
 	fs.IntVar(&s.uplink, "machines", s.uplink, "with -scale: machines behind that uplink, beside one")
+	fs.StringVar(&s.side, "sharing", "", "with -scale: on or off, to measure one of them (default both)")
 	fs.IntVar(&s.leases, "leases", s.leases, "with -scale: nodes, in pools of 20, of which one in a pool has a link")
 }
 
@@ -93,6 +95,9 @@ func (b *bench) fleet(ctx context.Context) error {
 	var sides [2]outcome
 	var failed []error
 	for _, i := range []int{1, 0} {
+		if b.scale.side != "" && b.scale.side != []string{"off", "on"}[i] {
+			continue
+		}
 		if sides[i], err = b.side(ctx, w, i == 1); err != nil {
 			failed = append(failed, fmt.Errorf("%s: %w", b.columns[i], err))
 			continue
