@@ -113,7 +113,7 @@ func Run(ctx context.Context, cfg Config) error {
 	if err != nil {
 		return err
 	}
-	if err := webhookcert.Setup(mgr, write, cfg.Namespace, holder); err != nil {
+	if err := webhookcert.Setup(mgr, write, cacheOptions(cfg.Namespace), cfg.Namespace, holder); err != nil {
 		return err
 	}
 	for _, p := range chosen {

@@ -27,10 +27,12 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 	ctrl "sigs.k8s.io/controller-runtime"
+	"sigs.k8s.io/controller-runtime/pkg/cache"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/controller"
 	"sigs.k8s.io/controller-runtime/pkg/handler"
 	"sigs.k8s.io/controller-runtime/pkg/reconcile"
+	"sigs.k8s.io/controller-runtime/pkg/source"
 )
 
 const (
@@ -90,17 +92,34 @@ func (h *Holder) Check(*http.Request) error {
 }
 
 type keeper struct {
-	read, write client.Client
+	read   client.Reader
+	write  client.Client
 	holder      *Holder
 	secret      types.NamespacedName
 	names       []string
 }
 
+// begun is a cache that the manager starts before controllers, elected or not:
+// it does so with what has GetCache.
+type begun struct{ cache.Cache }
+
+func (b begun) GetCache() cache.Cache { return b.Cache }
+
 // Setup adds the controller to mgr. It writes with the client write and fills
-// holder.
-func Setup(mgr ctrl.Manager, write client.Client, namespace string, holder *Holder) error {
+// holder. What it reads has a cache of its own, made by options: a controller
+// begins when all that its cache follows was listed, and pools that OpenYurt
+// stored cannot be listed before there is a certificate.
+func Setup(mgr ctrl.Manager, write client.Client, options cache.Options, namespace string, holder *Holder) error {
+	options.Scheme, options.Mapper, options.HTTPClient = mgr.GetScheme(), mgr.GetRESTMapper(), mgr.GetHTTPClient()
+	own, err := cache.New(mgr.GetConfig(), options)
+	if err == nil {
+		err = mgr.Add(begun{own})
+	}
+	if err != nil {
+		return fmt.Errorf("set up cache of webhookcert: %w", err)
+	}
 	c := &keeper{
-		read: mgr.GetClient(), write: write, holder: holder,
+		read: own, write: write, holder: holder,
 		secret: types.NamespacedName{Namespace: namespace, Name: Secret},
 		names:  []string{Service + "." + namespace + ".svc", Service + "." + namespace, Service, "localhost"},
 	}
@@ -108,11 +127,11 @@ func Setup(mgr ctrl.Manager, write client.Client, namespace string, holder *Hold
 	secret := handler.EnqueueRequestsFromMapFunc(func(context.Context, client.Object) []reconcile.Request {
 		return []reconcile.Request{{NamespacedName: c.secret}}
 	})
-	err := ctrl.NewControllerManagedBy(mgr).Named("webhookcert").
+	err = ctrl.NewControllerManagedBy(mgr).Named("webhookcert").
 		WithOptions(controller.Options{NeedLeaderElection: &everyReplica}).
-		For(&corev1.Secret{}).
-		Watches(&apiextensionsv1.CustomResourceDefinition{}, secret).
-		Watches(&admissionv1.ValidatingWebhookConfiguration{}, secret).
+		WatchesRawSource(source.Kind[client.Object](own, &corev1.Secret{}, secret)).
+		WatchesRawSource(source.Kind[client.Object](own, &apiextensionsv1.CustomResourceDefinition{}, secret)).
+		WatchesRawSource(source.Kind[client.Object](own, &admissionv1.ValidatingWebhookConfiguration{}, secret)).
 		Complete(c)
 	if err != nil {
 		return fmt.Errorf("set up webhookcert: %w", err)
