@@ -94,9 +94,9 @@ func (h *Holder) Check(*http.Request) error {
 type keeper struct {
 	read   client.Reader
 	write  client.Client
-	holder      *Holder
-	secret      types.NamespacedName
-	names       []string
+	holder *Holder
+	secret types.NamespacedName
+	names  []string
 }
 
 // begun is a cache that the manager starts before controllers, elected or not:
