@@ -6,12 +6,12 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"fmt"
-	"maps"
 	"slices"
 	"strings"
 	"unicode/utf8"
 
 	"google.golang.org/protobuf/encoding/protowire"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
 // View is an object of Protobuf object data as its JSON has it, read as far as
@@ -27,7 +27,7 @@ type View struct {
 	plan   *message
 	data   []byte
 	depth  int
-	extra  map[string]string // members that are not on the wire
+	named  metav1.TypeMeta // what it is, which is not on the wire; empty within an object
 	memory map[string]answer
 }
 
@@ -51,12 +51,22 @@ func NewView(apiVersion, kind string, object []byte) (*View, error) {
 	if err != nil {
 		return nil, fmt.Errorf("view %s: %w", gvk, err)
 	}
-	return &View{plan: plan, data: object, extra: map[string]string{"apiVersion": apiVersion, "kind": kind}}, nil
+	return &View{plan: plan, data: object, named: metav1.TypeMeta{APIVersion: apiVersion, Kind: kind}}, nil
+}
+
+func (v *View) typed(name string) string {
+	switch name {
+	case "apiVersion":
+		return v.named.APIVersion
+	case "kind":
+		return v.named.Kind
+	}
+	return ""
 }
 
 // Get returns a member. A value that cannot be read is an error.
 func (v *View) Get(name string) (any, bool) {
-	if s, ok := v.extra[name]; ok {
+	if s := v.typed(name); s != "" {
 		return s, true
 	}
 	route, ok := v.plan.byName()[name]
@@ -119,9 +129,14 @@ func (v *View) Len() int { return len(v.data) }
 
 // Names returns the names of the members that the object has, sorted.
 func (v *View) Names() []string {
-	out := slices.Collect(maps.Keys(v.extra))
+	var out []string
+	for _, name := range []string{"apiVersion", "kind"} {
+		if v.typed(name) != "" {
+			out = append(out, name)
+		}
+	}
 	for name := range v.plan.byName() {
-		if _, ok := v.Get(name); ok && v.extra[name] == "" {
+		if _, ok := v.Get(name); ok && v.typed(name) == "" {
 			out = append(out, name)
 		}
 	}
@@ -311,7 +326,7 @@ func (v *value) read(b []byte, n uint64, depth int) (any, error) {
 		}
 		out := &View{plan: v.msg, data: b, depth: depth + 1}
 		if v.prefix != nil {
-			if err := json.Unmarshal([]byte("{"+strings.TrimSuffix(string(v.prefix), ",")+"}"), &out.extra); err != nil {
+			if err := json.Unmarshal([]byte("{"+strings.TrimSuffix(string(v.prefix), ",")+"}"), &out.named); err != nil {
 				return nil, fmt.Errorf("read the type of a nested object: %w", err)
 			}
 		}
