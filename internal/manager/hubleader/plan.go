@@ -32,10 +32,10 @@ type candidate struct {
 // Leaders that still qualify stay, at their place, so that nothing moves that
 // need not; free places go to the candidates in an order that is random but
 // always the same, so that replicas of the manager agree, those first whose hub
-// is of the kind that most nodes have. While nobody
-// qualifies, who led last still does: a site that is cut off, or without power,
-// returns to the leaders that its hubs know, and not each hub to the cloud.
-// It then reports that these are the last.
+// is of the kind that most nodes have. While nobody qualifies, who led last still
+// does: a site that is cut off, or without power, returns to the leaders that its
+// hubs know, and not each hub to the cloud. It then reports that these are the
+// last.
 func elect(pool *v1beta2.NodePool, candidates []candidate) (leaders []v1beta2.Leader, last bool) {
 	if !pool.Spec.EnableLeaderElection {
 		return nil, false

@@ -91,8 +91,6 @@ func candidateNamed(all []candidate, name string) candidate {
 	return all[slices.IndexFunc(all, func(c candidate) bool { return c.name == name })]
 }
 
-// TestContactsOfAPool: all of a small pool, leaders elected or not; of a large one as
-// many as are allowed, and no other ones as long as these do.
 // TestForeignHubs has pools with hubs of both kinds: those that most nodes have
 // lead, the ConfigMap names no leader at which hubs of OpenYurt would fail, and
 // ours do not look for each other at theirs.
@@ -133,6 +131,8 @@ func TestForeignHubs(t *testing.T) {
 	}
 }
 
+// TestContactsOfAPool: all of a small pool, leaders elected or not; of a large one as
+// many as are allowed, and no other ones as long as these do.
 func TestContactsOfAPool(t *testing.T) {
 	pool := led(v1beta2.ElectRandom, 1)
 	pool.Spec.EnableLeaderElection = false
