@@ -6,6 +6,7 @@ import (
 	"strings"
 
 	rbacv1 "k8s.io/api/rbac/v1"
+	"k8s.io/client-go/rest"
 	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/controller"
@@ -46,11 +47,20 @@ const accountPrefix = "yurt-manager-"
 
 // site is what a part is made with.
 type site struct {
+	part    part
 	mgr     ctrl.Manager
 	write   client.Client // as the part's account
 	options controller.Options
 	cloud   *vouch.Cloud
 	cfg     *Config
+}
+
+// unlimited writes as the part's account too, as fast as the part's workers can
+// and the API server lets them.
+func (s *site) unlimited() (client.Client, error) {
+	cfg := rest.CopyConfig(s.mgr.GetConfig())
+	cfg.QPS = -1
+	return clientAs(s.mgr, cfg, s.cfg.Namespace, s.part)
 }
 
 // parts are the controllers that --controllers selects from.
@@ -65,7 +75,13 @@ var parts = []part{
 	},
 	{
 		name: "delegate-lease-controller", alias: "delegatelease", rules: vouch.Rules, leases: vouch.LeaseRules,
-		setup: func(s *site) error { return vouch.Setup(s.mgr, s.write, s.cloud, metrics.Registry, s.options) },
+		setup: func(s *site) error {
+			leases, err := s.unlimited()
+			if err != nil {
+				return err
+			}
+			return vouch.Setup(s.mgr, s.write, leases, s.cloud, metrics.Registry, s.options)
+		},
 	},
 	{
 		name: "hubleader-controller", alias: "hubleader", rules: hubleader.Rules,

@@ -30,6 +30,7 @@ import (
 
 	"github.com/yurt-edge/yurt/internal/daemon"
 	"github.com/yurt-edge/yurt/internal/manager/accessfilter"
+	"github.com/yurt-edge/yurt/internal/manager/nodepool"
 	"github.com/yurt-edge/yurt/internal/manager/podbinding"
 	"github.com/yurt-edge/yurt/internal/manager/vouch"
 	"github.com/yurt-edge/yurt/internal/manager/webhookcert"
@@ -103,13 +104,16 @@ func Run(ctx context.Context, cfg Config) error {
 	if err := mgr.GetFieldIndexer().IndexField(ctx, &corev1.Pod{}, podbinding.NodeNameIndex, nodeName); err != nil {
 		return fmt.Errorf("index pods by node: %w", err)
 	}
+	if err := nodepool.IndexNodes(ctx, mgr.GetFieldIndexer()); err != nil {
+		return fmt.Errorf("index nodes by pool: %w", err)
+	}
 	if err := setupConversion(mgr); err != nil {
 		return err
 	}
 	if err := accessfilter.Serve(mgr); err != nil {
 		return err
 	}
-	write, err := clientAs(mgr, cfg.Namespace, webhookPart)
+	write, err := clientAs(mgr, mgr.GetConfig(), cfg.Namespace, webhookPart)
 	if err != nil {
 		return err
 	}
@@ -117,10 +121,10 @@ func Run(ctx context.Context, cfg Config) error {
 		return err
 	}
 	for _, p := range chosen {
-		if write, err = clientAs(mgr, cfg.Namespace, p); err != nil {
+		if write, err = clientAs(mgr, mgr.GetConfig(), cfg.Namespace, p); err != nil {
 			return err
 		}
-		s := &site{mgr: mgr, write: write, cloud: cloud, cfg: &cfg, options: controller.Options{
+		s := &site{part: p, mgr: mgr, write: write, cloud: cloud, cfg: &cfg, options: controller.Options{
 			MaxConcurrentReconciles: cfg.Workers,
 			// Not the usual one, which lets all objects together be tried again ten
 			// times a second: what meets a change of another controller's is tried
@@ -176,8 +180,8 @@ func newManager(cfg Config, holder *webhookcert.Holder) (ctrl.Manager, error) {
 
 // clientAs writes as the account of a part. The audit log names it, and it can
 // do what its rules say.
-func clientAs(mgr ctrl.Manager, namespace string, p part) (client.Client, error) {
-	cfg := rest.CopyConfig(mgr.GetConfig())
+func clientAs(mgr ctrl.Manager, cfg *rest.Config, namespace string, p part) (client.Client, error) {
+	cfg = rest.CopyConfig(cfg)
 	cfg.Impersonate = rest.ImpersonationConfig{UserName: "system:serviceaccount:" + namespace + ":" + p.account()}
 	c, err := client.New(cfg, client.Options{Scheme: mgr.GetScheme(), Mapper: mgr.GetRESTMapper()})
 	if err != nil {

@@ -14,6 +14,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	authorizationv1 "k8s.io/api/authorization/v1"
 	coordinationv1 "k8s.io/api/coordination/v1"
@@ -321,6 +322,62 @@ func TestNodeJoinsMovesAndLeaves(t *testing.T) {
 		t.Error("a node in no pool remembers one")
 	}
 	counts(second, 0, 0)
+}
+
+// TestStatusIsWrittenOnceForManyNodes counts the writes of a pool's status while
+// its nodes fail one after the other, which two controllers see.
+func TestStatusIsWrittenOnceForManyNodes(t *testing.T) {
+	c := theCluster(t)
+	const name, nodes = "gathered", 16
+	pool := c.pool(t, name, v1beta2.NodePoolSpec{InterConnectivity: true, EnableLeaderElection: true})
+	for i := range nodes {
+		c.node(t, fmt.Sprintf("gathered-%d", i), name, fmt.Sprintf("10.9.8.%d", i))
+	}
+	unready := func(want int32) func() error {
+		return func() error {
+			if err := c.Get(t.Context(), client.ObjectKeyFromObject(pool), pool); err != nil {
+				return err
+			}
+			if s := pool.Status; len(s.Nodes) != nodes || s.UnreadyNodeNum != want || len(s.Contacts) == 0 {
+				return fmt.Errorf("status %+v", s)
+			}
+			return nil
+		}
+	}
+	await(t, "all are ready", unready(0))
+	all, err := client.NewWithWatch(c.cp.RESTConfig(), client.Options{Scheme: newScheme()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	w, err := all.Watch(t.Context(), &v1beta2.NodePoolList{}, client.MatchingFields{"metadata.name": name},
+		&client.ListOptions{Raw: &metav1.ListOptions{ResourceVersion: pool.ResourceVersion}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	begin := time.Now()
+	for i := range nodes {
+		c.condition(t, fmt.Sprintf("gathered-%d", i), corev1.NodeReady, corev1.ConditionFalse)
+	}
+	await(t, "none is ready", unready(nodes))
+	// One controller writes each second, the other each half.
+	most := 2 + int(3*time.Since(begin).Seconds())
+	writes := 0
+	for last := ""; last != pool.ResourceVersion; writes++ {
+		select {
+		case e := <-w.ResultChan():
+			p, ok := e.Object.(*v1beta2.NodePool)
+			if !ok {
+				t.Fatalf("got %v", e)
+			}
+			last = p.ResourceVersion
+		case <-time.After(time.Minute):
+			t.Fatalf("the watch does not come to version %s", pool.ResourceVersion)
+		}
+	}
+	w.Stop()
+	if writes > most {
+		t.Errorf("%d writes for %d nodes, want at most %d", writes, nodes, most)
+	}
 }
 
 func TestLeaders(t *testing.T) {

@@ -448,28 +448,16 @@ func (f *fleet) busy() (time.Duration, error) {
 // profile takes profiles of the first worker and of the API server while it
 // does something, if profiles are wanted: the server's for a time.
 func (f *fleet) profile(ctx context.Context, name string, d time.Duration, do func() error) error {
-	dir := f.bench.profiles
-	if dir == "" {
-		return do()
-	}
-	if err := os.MkdirAll(dir, 0o750); err != nil {
-		return fmt.Errorf("take profile: %w", err)
-	}
-	file := func(of string) string {
-		return filepath.Join(dir, fmt.Sprintf("fleet-%d-%s-%s.cpu", f.number, name, of))
-	}
-	server := make(chan error, 1)
-	go func() { // ends with the profile
-		text, err := f.bench.admin.RESTClient().Get().AbsPath("/debug/pprof/profile").Param("seconds", fmt.Sprintf("%.0f", d.Seconds())).DoRaw(ctx)
-		if err == nil {
-			err = os.WriteFile(file("apiserver"), text, 0o600)
+	name = fmt.Sprintf("fleet-%d-%s", f.number, name)
+	return f.bench.profileServer(ctx, name, d, func() error {
+		if f.bench.profiles == "" {
+			return do()
 		}
-		server <- err
-	}()
-	_, err := fmt.Fprintf(f.workers[0].stdin, "profile %s\n", file("worker"))
-	err = errors.Join(err, do())
-	_, perr := fmt.Fprintln(f.workers[0].stdin, "profile")
-	return errors.Join(err, perr, <-server)
+		_, err := fmt.Fprintf(f.workers[0].stdin, "profile %s\n", f.bench.profileFile(name+"-worker"))
+		err = errors.Join(err, do())
+		_, perr := fmt.Fprintln(f.workers[0].stdin, "profile")
+		return errors.Join(err, perr)
+	})
 }
 
 // close ends the hubs and takes their nodes and pools away.

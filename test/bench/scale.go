@@ -10,6 +10,8 @@ import (
 	"fmt"
 	"maps"
 	"math"
+	"os"
+	"path/filepath"
 	goruntime "runtime"
 	"slices"
 	"strconv"
@@ -444,7 +446,7 @@ func (s state) mostSince(then state) string {
 		return cmp.Compare(s.kinds[b]-then.kinds[b], s.kinds[a]-then.kinds[a])
 	})
 	var most []string
-	for _, k := range kinds[:min(3, len(kinds))] {
+	for _, k := range kinds[:min(12, len(kinds))] {
 		if s.kinds[k] <= then.kinds[k] {
 			break
 		}
@@ -482,6 +484,29 @@ func (f *fleet) during(ctx context.Context, do func() error) (d difference, err 
 	d.took, d.server, d.requests = after.at.Sub(before.at), after.cpu-before.cpu, after.requests-before.requests
 	return d, err
 }
+
+// profileServer takes a profile of the API server for a time while something is
+// done, if profiles are wanted.
+func (b *bench) profileServer(ctx context.Context, name string, d time.Duration, do func() error) error {
+	if b.profiles == "" {
+		return do()
+	}
+	if err := os.MkdirAll(b.profiles, 0o750); err != nil {
+		return fmt.Errorf("take profile: %w", err)
+	}
+	server := make(chan error, 1)
+	go func() { // ends with the profile
+		text, err := b.admin.RESTClient().Get().AbsPath("/debug/pprof/profile").Param("seconds", fmt.Sprintf("%.0f", d.Seconds())).DoRaw(ctx)
+		if err == nil {
+			err = os.WriteFile(b.profileFile(name+"-apiserver"), text, 0o600)
+		}
+		server <- err
+	}()
+	err := do()
+	return errors.Join(err, <-server)
+}
+
+func (b *bench) profileFile(name string) string { return filepath.Join(b.profiles, name+".cpu") }
 
 func (b *bench) apiServer(ctx context.Context) (s state, err error) {
 	text, err := b.admin.RESTClient().Get().AbsPath("/metrics").DoRaw(ctx)

@@ -51,11 +51,15 @@ type elector struct {
 	clock       clock.PassiveClock
 }
 
+// gather is for how long changes of nodes are gathered: not as long as the
+// controller nodepool does, which writes the same status and would be in the way.
+const gather = nodepool.Gather / 2
+
 // Setup adds the controller that elects to mgr.
 func Setup(mgr ctrl.Manager, write client.Client, options controller.Options) error {
 	err := ctrl.NewControllerManagedBy(mgr).Named("hubleader").WithOptions(options).
-		For(&v1beta2.NodePool{}).
-		Watches(&corev1.Node{}, nodepool.PoolsOfNode{}, builder.WithPredicates(predicate.Funcs{UpdateFunc: candidacyChanged})).
+		Watches(&v1beta2.NodePool{}, nodepool.Pools(gather)).
+		Watches(&corev1.Node{}, nodepool.PoolsOfNode{After: gather}, builder.WithPredicates(predicate.Funcs{UpdateFunc: candidacyChanged})).
 		Complete(&elector{mgr.GetClient(), write, clock.RealClock{}})
 	if err != nil {
 		return fmt.Errorf("set up hubleader: %w", err)
@@ -97,13 +101,13 @@ var unfit = []corev1.NodeConditionType{"YurtHubLinkReady", "YurtHubStoreReady"}
 
 // candidatesOf are the nodes of a pool.
 func candidatesOf(ctx context.Context, read client.Reader, pool *v1beta2.NodePool) ([]candidate, error) {
-	var members corev1.NodeList
-	if err := read.List(ctx, &members, client.MatchingLabels{apps.NodePoolLabel: pool.Name}); err != nil {
-		return nil, fmt.Errorf("list nodes of pool: %w", err)
+	members, err := nodepool.Members(ctx, read, pool.Name)
+	if err != nil {
+		return nil, err //nolint:wrapcheck // it says what
 	}
-	out := make([]candidate, len(members.Items))
-	for i := range members.Items {
-		out[i] = candidateOf(&members.Items[i])
+	out := make([]candidate, len(members))
+	for i := range members {
+		out[i] = candidateOf(&members[i])
 	}
 	return out, nil
 }
@@ -149,7 +153,7 @@ type teller struct {
 func SetupConfig(mgr ctrl.Manager, write client.Client, namespace string, options controller.Options) error {
 	err := ctrl.NewControllerManagedBy(mgr).Named("hubleaderconfig").WithOptions(options).
 		For(&v1beta2.NodePool{}).Owns(&corev1.ConfigMap{}).
-		Watches(&corev1.Node{}, nodepool.PoolsOfNode{}, builder.WithPredicates(predicate.Funcs{UpdateFunc: hubReplaced})).
+		Watches(&corev1.Node{}, nodepool.PoolsOfNode{After: gather}, builder.WithPredicates(predicate.Funcs{UpdateFunc: hubReplaced})).
 		Complete(&teller{mgr.GetClient(), write, namespace})
 	if err != nil {
 		return fmt.Errorf("set up hubleaderconfig: %w", err)

@@ -135,14 +135,14 @@ func (c *watcher) Reconcile(ctx context.Context, req reconcile.Request) (reconci
 
 // members are the nodes of a pool and when they were heard.
 func (c *watcher) members(ctx context.Context, pool string) ([]member, error) {
-	var list corev1.NodeList
-	if err := c.read.List(ctx, &list, client.MatchingLabels{apps.NodePoolLabel: pool}); err != nil {
-		return nil, fmt.Errorf("list nodes of pool: %w", err)
+	nodes, err := nodepool.Members(ctx, c.read, pool)
+	if err != nil {
+		return nil, err //nolint:wrapcheck // it says what
 	}
-	members := make([]member, len(list.Items))
-	for i := range list.Items {
-		heard := c.ear.Last(list.Items[i].Name)
-		members[i] = member{node: &list.Items[i], Heard: heard, silent: later(heard.Any, c.ear.Began(c.clock.Now()))}
+	members := make([]member, len(nodes))
+	for i := range nodes {
+		heard := c.ear.Last(nodes[i].Name)
+		members[i] = member{node: &nodes[i], Heard: heard, silent: later(heard.Any, c.ear.Began(c.clock.Now()))}
 	}
 	return members, nil
 }

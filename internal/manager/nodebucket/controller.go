@@ -43,7 +43,7 @@ func Setup(mgr ctrl.Manager, write client.Client, most int, options controller.O
 	err := ctrl.NewControllerManagedBy(mgr).Named("nodebucket").WithOptions(options).
 		For(&v1beta2.NodePool{}, builder.WithPredicates(predicate.GenerationChangedPredicate{})).
 		Owns(&v1alpha1.NodeBucket{}).
-		Watches(&corev1.Node{}, nodepool.PoolsOfNode{}, builder.WithPredicates(predicate.Funcs{UpdateFunc: moved})).
+		Watches(&corev1.Node{}, nodepool.PoolsOfNode{After: nodepool.Gather}, builder.WithPredicates(predicate.Funcs{UpdateFunc: moved})).
 		Complete(&distributor{mgr.GetClient(), write, mgr.GetAPIReader(), most})
 	if err != nil {
 		return fmt.Errorf("set up nodebucket: %w", err)
@@ -64,9 +64,9 @@ func (c *distributor) Reconcile(ctx context.Context, req reconcile.Request) (rec
 	if pool.DeletionTimestamp != nil {
 		return reconcile.Result{}, nil
 	}
-	var members corev1.NodeList
-	if err := c.read.List(ctx, &members, client.MatchingLabels{apps.NodePoolLabel: pool.Name}); err != nil {
-		return reconcile.Result{}, fmt.Errorf("list nodes of pool: %w", err)
+	members, err := nodepool.Members(ctx, c.read, pool.Name)
+	if err != nil {
+		return reconcile.Result{}, err //nolint:wrapcheck // it says what
 	}
 	var buckets v1alpha1.NodeBucketList
 	if err := c.fresh.List(ctx, &buckets, client.MatchingLabels{apps.PoolNameLabel: pool.Name}); err != nil {
@@ -74,9 +74,9 @@ func (c *distributor) Reconcile(ctx context.Context, req reconcile.Request) (rec
 	}
 	// One that goes anyway holds no node.
 	buckets.Items = slices.DeleteFunc(buckets.Items, func(b v1alpha1.NodeBucket) bool { return b.DeletionTimestamp != nil })
-	names := make([]string, len(members.Items))
-	for i := range members.Items {
-		names[i] = members.Items[i].Name
+	names := make([]string, len(members))
+	for i := range members {
+		names[i] = members[i].Name
 	}
 	change := distribute(names, buckets.Items, c.most)
 	for i := range change.update {

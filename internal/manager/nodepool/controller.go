@@ -51,8 +51,8 @@ func Setup(mgr ctrl.Manager, write client.Client, options controller.Options) er
 		return fmt.Errorf("set up controller of nodes: %w", err)
 	}
 	err = ctrl.NewControllerManagedBy(mgr).Named("nodepool").WithOptions(options).
-		For(&v1beta2.NodePool{}).
-		Watches(&corev1.Node{}, PoolsOfNode{}, builder.WithPredicates(predicate.Funcs{UpdateFunc: membershipChanged})).
+		Watches(&v1beta2.NodePool{}, Pools(Gather)).
+		Watches(&corev1.Node{}, PoolsOfNode{Gather}, builder.WithPredicates(predicate.Funcs{UpdateFunc: membershipChanged})).
 		Complete(&pools{mgr.GetClient(), write})
 	if err != nil {
 		return fmt.Errorf("set up controller of pools: %w", err)
@@ -76,21 +76,16 @@ func membershipChanged(e event.UpdateEvent) bool {
 		VouchedFor(was) != VouchedFor(is)
 }
 
-// PoolsOfNode enqueues the pool of a node, and the one that it has left.
-type PoolsOfNode struct{}
-
-var _ handler.EventHandler = PoolsOfNode{}
-
 func nodesOfPool(c client.Reader) handler.MapFunc {
 	return func(ctx context.Context, pool client.Object) []reconcile.Request {
-		var members corev1.NodeList
-		if err := c.List(ctx, &members, client.MatchingLabels{apps.NodePoolLabel: pool.GetName()}); err != nil {
+		members, err := Members(ctx, c, pool.GetName())
+		if err != nil {
 			ctrl.LoggerFrom(ctx).Error(err, "nodes not listed", "pool", pool.GetName())
 			return nil
 		}
-		requests := make([]reconcile.Request, len(members.Items))
-		for i := range members.Items {
-			requests[i].NamespacedName = types.NamespacedName{Name: members.Items[i].Name}
+		requests := make([]reconcile.Request, len(members))
+		for i := range members {
+			requests[i].NamespacedName = types.NamespacedName{Name: members[i].Name}
 		}
 		return requests
 	}
@@ -169,12 +164,12 @@ func (c *pools) Reconcile(ctx context.Context, req reconcile.Request) (reconcile
 	if err := c.label(ctx, &pool); err != nil {
 		return reconcile.Result{}, err
 	}
-	var members corev1.NodeList
-	if err := c.read.List(ctx, &members, client.MatchingLabels{apps.NodePoolLabel: pool.Name}); err != nil {
-		return reconcile.Result{}, fmt.Errorf("list nodes of pool: %w", err)
+	members, err := Members(ctx, c.read, pool.Name)
+	if err != nil {
+		return reconcile.Result{}, err
 	}
 	was := pool.DeepCopy()
-	pool.Status = count(pool.Status, members.Items)
+	pool.Status = count(pool.Status, members)
 	if reflect.DeepEqual(was.Status, pool.Status) {
 		return reconcile.Result{}, nil
 	}

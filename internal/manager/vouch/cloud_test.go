@@ -91,7 +91,7 @@ func TestManagersClock(t *testing.T) {
 			}
 			api := fake.NewClientBuilder().WithScheme(scheme.Scheme).WithObjects(node("a"), node("b"), lease).Build()
 			clock := testclock.NewFakePassiveClock(now.Add(-ahead))
-			c := &listener{read: api, write: api, clock: clock, ear: NewEar(time.Hour), cloud: &Cloud{}}
+			c := &listener{read: api, leases: api, clock: clock, ear: NewEar(time.Hour), cloud: &Cloud{}}
 			c.cloud.Hear(now.Add(-500*time.Millisecond), now.Add(-ahead), 0)
 			if want == superseded { // it spoke since
 				c.ear.Hear(lease, now.Add(-ahead-time.Minute))

@@ -24,6 +24,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/builder"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/controller"
+	"sigs.k8s.io/controller-runtime/pkg/controller/priorityqueue"
 	"sigs.k8s.io/controller-runtime/pkg/event"
 	"sigs.k8s.io/controller-runtime/pkg/handler"
 	"sigs.k8s.io/controller-runtime/pkg/predicate"
@@ -46,6 +47,7 @@ var (
 
 type listener struct {
 	read, write client.Client
+	leases      client.Client // writes them
 	clock       clock.PassiveClock
 	events      events.EventRecorder
 	ear         *Ear
@@ -54,11 +56,12 @@ type listener struct {
 	heartbeats  *prometheus.CounterVec
 }
 
-// Setup adds the controller to mgr. Cloud knows the API server's clock.
-func Setup(mgr ctrl.Manager, write client.Client, cloud *Cloud, metrics prometheus.Registerer, options controller.Options) error {
+// Setup adds the controller to mgr. It writes leases with a client of their own:
+// a limit to that would have leases lapse. Cloud knows the API server's clock.
+func Setup(mgr ctrl.Manager, write, leases client.Client, cloud *Cloud, metrics prometheus.Registerer, options controller.Options) error {
 	wall := clock.RealClock{}
 	c := &listener{
-		read: mgr.GetClient(), write: write, clock: wall, events: mgr.GetEventRecorder("yurt-manager"), ear: NewEar(heartbeat.Good),
+		read: mgr.GetClient(), write: write, leases: leases, clock: wall, events: mgr.GetEventRecorder("yurt-manager"), ear: NewEar(heartbeat.Good),
 		authority: &authority{read: mgr.GetAPIReader(), clock: wall}, cloud: cloud,
 		heartbeats: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "yurt_manager_heartbeats_total", Help: "Heartbeats that nodes carried for others, by what became of them.",
@@ -69,7 +72,7 @@ func Setup(mgr ctrl.Manager, write client.Client, cloud *Cloud, metrics promethe
 	// called in the order in which they are added.
 	err := ctrl.NewControllerManagedBy(mgr).Named("delegatelease").WithOptions(options).
 		Watches(&coordinationv1.Lease{}, c.ear.Handler(wall.Now)).
-		Watches(&coordinationv1.Lease{}, &handler.EnqueueRequestForObject{}, builder.WithPredicates(predicate.NewPredicateFuncs(concerns))).
+		Watches(&coordinationv1.Lease{}, byUrgency(), builder.WithPredicates(predicate.NewPredicateFuncs(concerns))).
 		Watches(&corev1.Node{}, handler.EnqueueRequestsFromMapFunc(leaseOf), builder.WithPredicates(predicate.Funcs{
 			UpdateFunc: func(e event.UpdateEvent) bool { return marked(e.ObjectNew) && !marked(e.ObjectOld) },
 			CreateFunc: func(e event.CreateEvent) bool { return marked(e.Object) },
@@ -86,6 +89,26 @@ func Setup(mgr ctrl.Manager, write client.Client, cloud *Cloud, metrics promethe
 func concerns(lease client.Object) bool {
 	a := lease.GetAnnotations()
 	return a[apps.Heartbeats] != "" || a[apps.VouchedFor] != ""
+}
+
+// urgent is the priority of a lease that carries heartbeats. If the API server is
+// slow, what is said of nodes may wait; leases that nobody renews lapse.
+const urgent = 1
+
+// byUrgency enqueues leases.
+func byUrgency() handler.EventHandler {
+	add := func(q queue, lease client.Object) {
+		req := reconcile.Request{NamespacedName: client.ObjectKeyFromObject(lease)}
+		if first, ok := q.(priorityqueue.PriorityQueue[reconcile.Request]); ok && lease.GetAnnotations()[apps.Heartbeats] != "" {
+			first.AddWithOpts(priorityqueue.AddOpts{Priority: new(urgent)}, req)
+			return
+		}
+		q.Add(req)
+	}
+	return handler.Funcs{
+		CreateFunc: func(_ context.Context, e event.CreateEvent, q queue) { add(q, e.Object) },
+		UpdateFunc: func(_ context.Context, e event.UpdateEvent, q queue) { add(q, e.ObjectNew) },
+	}
 }
 
 // marked reports whether the node looks vouched for.
@@ -199,7 +222,7 @@ func (c *listener) take(ctx context.Context, voucher *corev1.Node, s heartbeat.S
 	}
 	// If the node speaks for itself in this moment, its word counts.
 	patch := client.MergeFromWithOptions(was, client.MergeFromWithOptimisticLock{})
-	if err := c.write.Patch(ctx, &lease, patch); client.IgnoreNotFound(err) != nil {
+	if err := c.leases.Patch(ctx, &lease, patch); client.IgnoreNotFound(err) != nil {
 		return v, nil, fmt.Errorf("renew lease of %s: %w", b.Node, err)
 	}
 	return v, nil, nil
@@ -220,7 +243,7 @@ func (c *listener) stand(ctx context.Context, lease *coordinationv1.Lease, node 
 	was := lease.DeepCopy()
 	if settle(lease) {
 		patch := client.MergeFromWithOptions(was, client.MergeFromWithOptimisticLock{})
-		if err := c.write.Patch(ctx, lease, patch); client.IgnoreNotFound(err) != nil {
+		if err := c.leases.Patch(ctx, lease, patch); client.IgnoreNotFound(err) != nil {
 			return 0, fmt.Errorf("patch lease of %s: %w", node.Name, err)
 		}
 	}

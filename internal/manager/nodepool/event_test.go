@@ -1,0 +1,93 @@
+package nodepool
+
+import (
+	"fmt"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"sigs.k8s.io/controller-runtime/pkg/controller/priorityqueue"
+	"sigs.k8s.io/controller-runtime/pkg/event"
+	"sigs.k8s.io/controller-runtime/pkg/reconcile"
+
+	"github.com/yurt-edge/yurt/api/apps"
+	"github.com/yurt-edge/yurt/api/apps/v1beta2"
+)
+
+// TestNodesOfAPoolAreGathered has all nodes of three pools change in three
+// seconds, and two controllers write the pools' status, each of which sees what
+// the other writes.
+func TestNodesOfAPoolAreGathered(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const pools, nodes, took = 3, 100, 3 * time.Second
+		every := []time.Duration{Gather, Gather / 2}
+		queues := make([]priorityqueue.PriorityQueue[reconcile.Request], len(every))
+		seen := make([]map[string][]time.Time, len(every)) // by pool, when a controller saw to it
+		for i := range queues {
+			queues[i], seen[i] = priorityqueue.New[reconcile.Request](fmt.Sprintf("gathered-%d", i)), map[string][]time.Time{}
+		}
+		wrote := func(pool string, generation int64) {
+			was := &v1beta2.NodePool{ObjectMeta: metav1.ObjectMeta{Name: pool, Generation: 1}}
+			is := was.DeepCopy()
+			is.Generation = generation
+			for i, q := range queues {
+				Pools(every[i]).Update(t.Context(), event.UpdateEvent{ObjectOld: was, ObjectNew: is}, q)
+			}
+		}
+		for i, q := range queues {
+			go func() { // ends with the queue
+				for {
+					req, down := q.Get()
+					if down {
+						return
+					}
+					seen[i][req.Name] = append(seen[i][req.Name], time.Now())
+					if len(seen[i][req.Name]) < nodes { // else it would never end
+						wrote(req.Name, 1)
+					}
+					q.Done(req)
+				}
+			}()
+		}
+		for n := range nodes {
+			for p := range pools {
+				node := &corev1.Node{ObjectMeta: metav1.ObjectMeta{
+					Name: fmt.Sprintf("n-%d-%d", p, n), Labels: map[string]string{apps.NodePoolLabel: fmt.Sprintf("p-%d", p)},
+				}}
+				for i, q := range queues {
+					PoolsOfNode{every[i]}.Update(t.Context(), event.UpdateEvent{ObjectOld: node, ObjectNew: node}, q)
+				}
+			}
+			time.Sleep(took / nodes)
+		}
+		last := time.Now()
+		for i, gather := range every {
+			for pool, at := range seen[i] {
+				if most := int(took/gather) + 1; len(at) > most {
+					t.Errorf("controller %d saw to pool %s %d times, want at most %d", i, pool, len(at), most)
+				}
+			}
+		}
+		time.Sleep(Gather)
+		synctest.Wait()
+		for i := range every {
+			for p := range pools {
+				at := seen[i][fmt.Sprintf("p-%d", p)]
+				if len(at) == 0 || at[len(at)-1].Before(last.Add(-took/nodes)) {
+					t.Errorf("controller %d did not see the last node of pool %d: seen to at %v", i, p, at)
+				}
+			}
+		}
+		before := len(seen[0]["p-0"])
+		wrote("p-0", 2)
+		synctest.Wait()
+		if got := seen[0]["p-0"]; len(got) != before+1 || got[before] != time.Now() {
+			t.Errorf("a new spec was seen to at %v, now is %v", got[before:], time.Now())
+		}
+		for _, q := range queues {
+			q.ShutDown()
+		}
+	})
+}
