@@ -56,6 +56,9 @@ const (
 	// Dead on a node says that the manager takes it for dead since its
 	// condition Ready became Unknown, at the time that is the value.
 	Dead = "node.openyurt.io/dead"
+	// SilenceEvicts on a node names its pool if that is a Cloud pool, or is not
+	// there: then Kubernetes evicts as it does where there is no Yurt.
+	SilenceEvicts = "node.openyurt.io/silence-evicts"
 
 	// TopologyKeys on a Service keeps its traffic near; the values follow.
 	TopologyKeys = "openyurt.io/topologyKeys"

@@ -38,13 +38,14 @@ func newScheme() *runtime.Scheme {
 	return s
 }
 
-// readRules are what the caches read everywhere, and the EndpointSlices that
-// servicetopology reads past them; readIn what they read in the working
+// readRules are what the caches read everywhere, and what servicetopology
+// (EndpointSlices) and nodelifecycle (a pool) read past them; readIn what they read in the working
 // namespace. They say what cacheOptions does.
 var (
 	readRules = []rbacv1.PolicyRule{
 		{APIGroups: []string{""}, Resources: []string{"nodes", "pods", "services"}, Verbs: []string{"list", "watch"}},
 		{APIGroups: []string{"apps.openyurt.io"}, Resources: []string{"nodepools", "nodebuckets"}, Verbs: []string{"list", "watch"}},
+		{APIGroups: []string{"apps.openyurt.io"}, Resources: []string{"nodepools"}, Verbs: []string{"get"}},
 		{APIGroups: []string{discoveryv1.GroupName}, Resources: []string{"endpointslices"}, Verbs: []string{"list"}},
 		{APIGroups: []string{"network.openyurt.io"}, Resources: []string{"poolservices", "accessfilters"}, Verbs: []string{"list", "watch"}},
 		{APIGroups: []string{"certificates.k8s.io"}, Resources: []string{"certificatesigningrequests"}, Verbs: []string{"list", "watch"}},

@@ -7,14 +7,17 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"math"
 	"net/http"
 	"os"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
 	"time"
 
+	admissionv1 "k8s.io/api/admissionregistration/v1"
 	coordinationv1 "k8s.io/api/coordination/v1"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -309,7 +312,7 @@ func TestLinkLossEvictsNobody(t *testing.T) {
 	t.Cleanup(c.stop)
 	edge, cloud := v1beta2.NodePoolSpec{Type: v1beta2.Edge, InterConnectivity: true}, v1beta2.NodePoolSpec{Type: v1beta2.Cloud}
 	apart := v1beta2.NodePoolSpec{Type: v1beta2.Edge} // none can vouch for another
-	for name, spec := range map[string]v1beta2.NodePoolSpec{"cut": edge, "alone": edge, "site": edge, "apart": apart, "dc": cloud} {
+	for name, spec := range map[string]v1beta2.NodePoolSpec{"cut": edge, "alone": edge, "site": edge, "apart": apart, "dc": cloud, "dc-new": cloud} {
 		if err := c.Create(t.Context(), &v1beta2.NodePool{ObjectMeta: metav1.ObjectMeta{Name: name}, Spec: spec}); err != nil {
 			t.Fatal(err)
 		}
@@ -320,18 +323,20 @@ func TestLinkLossEvictsNobody(t *testing.T) {
 	unreached := c.machine(t, "apart-2", "apart")
 	joins := c.machine(t, "joins-1", "")
 	c.machine(t, "dc-1", "dc")
-	dc := c.machine(t, "dc-2", "dc")
+	dc, unseen, poolless := c.machine(t, "dc-2", "dc"), c.machine(t, "dc-new-1", "dc-new"), c.machine(t, "nowhere-1", "nowhere")
 	plain, sentinel, sentinel2 := c.machine(t, "plain-1", ""), c.machine(t, "plain-2", ""), c.machine(t, "plain-3", "")
 	edges := []*machine{cut1, cut2, alone, dies, linkless, unreached}
 	passed := t.Run("the manager is down", func(t *testing.T) {
-		for _, m := range append(slices.Clone(edges), dc, plain) {
+		c.spares(t, joins.name)
+		c.mark(t, dc.name, "dc") // the manager has seen it before
+		for _, m := range append(slices.Clone(edges), dc, plain, unseen, poolless) {
 			m.cut()
 		}
 		c.awaitReady(t, corev1.ConditionUnknown, edges...)
 		c.awaitEvicted(t, "stock eviction", dc, plain)
 		sentinel.cut() // it is evicted more than a grace period later
 		c.awaitEvicted(t, "stock eviction, later", sentinel)
-		c.stay(t, "cut off, manager down", edges...)
+		c.stay(t, "cut off, manager down", append(slices.Clone(edges), unseen, poolless)...)
 		for _, m := range edges {
 			if n := c.get(t, m.name); !has(n, corev1.TaintNodeUnreachable, corev1.TaintEffectNoSchedule) || has(n, corev1.TaintNodeUnreachable, corev1.TaintEffectNoExecute) {
 				t.Errorf("taints of %s: %v", m.name, n.Spec.Taints)
@@ -373,6 +378,7 @@ func TestLinkLossEvictsNobody(t *testing.T) {
 			}
 			return nil
 		})
+		c.awaitEvicted(t, "stock eviction outside of Edge pools, which the manager has seen now", unseen, poolless)
 		c.awaitReady(t, corev1.ConditionTrue, linkless) // by the word that came with the heartbeat
 		c.awaitEvicted(t, "death of a node", dies)
 		n := c.get(t, dies.name)
@@ -462,6 +468,7 @@ func TestLinkLossEvictsNobody(t *testing.T) {
 			}
 			return nil
 		})
+		c.spares(t, joins.name)
 		linkless.cut()
 		leads.cut()
 		dies.cut()
@@ -471,6 +478,172 @@ func TestLinkLossEvictsNobody(t *testing.T) {
 		c.awaitEvicted(t, "stock eviction", again)
 		c.stay(t, "cut off", linkless, leads, alone)
 	})
+}
+
+// nodelifecycle is a client of the account that marks nodes.
+func (c *cluster) nodelifecycle(t *testing.T) client.Client {
+	return c.as(t, "system:serviceaccount:"+namespace+":yurt-manager-node-life-cycle-controller")
+}
+
+func (c *cluster) mark(t *testing.T, node, pool string) {
+	t.Helper()
+	text := fmt.Sprintf(`{"metadata":{"annotations":{%q:%q}}}`, apps.SilenceEvicts, pool)
+	n := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: node}}
+	if err := c.nodelifecycle(t).Patch(t.Context(), n, client.RawPatch("application/merge-patch+json", []byte(text))); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// spared reports whether a node keeps free of the taint that evicts, if it is
+// written together with its pool and its mark.
+func (c *cluster) spared(t *testing.T, node, metadata string) bool {
+	t.Helper()
+	n := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: node}}
+	text := `{"metadata":` + metadata + `,"spec":{"taints":[{"key":"node.kubernetes.io/unreachable","effect":"NoExecute"}]}}`
+	err := c.nodelifecycle(t).Patch(t.Context(), n, client.RawPatch("application/merge-patch+json", []byte(text)), client.DryRunAll)
+	if err != nil && !strings.Contains(err.Error(), "yurt-silence-evicts-nobody") {
+		t.Fatal(err)
+	}
+	return err != nil || !has(n, corev1.TaintNodeUnreachable, corev1.TaintEffectNoExecute)
+}
+
+// spares goes through what the API server may find on a node, without a word of
+// the manager. The node is in no pool.
+func (c *cluster) spares(t *testing.T, node string) {
+	t.Helper()
+	for what, tc := range map[string]struct {
+		pool, mark string
+		want       bool
+	}{
+		"no pool":                         {"", "", false},
+		"it has left a Cloud pool":        {"", "dc", false},
+		"an Edge pool":                    {"cut", "", true},
+		"moved from Cloud to Edge":        {"cut", "dc", true},
+		"a Cloud pool":                    {"dc", "dc", false},
+		"a Cloud pool, not yet seen":      {"dc", "", true},
+		"moved from one Cloud to another": {"dc-new", "dc", true},
+		"no such pool":                    {"nowhere", "nowhere", false},
+		"no such pool, not yet seen":      {"nowhere", "", true},
+	} {
+		text := fmt.Sprintf(`{"labels":{%q:%q},"annotations":{%q:%q}}`, apps.NodePoolLabel, tc.pool, apps.SilenceEvicts, tc.mark)
+		if got := c.spared(t, node, text); got != tc.want {
+			t.Errorf("%s: spared %t, want %t", what, got, tc.want)
+		}
+	}
+}
+
+// TestWhoseSilenceEvicts follows a node, and the pool that it names, through
+// what can happen to them.
+func TestWhoseSilenceEvicts(t *testing.T) {
+	c := theCluster(t)
+	c.pool(t, "whose-dc", v1beta2.NodePoolSpec{Type: v1beta2.Cloud})
+	c.pool(t, "whose-edge", v1beta2.NodePoolSpec{Type: v1beta2.Edge})
+	c.node(t, "whose", "whose-dc", "10.9.7.1")
+	is := func(what, mark string) {
+		t.Helper()
+		await(t, what, func() error {
+			if got := c.get(t, "whose").Annotations[apps.SilenceEvicts]; got != mark {
+				return fmt.Errorf("mark %q, want %q", got, mark)
+			}
+			return nil
+		})
+		if got := c.spared(t, "whose", "{}"); got != (mark == "") {
+			t.Errorf("%s: spared %t", what, got)
+		}
+	}
+	is("in a Cloud pool", "whose-dc")
+	c.label(t, "whose", apps.NodePoolLabel, "whose-edge")
+	if !c.spared(t, "whose", "{}") {
+		t.Error("not spared at once when it has moved to an Edge pool")
+	}
+	is("moved to an Edge pool", "")
+	c.label(t, "whose", apps.NodePoolLabel, "whose-dc")
+	is("moved to a Cloud pool", "whose-dc")
+	c.label(t, "whose", apps.NodePoolLabel, "whose-late")
+	is("in a pool that is not there", "whose-late")
+	late := c.pool(t, "whose-late", v1beta2.NodePoolSpec{Type: v1beta2.Edge})
+	is("in an Edge pool that came later", "")
+
+	// A policy keeps pools with nodes; without it this one would go.
+	keep := &admissionv1.ValidatingAdmissionPolicyBinding{ObjectMeta: metav1.ObjectMeta{Name: "yurt-nodepool-in-use"}}
+	if err := c.Delete(t.Context(), keep); err != nil {
+		t.Fatal(err)
+	}
+	await(t, "delete a pool in use", func() error { return client.IgnoreNotFound(c.Delete(t.Context(), late)) })
+	is("in a pool that is gone", "whose-late")
+	if err := c.applyPolicies(t, mutates); err != nil {
+		t.Fatal(err)
+	}
+	c.label(t, "whose", apps.NodePoolLabel, "whose-edge")
+	is("in an Edge pool", "")
+	await(t, "a pool in use is kept", func() error {
+		err := c.Delete(t.Context(), &v1beta2.NodePool{ObjectMeta: metav1.ObjectMeta{Name: "whose-edge"}}, client.DryRunAll)
+		if err == nil || !strings.Contains(err.Error(), "node whose is in pool whose-edge") {
+			return fmt.Errorf("got %w", err)
+		}
+		return nil
+	})
+}
+
+// TestNodesCostTheSameWithManyPools counts what policies evaluate for one write
+// of a node, of the kind that Kubernetes makes by the thousand in an outage.
+func TestNodesCostTheSameWithManyPools(t *testing.T) {
+	c := theCluster(t)
+	few := map[string]string{"made-for": "cost"}
+	more := func(from, to int) {
+		t.Helper()
+		for i := from; i < to; i++ {
+			p := &v1beta2.NodePool{ObjectMeta: metav1.ObjectMeta{Name: fmt.Sprintf("cost-%d", i), Labels: few}}
+			if err := c.Create(t.Context(), p); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	t.Cleanup(func() {
+		await(t, "delete pools", func() error {
+			return c.DeleteAllOf(context.Background(), &v1beta2.NodePool{}, client.MatchingLabels(few))
+		})
+	})
+	more(0, 5)
+	c.node(t, "cost", "cost-0", "10.9.8.1")
+	if !c.spared(t, "cost", "{}") {
+		t.Error("no policy spares the node")
+	}
+	before := c.evaluations(t, "cost")
+	more(5, 200)
+	if after := c.evaluations(t, "cost"); before == 0 || after != before {
+		t.Errorf("one write of a node: %d evaluations with 5 pools, %d with 200", before, after)
+	}
+}
+
+// evaluations returns how many match conditions policies evaluate for a write
+// of the node. Others write, too: it is the least of several times.
+func (c *cluster) evaluations(t *testing.T, node string) int {
+	t.Helper()
+	count := func() (sum int) {
+		text, err := c.kube.CoreV1().RESTClient().Get().AbsPath("/metrics").DoRaw(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		for line := range strings.Lines(string(text)) {
+			if !strings.HasPrefix(line, "apiserver_admission_match_condition_evaluation_seconds_count{") {
+				continue
+			}
+			n, err := strconv.Atoi(strings.TrimSpace(line[strings.LastIndexByte(line, ' ')+1:]))
+			if err != nil {
+				t.Fatal(err)
+			}
+			sum += n
+		}
+		return sum
+	}
+	least := math.MaxInt
+	for range 10 {
+		before := count()
+		c.spared(t, node, "{}")
+		least = min(least, count()-before)
+	}
+	return least
 }
 
 // applyPolicies applies the chart's policies for an API server that serves
@@ -565,18 +738,23 @@ func (c *cluster) uninstall(t *testing.T, was *machine) {
 func TestOnlyTheManagerCallsANodeDead(t *testing.T) {
 	c := theCluster(t)
 	c.node(t, "marked", "", "10.9.9.1")
-	mark := client.RawPatch("application/merge-patch+json", []byte(`{"metadata":{"annotations":{"node.openyurt.io/dead":"2026-01-01T00:00:00Z"}}}`))
+	for _, annotation := range []string{apps.Dead, apps.SilenceEvicts} {
+		c.onlyTheManagerMarks(t, annotation)
+	}
+}
+
+func (c *cluster) onlyTheManagerMarks(t *testing.T, annotation string) {
+	mark := client.RawPatch("application/merge-patch+json", fmt.Appendf(nil, `{"metadata":{"annotations":{%q:"2026-01-01T00:00:00Z"}}}`, annotation))
 	node := func() client.Object { return &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "marked"}} }
 	for user, who := range map[string]client.Client{
 		"an administrator": c.Client, "the node": c.as(t, "system:node:marked", "system:nodes"),
 		"another controller": c.as(t, "system:serviceaccount:"+namespace+":yurt-manager-nodepool-controller"),
 	} {
 		if err := who.Patch(t.Context(), node(), mark, client.DryRunAll); err == nil || !strings.Contains(err.Error(), "written by yurt-manager only") {
-			t.Errorf("%s: got %v", user, err)
+			t.Errorf("%s as %s: got %v", annotation, user, err)
 		}
 	}
-	manager := c.as(t, "system:serviceaccount:"+namespace+":yurt-manager-node-life-cycle-controller")
-	if err := manager.Patch(t.Context(), node(), mark, client.DryRunAll); err != nil {
+	if err := c.nodelifecycle(t).Patch(t.Context(), node(), mark, client.DryRunAll); err != nil {
 		t.Errorf("the manager: %v", err)
 	}
 }

@@ -1030,7 +1030,7 @@ func TestLeastPrivilege(t *testing.T) {
 		"yurt-manager-service-topology-endpointslice-controller": {"patch endpointslices"},
 		"yurt-manager-webhook-controller":                        {"create secrets @kube-system", "update secrets yurt-manager-webhook-certs @kube-system", "patch customresourcedefinitions nodepools.apps.openyurt.io", "patch validatingwebhookconfigurations yurt-manager"},
 		"yurt-manager": {
-			"list nodes", "watch nodes", "list pods", "watch pods", "list nodepools", "watch nodepools", "list nodebuckets", "watch nodebuckets",
+			"list nodes", "watch nodes", "list pods", "watch pods", "get nodepools", "list nodepools", "watch nodepools", "list nodebuckets", "watch nodebuckets",
 			"list certificatesigningrequests", "watch certificatesigningrequests", "list clusterroles yurt-hub-multiplexer", "watch clusterroles yurt-hub-multiplexer",
 			"list customresourcedefinitions nodepools.apps.openyurt.io", "watch customresourcedefinitions nodepools.apps.openyurt.io", "create tokenreviews",
 			"list configmaps @kube-system", "watch configmaps @kube-system",

@@ -5,7 +5,8 @@
 // tell them apart. That one goes on as it is: it finds that a node is silent,
 // and evicts pods of nodes that are ready to say that they are not. A policy
 // that the API server evaluates keeps it from evicting for silence, whether
-// the manager runs or not. This controller lifts that for nodes that are dead.
+// the manager runs or not. This package lifts that for nodes that are dead, and
+// for those that are not in an Edge pool.
 package lifecycle
 
 import (
@@ -73,7 +74,7 @@ func Setup(mgr ctrl.Manager, write client.Client, grace time.Duration, metrics p
 	if err != nil {
 		return fmt.Errorf("set up nodelifecycle: %w", err)
 	}
-	return nil
+	return setupMarker(mgr, write, options)
 }
 
 // stateChanged leaves out the updates that change nothing here.

@@ -44,7 +44,7 @@ type pools struct {
 func Setup(mgr ctrl.Manager, write client.Client, options controller.Options) error {
 	err := ctrl.NewControllerManagedBy(mgr).Named("nodepool-nodes").WithOptions(options).
 		For(&corev1.Node{}, builder.WithPredicates(predicate.Funcs{UpdateFunc: attributesChanged})).
-		Watches(&v1beta2.NodePool{}, handler.EnqueueRequestsFromMapFunc(nodesOfPool(mgr.GetClient())),
+		Watches(&v1beta2.NodePool{}, handler.EnqueueRequestsFromMapFunc(NodesOfPool(mgr.GetClient())),
 			builder.WithPredicates(predicate.GenerationChangedPredicate{})).
 		Complete(&nodes{mgr.GetClient(), write})
 	if err != nil {
@@ -76,7 +76,8 @@ func membershipChanged(e event.UpdateEvent) bool {
 		VouchedFor(was) != VouchedFor(is)
 }
 
-func nodesOfPool(c client.Reader) handler.MapFunc {
+// NodesOfPool returns the nodes that name a pool.
+func NodesOfPool(c client.Reader) handler.MapFunc {
 	return func(ctx context.Context, pool client.Object) []reconcile.Request {
 		members, err := Members(ctx, c, pool.GetName())
 		if err != nil {
