@@ -610,9 +610,9 @@ func TestNodesCostTheSameWithManyPools(t *testing.T) {
 		t.Error("no policy spares the node")
 	}
 	before := c.evaluations(t, "cost")
-	more(5, 200)
+	more(5, 100)
 	if after := c.evaluations(t, "cost"); before == 0 || after != before {
-		t.Errorf("one write of a node: %d evaluations with 5 pools, %d with 200", before, after)
+		t.Errorf("one write of a node: %d evaluations with 5 pools, %d with 100", before, after)
 	}
 }
 
