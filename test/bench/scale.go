@@ -59,7 +59,7 @@ func scaleSections() []section {
 	return []section{
 		{"fleet", 11 * time.Minute, (*bench).fleet},
 		{"uplink", 3 * time.Minute, (*bench).sharedUplink},
-		{"leases", 5 * time.Minute, (*bench).vouched},
+		{"leases", 8 * time.Minute, (*bench).vouched},
 	}
 }
 

@@ -10,6 +10,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"slices"
 	"time"
 
@@ -73,11 +74,18 @@ func Setup(mgr ctrl.Manager, write, leases client.Client, cloud *Cloud, metrics 
 	err := ctrl.NewControllerManagedBy(mgr).Named("delegatelease").WithOptions(options).
 		Watches(&coordinationv1.Lease{}, c.ear.Handler(wall.Now)).
 		Watches(&coordinationv1.Lease{}, byUrgency(), builder.WithPredicates(predicate.NewPredicateFuncs(concerns))).
-		Watches(&corev1.Node{}, handler.EnqueueRequestsFromMapFunc(leaseOf), builder.WithPredicates(predicate.Funcs{
-			UpdateFunc: func(e event.UpdateEvent) bool { return marked(e.ObjectNew) && !marked(e.ObjectOld) },
-			CreateFunc: func(e event.CreateEvent) bool { return marked(e.Object) },
-			DeleteFunc: func(event.DeleteEvent) bool { return false },
-		})).
+		Watches(&corev1.Node{}, handler.Funcs{
+			CreateFunc: func(_ context.Context, e event.CreateEvent, q queue) {
+				if marked(e.Object) {
+					q.AddAfter(leaseOf(e.Object), rest)
+				}
+			},
+			UpdateFunc: func(_ context.Context, e event.UpdateEvent, q queue) {
+				if marked(e.ObjectNew) && !marked(e.ObjectOld) {
+					q.AddAfter(leaseOf(e.ObjectNew), rest)
+				}
+			},
+		}).
 		Complete(c)
 	if err != nil {
 		return fmt.Errorf("set up delegatelease: %w", err)
@@ -92,14 +100,16 @@ func concerns(lease client.Object) bool {
 }
 
 // urgent is the priority of a lease that carries heartbeats. If the API server is
-// slow, what is said of nodes may wait; leases that nobody renews lapse.
-const urgent = 1
+// slow, what is said of nodes may wait; leases that nobody renews lapse. So that
+// it does not wait for ever, one in share of those goes with the urgent ones:
+// each renewal of a lease is another chance for its node.
+const urgent, share = 1, 8
 
 // byUrgency enqueues leases.
 func byUrgency() handler.EventHandler {
 	add := func(q queue, lease client.Object) {
 		req := reconcile.Request{NamespacedName: client.ObjectKeyFromObject(lease)}
-		if first, ok := q.(priorityqueue.PriorityQueue[reconcile.Request]); ok && lease.GetAnnotations()[apps.Heartbeats] != "" {
+		if first, ok := q.(priorityqueue.PriorityQueue[reconcile.Request]); ok && (lease.GetAnnotations()[apps.Heartbeats] != "" || rand.N(share) == 0) { //nolint:gosec // a lot, no secret
 			first.AddWithOpts(priorityqueue.AddOpts{Priority: new(urgent)}, req)
 			return
 		}
@@ -117,8 +127,12 @@ func marked(node client.Object) bool {
 	return ok && (tell(n.DeepCopy(), standing{}, time.Time{}) || closeTo(n.DeepCopy(), false, time.Time{}))
 }
 
-func leaseOf(_ context.Context, node client.Object) []reconcile.Request {
-	return []reconcile.Request{{NamespacedName: types.NamespacedName{Namespace: corev1.NamespaceNodeLease, Name: node.GetName()}}}
+// rest is when a node is looked at that has just got a mark: mostly the
+// controller itself is still about to write more of it, which would conflict.
+const rest = time.Second
+
+func leaseOf(node client.Object) reconcile.Request {
+	return reconcile.Request{NamespacedName: types.NamespacedName{Namespace: corev1.NamespaceNodeLease, Name: node.GetName()}}
 }
 
 // Reconcile believes or refuses what a node carries, and says of the node
