@@ -318,6 +318,25 @@ func TestWhoIsNoAPIServerIsNotUp(t *testing.T) {
 		waitFor(t, func() bool { return u.asked.Load() >= 3 })
 		r.waitReason(t, "500")
 	})
+	t.Run("too busy to be ready", func(t *testing.T) {
+		t.Parallel()
+		u := newUpstream(t, ca, hello)
+		r := newRig(t, ca, quick, u.addr())
+		r.waitUp(t)
+		busy := http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+			http.Error(w, "[+]ping ok\n[-]etcd failed: reason withheld\nreadyz check failed", http.StatusInternalServerError)
+		})
+		u.ready.Store(&busy)
+		r.suspect(0)
+		waitFor(t, func() bool { return r.Weak() })
+		asked := u.asked.Load()
+		waitFor(t, func() bool { return u.asked.Load() >= asked+unwellMost+1 })
+		if !r.Online() || !r.Weak() {
+			t.Error("the server serves, and was left for saying that it has too much to do")
+		}
+		u.ready.Store(nil)
+		waitFor(t, func() bool { return !r.Weak() })
+	})
 	t.Run("certificate", func(t *testing.T) {
 		t.Parallel()
 		u := newUpstream(t, newAuthority(t), hello)

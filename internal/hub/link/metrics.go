@@ -58,7 +58,7 @@ func newMetrics(reg prometheus.Registerer, l *Link) *metrics {
 func (m *metrics) turned() { m.turns.Inc() }
 
 func (m *metrics) probed(v verdict) {
-	m.probes.WithLabelValues([...]string{alive: "alive", unwell: "unwell", stranger: "stranger", silence: "silence"}[v]).Inc()
+	m.probes.WithLabelValues([...]string{alive: "alive", unready: "unready", unwell: "unwell", stranger: "stranger", silence: "silence"}[v]).Inc()
 }
 
 func number(b bool) float64 {

@@ -359,5 +359,8 @@ func judgeAnswer(resp *http.Response) (verdict, string) {
 			return alive, "answers " + resp.Status
 		}
 	}
+	if bytes.HasPrefix(body, []byte("[+]ping ok")) {
+		return unready, "not ready: " + resp.Status // an API server's own words
+	}
 	return unwell, "not ready: " + resp.Status
 }

@@ -78,16 +78,23 @@ const (
 // preferred again to those behind it.
 const returnAfter = 10 * time.Second
 
-// unwellMost is how many times in a row a healthy server may say that it is
-// not ready before it is believed: it may just elect a leader of its etcd.
+// unwellMost is how many times in a row a healthy server may not be well before
+// that is believed: it may just elect a leader of its etcd.
 const unwellMost = 3
+
+// unreadyFor is how long an API server that says itself that it is not ready is
+// kept if there is no better one. One that has too much to do says so, too, while
+// it serves; if all nodes left it then it would have their return to stand as
+// well. It is in doubt meanwhile, so nobody waits for it who has another way.
+const unreadyFor = time.Minute
 
 // verdict is what a probe found out.
 type verdict int
 
 const (
 	alive    verdict = iota // an API server of the cluster serves
-	unwell                  // one answers, but says that it is not ready
+	unready                 // one answers, and says that it is not ready
+	unwell                  // somebody answers for one, and not well: a balancer
 	stranger                // somebody else answers: a captive portal
 	silence                 // no connection, or no answer on it
 )
@@ -107,8 +114,10 @@ type server struct {
 	heard time.Time
 	// due is when the next probe is wanted.
 	due time.Time
-	// probed is when the last probe started.
+	// probed is when the last probe started, and jitter what stretches the time
+	// until the next one.
 	probed time.Time
+	jitter float64
 	// asking counts probes that have connected and wait for the answer.
 	asking int
 	// suspected says that something was wrong after the last probe set out:
@@ -116,6 +125,9 @@ type server struct {
 	suspected bool
 	// unwell counts probes in a row that got an answer, but not a good one.
 	unwell int
+	// unready is since when it has said that it is not ready; zero: it is, or says
+	// nothing.
+	unready time.Time
 	// connect and answer are how long good probes took of late: the most,
 	// forgotten little by little.
 	connect, answer time.Duration
@@ -167,6 +179,9 @@ func (t *tracker) suspect(i int, now time.Time) bool {
 		return false
 	}
 	s.suspected = true
+	if !s.unready.IsZero() {
+		return false // it is in doubt already, and not asked more for being slow
+	}
 	due := later(now, s.probed.Add(t.budgets.Retry))
 	if !due.Before(s.due) {
 		return false
@@ -180,7 +195,7 @@ func (t *tracker) suspect(i int, now time.Time) bool {
 // the next one.
 func (t *tracker) start(i int, now time.Time, jitter float64) (connect, answer time.Duration) {
 	s := &t.servers[i]
-	s.probed = now
+	s.probed, s.jitter = now, jitter
 	if !s.healthy {
 		s.due = now.Add(time.Duration(jitter * float64(t.pause(s))))
 		return t.budgets.Patience, t.budgets.Patience
@@ -219,6 +234,16 @@ func (t *tracker) pause(s *server) time.Duration {
 	return t.budgets.Retry * time.Duration(1+min(s.unwell/3, 4))
 }
 
+// another reports whether a server beside i is healthy and without blemish.
+func (t *tracker) another(i int) bool {
+	for j := range t.servers {
+		if s := &t.servers[j]; j != i && s.healthy && s.unwell == 0 && !s.suspected {
+			return true
+		}
+	}
+	return false
+}
+
 // finding is what a probe came to.
 type finding struct {
 	verdict         verdict
@@ -237,7 +262,7 @@ func (t *tracker) report(i int, started, now time.Time, f finding) bool {
 		}
 		s.connect, s.answer = max(f.connect, s.connect*3/4), max(f.answer, s.answer*3/4)
 		s.unsure = !s.healthy
-		s.unwell, s.ailing, s.reason = 0, false, f.reason
+		s.unwell, s.unready, s.ailing, s.reason = 0, time.Time{}, false, f.reason
 		if !s.suspected {
 			s.due = now.Add(t.silent())
 		}
@@ -262,14 +287,24 @@ func (t *tracker) report(i int, started, now time.Time, f finding) bool {
 	} else {
 		s.unwell++
 	}
+	if f.verdict != unready {
+		s.unready = time.Time{}
+	} else if s.unready.IsZero() {
+		s.unready = now
+	}
 	if s.healthy {
 		s.due = now.Add(t.budgets.Retry)
-		if f.verdict == unwell && s.unwell < unwellMost || now.Sub(s.heard) < s.spared(now) {
+		if f.verdict == unready && now.Sub(s.unready) < unreadyFor && !t.another(i) {
+			s.suspected, s.reason = true, f.reason
+			s.due = now.Add(time.Duration(s.jitter * float64(min(t.budgets.Retry<<min(s.unwell-1, 3), t.budgets.Patience))))
+			return false
+		}
+		if f.verdict <= unwell && s.unwell < unwellMost || now.Sub(s.heard) < s.spared(now) {
 			s.suspected = true
 			return false
 		}
 	}
-	s.healthy, s.suspected, s.reason = false, false, f.reason
+	s.healthy, s.suspected, s.unready, s.reason = false, false, time.Time{}, f.reason
 	return t.settle(now, f.reason)
 }
 

@@ -93,8 +93,8 @@ func play(t *testing.T, script []byte) []byte {
 			tr.reached(i, zero.Add(args["since"]))
 		case "answered":
 			tr.answered(i)
-		case "alive", "unwell", "stranger", "silence":
-			v := map[string]verdict{"alive": alive, "unwell": unwell, "stranger": stranger, "silence": silence}[f[1]]
+		case "alive", "unready", "unwell", "stranger", "silence":
+			v := map[string]verdict{"alive": alive, "unready": unready, "unwell": unwell, "stranger": stranger, "silence": silence}[f[1]]
 			if tr.report(i, zero.Add(args["since"]), now, finding{v, args["connect"], args["answer"], f[1]}) {
 				result = "turned, "
 			}
