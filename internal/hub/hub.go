@@ -73,6 +73,8 @@ const (
 	// prefetchSpread is within which it does so again after a later return: other
 	// nodes have the cloud back at the same moment.
 	prefetchSpread = 10 * time.Second
+	// eventSpread is within which events go to the cloud then.
+	eventSpread = 10 * time.Second
 
 	minTokenLife = 2 * time.Minute
 	// maxTokenRenewal bounds the life that a token is said to have that was
@@ -320,7 +322,7 @@ func (h *Hub) build() error {
 	})
 	h.answers = newAnswers(h.store, h.clock, h.log)
 	h.journal, err = journal.Open(journal.Config{
-		Store: h.store, Cloud: h.link.Node(), WaitUp: h.link.WaitUp, Clock: h.clock, Log: h.log, Registerer: cfg.Registerer,
+		Store: h.store, Cloud: h.link.Node(), WaitUp: h.link.WaitUp, Spread: eventSpread, Clock: h.clock, Log: h.log, Registerer: cfg.Registerer,
 		Refresh: func(r schema.GroupVersionResource, namespace, name string) error {
 			return h.replica.Refresh(r, namespace, name)
 		},

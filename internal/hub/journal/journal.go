@@ -17,6 +17,7 @@ import (
 	"io"
 	"log/slog"
 	"maps"
+	"math/rand/v2"
 	"net/http"
 	"net/url"
 	"slices"
@@ -44,6 +45,8 @@ const (
 
 	// retryEvery is the pause after a delivery that failed for now.
 	retryEvery = 2 * time.Second
+	// returned is how long the link was waited for at least if it was down.
+	returned = 100 * time.Millisecond
 	// deniedAfter is how long the cloud must say that the node may not write
 	// this before it is believed: an API server that has just started denies
 	// everybody for a moment.
@@ -77,6 +80,10 @@ type Config struct {
 	// counted from its first form that the cloud has not got. Zero means 90
 	// days and 7 days.
 	StatusAge, EventAge time.Duration
+	// Spread is how long events wait at most after the link's return, each journal
+	// for a time of its own: the links of many nodes return together. Zero means
+	// not at all.
+	Spread time.Duration
 }
 
 // Journal is the writes that wait for the cloud.
@@ -369,9 +376,20 @@ func (j *Journal) refresh(t target) {
 
 // Run delivers whenever the link is up, until ctx ends.
 func (j *Journal) Run(ctx context.Context) error {
-	for j.cfg.WaitUp(ctx) == nil {
-		var again <-chan time.Time // nil: there is nothing left
-		if err := j.deliver(ctx); err != nil && ctx.Err() == nil {
+	var events time.Time // when they may go
+	for {
+		begun := time.Now()
+		if j.cfg.WaitUp(ctx) != nil {
+			return nil //nolint:nilerr // ctx has ended
+		}
+		if j.cfg.Spread > 0 && time.Since(begun) > returned {
+			events = time.Now().Add(rand.N(j.cfg.Spread))
+		}
+		var again, due <-chan time.Time // nil: there is nothing left
+		switch err := j.deliver(ctx, !time.Now().Before(events)); {
+		case err == nil && time.Now().Before(events):
+			due = time.After(time.Until(events))
+		case err != nil && ctx.Err() == nil:
 			j.cfg.Log.Info("journal waits", "err", err)
 			again = time.After(retryEvery)
 		}
@@ -384,19 +402,20 @@ func (j *Journal) Run(ctx context.Context) error {
 				tidy = j.forgetLate()
 			case <-again:
 				waiting = false
+			case <-due:
+				waiting = false
 			case <-j.wake:
 				// After a failure it waits with the rest.
 				waiting = again != nil
 			}
 		}
 	}
-	return nil
 }
 
 // deliver sends everything, status first, each kind in the order in which it
-// was acknowledged. One that the cloud cannot take just now does not hold up
-// the others; a cloud that takes nothing does.
-func (j *Journal) deliver(ctx context.Context) error {
+// was acknowledged, or without the events. One that the cloud cannot take just
+// now does not hold up the others; a cloud that takes nothing does.
+func (j *Journal) deliver(ctx context.Context, withEvents bool) error {
 	defer j.measure()
 	j.mu.Lock()
 	var status []*statusEntry
@@ -405,7 +424,10 @@ func (j *Journal) deliver(ctx context.Context) error {
 			status = append(status, e)
 		}
 	}
-	events := slices.Collect(maps.Values(j.events))
+	var events []*eventEntry
+	if withEvents {
+		events = slices.Collect(maps.Values(j.events))
+	}
 	j.mu.Unlock()
 	slices.SortFunc(status, func(a, b *statusEntry) int { return cmp.Compare(a.Sequence, b.Sequence) })
 	slices.SortFunc(events, func(a, b *eventEntry) int { return cmp.Compare(a.Sequence, b.Sequence) })

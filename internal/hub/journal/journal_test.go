@@ -699,6 +699,37 @@ func TestEventsAreKeptInOrderAndBounded(t *testing.T) {
 	})
 }
 
+// TestReturnIsSpread: statuses go to the cloud at once when the link is back,
+// events within the spread. While it stays up all go at once.
+func TestReturnIsSpread(t *testing.T) {
+	inBubble(t, Config{Spread: 10 * time.Second}, func(t *testing.T, b *bed) {
+		b.cloud.add("a", "u1")
+		pass(3 * time.Second) // the replica has stored it
+		soon := 0
+		for i := range 20 {
+			b.cloud.cut()
+			b.mustPatch("a", fmt.Sprintf(`{"message":"%d"}`, i))
+			b.event(fmt.Sprint("cut", i))
+			pass(time.Minute)
+			b.cloud.heal()
+			pass(time.Second)
+			if s := b.journal.Stats(); s.Status != 0 {
+				t.Errorf("statuses wait: %+v", s)
+			} else if s.Events == 0 {
+				soon++
+			}
+			pass(9 * time.Second)
+			b.depth(0, 0)
+			b.event(fmt.Sprint("up", i))
+			pass(0)
+			b.depth(0, 0)
+		}
+		if soon > 10 {
+			t.Errorf("%d of 20 returns were not spread", soon)
+		}
+	})
+}
+
 func TestEventsAreBoundedInBytes(t *testing.T) {
 	inBubble(t, Config{MaxEventBytes: 2000}, func(t *testing.T, b *bed) {
 		b.cloud.cut()
