@@ -5,8 +5,11 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"maps"
 	"net/http"
 	"net/netip"
+	"slices"
+	"sync"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -59,74 +62,193 @@ func (h *Hub) runEndpoints(ctx context.Context) error {
 }
 
 const (
-	// podsEvery is how often the hubs of the pool are asked for the pods of
-	// their nodes while the cloud is away, podsPatience how long one may take,
-	// and podsLimit what it may say.
+	// podsEvery is how often other hubs are asked for the pods of their nodes while
+	// the cloud is away, podsPatience how long one may take, and podsLimit what it
+	// may say.
 	podsEvery    = 5 * time.Second
 	podsPatience = 2 * time.Second
-	podsLimit    = 128 << 10
-	// podsMost bounds the hubs that are asked, as vouching does, and
-	// podsAtOnce those that are at a time.
+	podsLimit    = 2 << 20
+	// podsMost bounds the hubs that are asked in a round, as vouching does,
+	// podsDirect those that are by a hub which follows another, and podsAtOnce
+	// those that are at a time. If that other one has not answered in podsFailed
+	// rounds in a row, it is as if there was none.
 	podsMost   = 96
+	podsDirect = 4
 	podsAtOnce = 16
+	podsFailed = 4
+	// podsAll asks a hub for what it knows of others, too.
+	podsAll = "all"
 )
 
-// tellPods answers another hub of the pool what this node's kubelet says of the
-// pods that endpoints mention. A kubelet that is dead says nothing.
-func (h *Hub) tellPods(w http.ResponseWriter, _ *http.Request) {
-	pods := map[string]endpoint.Pod{}
-	if own, err := h.ownHeartbeat(); err == nil && time.Since(own.Spoke) <= own.Life {
-		pods = h.endpoints.Own()
+// peersPods are what the hubs of the pool say of their nodes' pods.
+type peersPods struct {
+	mu    sync.Mutex // guards the following
+	words map[string]endpoint.Word
+	asked time.Time // when another hub last asked for them
+}
+
+// hear takes a word that is later than what was heard of the node before. One
+// without pods says that nothing is known of them now.
+func (p *peersPods) hear(node string, w endpoint.Word) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	old, ok := p.words[node]
+	if ok && (!w.At.After(old.At) || w.Pods == nil && old.Pods != nil && time.Since(old.At) <= endpoint.Good) {
+		return
 	}
+	if p.words == nil {
+		p.words = map[string]endpoint.Word{}
+	}
+	p.words[node] = w
+}
+
+// fresh returns the words that are good, and forgets the others.
+func (p *peersPods) fresh() map[string]endpoint.Word {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	maps.DeleteFunc(p.words, func(_ string, w endpoint.Word) bool { return time.Since(w.At) > endpoint.Good })
+	return maps.Clone(p.words)
+}
+
+// wanted reports whether another hub asked for them of late.
+func (p *peersPods) wanted() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return !p.asked.IsZero() && time.Since(p.asked) <= endpoint.Good
+}
+
+func (p *peersPods) ask() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.asked = time.Now()
+}
+
+// toldPods is a word on its way.
+type toldPods struct {
+	Age  int64                   `json:"age"`  // in milliseconds
+	Pods map[string]endpoint.Pod `json:"pods"` // null: nothing is known
+}
+
+// tellPods answers another hub of the pool, by node, what this node's kubelet
+// says of the pods that endpoints mention, and if it asks for all what other hubs
+// said of theirs. A kubelet that is dead says that it has none; of one that was
+// not heard since the hub started nothing is known.
+func (h *Hub) tellPods(w http.ResponseWriter, r *http.Request) {
+	told := map[string]toldPods{}
+	if r.URL.Query().Has(podsAll) {
+		h.peersPods.ask()
+		for node, w := range h.peersPods.fresh() {
+			told[node] = toldPods{time.Since(w.At).Milliseconds(), w.Pods}
+		}
+	}
+	own := toldPods{}
+	switch beat, err := h.ownHeartbeat(); {
+	case err != nil || beat.Spoke.IsZero():
+	case time.Since(beat.Spoke) <= beat.Life:
+		own.Pods = h.endpoints.Own()
+	default:
+		own.Pods = map[string]endpoint.Pod{}
+	}
+	told[h.cfg.NodeName] = own
 	w.Header().Set("Content-Type", "application/json")
-	_ = json.NewEncoder(w).Encode(pods) // the peer may be gone
+	_ = json.NewEncoder(w).Encode(told) // the peer may be gone
 }
 
 // hearPods asks the hubs of the pool for their pods, from the beginning of a cut
 // until the cloud shows them as they are. So a Service leads to them where they
 // are, and nobody sees them not ready because the cloud has not heard them.
+//
+// Whom this hub follows is asked for all, and does the same for as long as it is
+// asked: so in a pool the leader asks everybody, and everybody the leader. Who is
+// not heard of in that way is asked directly.
 func (h *Hub) hearPods(ctx context.Context) error {
 	tick := time.NewTicker(podsEvery)
 	defer tick.Stop()
+	var since time.Time // it is wanted; zero: it is not
+	failed := 0
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-tick.C:
 		}
-		if !h.endpoints.Active() {
+		switch {
+		case !h.endpoints.Active() && !h.peersPods.wanted():
+			since, failed = time.Time{}, 0
 			continue
+		case since.IsZero():
+			since = time.Now()
 		}
-		peers := h.pool.Peers()
-		said := make([]map[string]endpoint.Pod, min(len(peers), podsMost))
-		var asks errgroup.Group
-		asks.SetLimit(podsAtOnce)
-		for i := range said {
-			asks.Go(func() error {
-				pods, err := h.podsOf(ctx, peers[i].Node)
-				if err != nil {
-					h.log.Debug("peer does not tell of its pods", "peer", peers[i].Node, "err", err)
-				}
-				said[i] = pods
-				return nil
-			})
-		}
-		_ = asks.Wait() // it has no error
-		heard := map[string]map[string]endpoint.Pod{}
-		for i, pods := range said {
-			if pods != nil {
-				heard[peers[i].Node] = pods
-			}
-		}
-		h.endpoints.Hear(heard)
+		h.askPods(ctx, since, &failed)
+		h.endpoints.Hear(h.peersPods.fresh())
 	}
 }
 
-// podsOf asks the hub of a node for its pods.
-func (h *Hub) podsOf(ctx context.Context, node string) (map[string]endpoint.Pod, error) {
+// askPods is one round, of those since. Failed are the rounds in a row in which
+// whom this hub follows has not answered.
+func (h *Hub) askPods(ctx context.Context, since time.Time, failed *int) {
+	silence, most := time.Duration(0), podsMost // of a node before it is asked directly, and how many are
+	switch up, _ := h.pool.Following(); {
+	case up == "":
+	case h.podsOf(ctx, up, true):
+		*failed = 0
+		silence, most = 2*podsEvery+podsPatience, podsDirect
+	default: // soon another one is followed, unless there is none
+		if *failed++; *failed < podsFailed {
+			return
+		}
+	}
+	words := h.peersPods.fresh()
+	heard := func(node string) time.Time {
+		if w, ok := words[node]; ok && w.At.After(since) {
+			return w.At
+		}
+		return since
+	}
+	var nodes []string
+	for _, p := range h.pool.Peers() {
+		if time.Since(heard(p.Node)) >= silence {
+			nodes = append(nodes, p.Node)
+		}
+	}
+	slices.SortStableFunc(nodes, func(a, b string) int { return heard(a).Compare(heard(b)) })
+	var asks errgroup.Group
+	asks.SetLimit(podsAtOnce)
+	for _, node := range nodes[:min(len(nodes), most)] {
+		asks.Go(func() error {
+			h.podsOf(ctx, node, false)
+			return nil
+		})
+	}
+	_ = asks.Wait() // it has no error
+}
+
+// podsOf asks the hub of a node for its pods, or for all that it knows, and
+// reports whether it answers.
+func (h *Hub) podsOf(ctx context.Context, node string, all bool) bool {
+	asked := time.Now()
+	told, err := h.askForPods(ctx, node, all)
+	if err != nil {
+		h.log.Debug("peer does not tell of its pods", "peer", node, "err", err)
+		return false
+	}
+	member := h.pool.Membership()
+	for of, t := range told {
+		if of != h.cfg.NodeName && member.Has(of) && (all || of == node) && t.Age >= 0 && t.Age <= endpoint.Good.Milliseconds() {
+			h.peersPods.hear(of, endpoint.Word{Pods: t.Pods, At: asked.Add(-time.Duration(t.Age) * time.Millisecond)})
+		}
+	}
+	return true
+}
+
+func (h *Hub) askForPods(ctx context.Context, node string, all bool) (map[string]toldPods, error) {
 	ctx, cancel := context.WithTimeout(ctx, podsPatience)
 	defer cancel()
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "https://peer"+pool.PodsPath, http.NoBody)
+	target := "https://peer" + pool.PodsPath
+	if all {
+		target += "?" + podsAll
+	}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, target, http.NoBody)
 	if err != nil {
 		return nil, fmt.Errorf("ask %s for its pods: %w", node, err)
 	}
@@ -138,18 +260,20 @@ func (h *Hub) podsOf(ctx context.Context, node string) (map[string]endpoint.Pod,
 	if resp.StatusCode != http.StatusOK {
 		return nil, fmt.Errorf("ask %s for its pods: it answers %s", node, resp.Status)
 	}
-	pods := map[string]endpoint.Pod{}
-	if err := json.NewDecoder(io.LimitReader(resp.Body, podsLimit)).Decode(&pods); err != nil {
+	told := map[string]toldPods{}
+	if err := json.NewDecoder(io.LimitReader(resp.Body, podsLimit)).Decode(&told); err != nil {
 		return nil, fmt.Errorf("ask %s for its pods: %w", node, err)
 	}
-	for key, pod := range pods {
-		for _, address := range pod.Addresses {
-			if _, err := netip.ParseAddr(address); err != nil {
-				return nil, fmt.Errorf("ask %s for its pods: %s: %w", node, key, err)
+	for of, t := range told {
+		for key, pod := range t.Pods {
+			for _, address := range pod.Addresses {
+				if _, err := netip.ParseAddr(address); err != nil {
+					return nil, fmt.Errorf("ask %s for its pods: %s of %s: %w", node, key, of, err)
+				}
 			}
 		}
 	}
-	return pods, nil
+	return told, nil
 }
 
 // wrotePod tells the tracker what the kubelet wrote of a pod in the cloud.

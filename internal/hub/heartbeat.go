@@ -289,7 +289,10 @@ func (h *Hub) newVouch() *vouch.Vouch {
 		Node: h.cfg.NodeName, Certificate: h.certs.ClientCertificate, ClusterCAs: h.certs.ClusterCAs, Clock: h.clock,
 		Online: h.link.Online, Changed: h.link.Changed, Own: h.ownHeartbeat,
 		From: pool.PeerFrom, Member: func(node string) bool { return h.pool.Membership().Has(node) },
-		Peers:  func() []string { return inTurn(h.pool.Peers(), time.Now()) },
+		Peers: func() []string {
+			followed, _ := h.pool.Following()
+			return inTurn(h.pool.Peers(), followed, time.Now())
+		},
 		Helped: func() <-chan struct{} { return h.pool.Helped() },
 		Hurry: func() {
 			select {
@@ -302,18 +305,20 @@ func (h *Hub) newVouch() *vouch.Vouch {
 	})
 }
 
-// inTurn is the order in which peers are asked to vouch: those that were heard
-// lately and say that they have a link, then the others that were heard lately.
-// It is not the same for every hub.
-func inTurn(peers []pool.Peer, now time.Time) []string {
-	var turns [3][]string
+// inTurn is the order in which peers are asked to vouch: those that have a link,
+// whom this hub follows, which looks for one too, then the others that were heard
+// lately. It is not the same for every hub.
+func inTurn(peers []pool.Peer, followed string, now time.Time) []string {
+	var turns [4][]string
 	for _, i := range rand.Perm(len(peers)) {
-		p, turn := peers[i], 2
-		switch heard := now.Sub(p.Seen) < recently; {
-		case heard && p.Link:
+		p, turn := peers[i], 3
+		switch {
+		case p.Link:
 			turn = 0
-		case heard:
+		case p.Node == followed:
 			turn = 1
+		case now.Sub(p.Seen) < recently:
+			turn = 2
 		}
 		turns[turn] = append(turns[turn], p.Node)
 	}

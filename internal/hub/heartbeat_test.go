@@ -131,19 +131,20 @@ func TestKubeletGoesOnFromItsVersion(t *testing.T) {
 func TestInTurn(t *testing.T) {
 	now := time.Now()
 	peers := []pool.Peer{
-		{Node: "gone", Link: true, Seen: now.Add(-time.Minute)},
+		{Node: "gone", Seen: now.Add(-time.Minute)},
 		{Node: "never"},
 		{Node: "silent", Seen: now},
-		{Node: "linked", Link: true, Seen: now},
+		{Node: "linked", Link: true},
 		{Node: "other", Seen: now},
+		{Node: "leader", Seen: now},
 	}
 	first := map[string]int{}
 	for range 100 {
-		got := inTurn(peers, now)
-		if len(got) != 5 || got[0] != "linked" || slices.Contains(got[:3], "gone") || slices.Contains(got[:3], "never") {
+		got := inTurn(peers, "leader", now)
+		if len(got) != 6 || got[0] != "linked" || got[1] != "leader" || slices.Contains(got[:4], "gone") || slices.Contains(got[:4], "never") {
 			t.Fatalf("got %v", got)
 		}
-		first[got[1]]++
+		first[got[2]]++
 	}
 	if len(first) != 2 {
 		t.Errorf("always in the same order: %v", first)

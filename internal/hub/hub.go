@@ -149,6 +149,7 @@ type Hub struct {
 	journal *journal.Journal
 	// endpoints lets Services follow the node's pods while the cloud is away.
 	endpoints *endpoint.Tracker
+	peersPods peersPods
 	answers   *answers
 	authn     *identity.Authenticator
 	authz     *identity.Authorizer

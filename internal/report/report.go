@@ -88,7 +88,7 @@ type Peer struct {
 	Node    string    `json:"node"`
 	Address string    `json:"address"`
 	Leader  bool      `json:"leader,omitempty"`
-	Link    bool      `json:"link"`          // its link is up, by its own last word
+	Link    bool      `json:"link"`          // its link is up, as it or another peer said just now
 	Live    bool      `json:"live"`          // it hears the cloud, by itself or through others
 	Seen    time.Time `json:"seen,omitzero"` // when it last called or answered
 }

@@ -18,19 +18,21 @@ import (
 )
 
 // TestPeersPodsStay cuts a whole pool off. What the kubelet of one node says of
-// its pod is seen on the other, an address that is new too. When the link of
-// that one returns, the cloud has taken the silent nodes' pods for not ready,
-// and an open watch shows none of that, as long as the other node lives; when
-// it dies, its pod is not ready.
+// its pod is seen on another, which asks their leader: an address that is new,
+// too. When the link of that one returns, the cloud has taken the silent nodes'
+// pods for not ready, and an open watch shows none of that, as long as the first
+// node lives; when it dies, its pod is not ready.
 func TestPeersPodsStay(t *testing.T) {
-	s := newSite(t, "alive", 2)
+	s := newSite(t, "alive", 3)
 	s.elect(t, 1)
 	pod, slice := newPod(t, s.node(1))
 	for i := range s.hubs {
 		s.start(t, i)
 	}
-	here, there := s.hubs[0], s.hubs[1]
-	there.follows(t, s.node(0), true)
+	here, there := s.hubs[2], s.hubs[1]
+	for _, h := range s.hubs[1:] {
+		h.follows(t, s.node(0), true)
+	}
 	kubelet := there.client(t)
 	lease := &coordinationv1.Lease{
 		ObjectMeta: metav1.ObjectMeta{Name: there.Node},

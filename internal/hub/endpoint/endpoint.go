@@ -22,6 +22,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"log/slog"
+	"maps"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -48,9 +49,9 @@ const (
 	most = 10 * time.Minute
 	// checkEvery is how often it is looked whether it can end.
 	checkEvery = 5 * time.Second
-	// peerGrace is how long the word of another node's hub holds. A node that
-	// is gone is what the cloud says of it after that.
-	peerGrace = 15 * time.Second
+	// Good is how long the word of another node's hub holds. A node that is gone is
+	// what the cloud says of it after that.
+	Good = 20 * time.Second
 )
 
 var (
@@ -88,10 +89,10 @@ type Pod struct {
 	Ended     bool     `json:"ended,omitempty"` // all its containers have ended for good
 }
 
-// word is what the hub of another node said of its pods.
-type word struct {
-	pods  map[string]Pod
-	heard time.Time
+// Word is what the hub of another node said of its pods.
+type Word struct {
+	Pods map[string]Pod
+	At   time.Time
 }
 
 func (p Pod) equal(q Pod) bool {
@@ -114,7 +115,7 @@ type Tracker struct {
 
 	mu      sync.Mutex // guards the following
 	pods    map[string]Pod
-	words   map[string]word                // by node; none without pods
+	words   map[string]Word                // by node; none without pods
 	mention map[string]map[object]struct{} // the objects that mention a pod, by its key
 	indexed map[string]bool                // namespaces whose objects are all in mention
 	publish map[string]bool                // Services that publish what is not ready, by key
@@ -140,7 +141,7 @@ func New(cfg Config) *Tracker {
 
 func (t *Tracker) resetLocked() {
 	t.pods, t.mention, t.indexed = map[string]Pod{}, map[string]map[object]struct{}{}, map[string]bool{}
-	t.words = map[string]word{}
+	t.words = map[string]Word{}
 	t.publish, t.edited = map[string]bool{}, map[object]struct{}{}
 	t.up, t.quiet = time.Time{}, time.Time{}
 	t.active.Store(false)
@@ -225,10 +226,9 @@ func (t *Tracker) Own() map[string]Pod {
 	return out
 }
 
-// Hear takes what the hubs of other nodes said just now of their pods, by node.
-// It must be called again and again: who is not heard for a while has said
-// nothing.
-func (t *Tracker) Hear(said map[string]map[string]Pod) {
+// Hear takes what the hubs of other nodes said of their pods, by node. It must be
+// called again and again: a word that is older than [Good] is none.
+func (t *Tracker) Hear(said map[string]Word) {
 	t.indexing.Lock()
 	t.mu.Lock()
 	if !t.Active() {
@@ -236,28 +236,19 @@ func (t *Tracker) Hear(said map[string]map[string]Pod) {
 		t.indexing.Unlock()
 		return
 	}
-	now := time.Now()
-	next := map[string]word{}
-	for node, w := range t.words {
-		if now.Sub(w.heard) <= peerGrace {
-			next[node] = w
-		}
-	}
-	for node, pods := range said {
-		if len(pods) == 0 {
-			delete(next, node)
-			continue
-		}
-		if _, ok := t.words[node]; !ok {
+	next := maps.Clone(t.words)
+	for node, w := range said {
+		if _, ok := t.words[node]; !ok && len(w.Pods) > 0 {
 			t.indexed = map[string]bool{} // its pods were not looked for
 		}
-		next[node] = word{pods, now}
+		next[node] = w
 	}
+	maps.DeleteFunc(next, func(_ string, w Word) bool { return len(w.Pods) == 0 || time.Since(w.At) > Good })
 	var news []string
-	for _, diff := range [][2]map[string]word{{t.words, next}, {next, t.words}} {
+	for _, diff := range [][2]map[string]Word{{t.words, next}, {next, t.words}} {
 		for node, w := range diff[0] {
-			for key, pod := range w.pods {
-				if other, ok := diff[1][node].pods[key]; !ok || !other.equal(pod) {
+			for key, pod := range w.Pods {
+				if other, ok := diff[1][node].Pods[key]; !ok || !other.equal(pod) {
 					news = append(news, key)
 				}
 			}
@@ -436,7 +427,7 @@ func (t *Tracker) learnLocked(o object, enc wire.Encoding, data []byte) error {
 func (t *Tracker) noteLocked(o object, p point) (Pod, bool) {
 	pods := t.pods
 	if p.node != t.cfg.Node {
-		pods = t.words[p.node].pods
+		pods = t.words[p.node].Pods
 	}
 	if p.kind != "Pod" || pods == nil {
 		return Pod{}, false

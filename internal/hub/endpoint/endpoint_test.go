@@ -288,7 +288,7 @@ func TestFlappingLink(t *testing.T) {
 // says is the word of other nodes' hubs on the pod c.
 func (w *world) says(node, uid, ip string, ready bool) {
 	pods := map[string]Pod{"ns/c": {UID: uid, Addresses: []string{ip}, Ready: ready}}
-	w.tracker.Hear(map[string]map[string]Pod{node: pods})
+	w.tracker.Hear(map[string]Word{node: {pods, time.Now()}})
 }
 
 // TestPeersPodsFollow is an outage of two nodes. What the hub of the other one
@@ -329,7 +329,19 @@ func TestPeersPodsFollow(t *testing.T) {
 	t.Run("the other dies", func(t *testing.T) {
 		inBubble(t, func(w *world) {
 			back(w)
-			pass(peerGrace + time.Second)
+			pass(Good + time.Second)
+			w.tracker.Hear(nil)
+			w.want(own+"10.0.0.8", own+"10.0.0.3!")
+		})
+	})
+	t.Run("it comes by way of a third", func(t *testing.T) {
+		inBubble(t, func(w *world) {
+			back(w)
+			pass(Good - time.Second)
+			pods := map[string]Pod{"ns/c": {UID: "u-c", Addresses: []string{"10.0.0.8"}, Ready: true}}
+			w.tracker.Hear(map[string]Word{"edge-2": {pods, time.Now().Add(2*time.Second - Good)}})
+			w.want(own + "10.0.0.8")
+			pass(3 * time.Second)
 			w.tracker.Hear(nil)
 			w.want(own+"10.0.0.8", own+"10.0.0.3!")
 		})
@@ -337,7 +349,7 @@ func TestPeersPodsFollow(t *testing.T) {
 	t.Run("the other believes the cloud", func(t *testing.T) {
 		inBubble(t, func(w *world) {
 			back(w)
-			w.tracker.Hear(map[string]map[string]Pod{"edge-2": {}})
+			w.tracker.Hear(map[string]Word{"edge-2": {At: time.Now()}})
 			w.want(own+"10.0.0.8", own+"10.0.0.3!")
 		})
 	})
@@ -362,10 +374,8 @@ func TestPeersSpeakForTheirPods(t *testing.T) {
 		w.link(false)
 		w.says("edge-2", "another", "10.0.0.9", true)
 		w.says("edge-3", "u-c", "10.0.0.9", true)
-		w.tracker.Hear(map[string]map[string]Pod{
-			"edge-1": {"ns/a": {UID: "u-a", Addresses: []string{"10.0.0.9"}, Ready: true}},
-			"edge-2": {"ns/a": {UID: "u-a", Addresses: []string{"10.0.0.9"}, Ready: true}},
-		})
+		theirs := map[string]Pod{"ns/a": {UID: "u-a", Addresses: []string{"10.0.0.9"}, Ready: true}}
+		w.tracker.Hear(map[string]Word{"edge-1": {theirs, time.Now()}, "edge-2": {theirs, time.Now()}})
 		w.want("10.0.0.1 10.0.0.2 10.0.0.3")
 	})
 }

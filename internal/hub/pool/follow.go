@@ -11,7 +11,9 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/http"
+	"net/url"
 	"slices"
+	"strconv"
 	"sync"
 	"syscall"
 	"time"
@@ -159,14 +161,18 @@ func (p *Pool) State() State {
 	up, _ := p.cfg.Link()
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	now := time.Now()
 	s := State{Node: p.cfg.Node, Link: up, Ages: map[string]int64{}, Peers: map[string]string{}}
-	s.Live, s.Via = p.machine.live(time.Now())
+	s.Live, s.Via = p.machine.live(now)
 	for scope, age := range ages {
 		s.Ages[scope] = age.Milliseconds()
 	}
 	for node, e := range p.book {
 		if len(s.Peers) < maxGossip && e.address != "" && !p.member.leader(node) {
 			s.Peers[node] = e.address
+		}
+		if len(s.Links) < maxGossip && p.machine.saidLink(now, node) {
+			s.Links = append(s.Links, node)
 		}
 	}
 	return s
@@ -178,6 +184,16 @@ func (p *Pool) Following() (peer string, live bool) {
 	defer p.mu.Unlock()
 	live, _ = p.machine.live(time.Now())
 	return p.machine.current, live
+}
+
+// hint takes what a peer says of itself when it asks how this hub does.
+func (p *Pool) hint(node string, link, live bool) {
+	now := time.Now()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.machine.hint(now, node, link, live) {
+		p.helpLocked()
+	}
 }
 
 // poll asks peers how they do, all at a time.
@@ -205,7 +221,10 @@ var errRefused = errors.New("refused")
 func (p *Pool) ask(ctx context.Context, node string) (State, error) {
 	ctx, cancel := context.WithTimeout(ctx, pollPatience)
 	defer cancel()
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "https://peer"+StatePath, http.NoBody)
+	link, _ := p.cfg.Link()
+	_, live := p.Following()
+	query := url.Values{linkParam: {strconv.FormatBool(link)}, liveParam: {strconv.FormatBool(live)}}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "https://peer"+StatePath+"?"+query.Encode(), http.NoBody)
 	if err != nil {
 		return State{}, fmt.Errorf("ask %s how it does: %w", node, err)
 	}
@@ -241,10 +260,13 @@ func (p *Pool) hear(node string, asked time.Time, s State, err error) {
 		p.machine.failedOf(now, node, errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, errRefused))
 		return
 	}
-	if s.Link && (!p.machine.isAlive(now, node) || !p.machine.saidBy(node).Link) {
+	helps := p.machine.heard(now, node, s)
+	for _, other := range s.Links[:min(len(s.Links), maxGossip)] {
+		helps = p.machine.hearsay(now, other) || helps
+	}
+	if helps {
 		p.helpLocked()
 	}
-	p.machine.heard(now, node, s)
 	e, ok := p.book[node]
 	if !ok {
 		return

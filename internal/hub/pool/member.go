@@ -25,6 +25,11 @@ const (
 	leaderStart = 3 * time.Second
 	memberStart = 4 * time.Second
 	startSpread = 2 * time.Second
+	// The links of a site return within seconds, too: who has been without news for
+	// its grace waits so long, from when another upstream is good, for those before
+	// it that answer.
+	leaderSettle = 3 * time.Second
+	memberSettle = 6 * time.Second
 	// One that holds nothing yet would fetch all, and waits longer, whether the
 	// machine of a leader answers or not: machines of a site that is powered up
 	// take unlike times to boot.
@@ -32,6 +37,13 @@ const (
 	bareMemberStart = 30 * time.Second
 	// startPoll is how often they are asked meanwhile.
 	startPoll = 500 * time.Millisecond
+
+	// seekEvery is how often a hub looks for help by itself whose upstream answers
+	// and hears nothing either: that one looks all the time.
+	seekEvery = 10 * time.Second
+	// linkFor is how long a peer counts as one with a link after it was last said
+	// to have one.
+	linkFor = 10 * time.Second
 
 	// maxVia bounds the hubs between one and the cloud.
 	maxVia = 8
@@ -63,6 +75,8 @@ type State struct {
 	Ages map[string]int64 `json:"ages,omitempty"`
 	// Peers are the addresses of hubs that have called it.
 	Peers map[string]string `json:"peers,omitempty"`
+	// Links are the hubs that told it lately that their link is up.
+	Links []string `json:"links,omitempty"`
 }
 
 // peer is what a member knows of another hub.
@@ -71,6 +85,9 @@ type peer struct {
 	failed time.Time // when it last did not answer
 	there  bool      // its machine did, then
 	said   State
+	linked time.Time // when it last said that its link is up
+	rumour time.Time // when another said so
+	hints  bool      // it says that it hears the cloud, and was not asked since
 }
 
 // member decides whom a hub follows for what its pool shares. It has no input
@@ -105,6 +122,7 @@ type member struct {
 	good    map[string]time.Time // since when those who are good are so
 	bad     time.Time            // since when current is not good; zero: it is
 	leave   time.Duration        // after that; drawn when current went bad
+	settle  time.Duration        // how long those before another are waited for then; drawn with it
 	back    time.Duration        // when to leave it for a better one; drawn when it was chosen
 }
 
@@ -157,18 +175,66 @@ func (m *member) setLink(up bool) { m.link = up }
 // setBare tells whether the hub holds nothing of what is shared.
 func (m *member) setBare(is bool) { m.isBare = is }
 
-// heard is told what a peer says of itself.
-func (m *member) heard(now time.Time, node string, s State) {
-	if p := m.peers[node]; p != nil {
-		p.heard, p.said = now, s
+// heard is told what a peer says of itself. Helps: it has a link, which was not
+// known.
+func (m *member) heard(now time.Time, node string, s State) (helps bool) {
+	p := m.peers[node]
+	if p == nil {
+		return false
+	}
+	helps = s.Link && !m.hasLink(now, node)
+	p.heard, p.said, p.hints, p.rumour = now, s, false, time.Time{}
+	p.says(now, s.Link)
+	return helps
+}
+
+func (p *peer) says(now time.Time, link bool) {
+	if p.linked = (time.Time{}); link {
+		p.linked = now
 	}
 }
 
 // failedOf is told that a peer did not answer; there: its machine did.
 func (m *member) failedOf(now time.Time, node string, there bool) {
 	if p := m.peers[node]; p != nil {
-		p.failed, p.there = now, there
+		p.failed, p.there, p.hints, p.linked, p.rumour = now, there, false, time.Time{}, time.Time{}
 	}
+}
+
+// hint is told by a peer that asks whether its link is up and it hears the
+// cloud. Helps is as for heard.
+func (m *member) hint(now time.Time, node string, link, live bool) (helps bool) {
+	p := m.peers[node]
+	if p == nil {
+		return false
+	}
+	helps = link && !m.hasLink(now, node)
+	p.hints = live && !m.isGood(now, node)
+	p.says(now, link)
+	return helps
+}
+
+// hearsay is told by a peer that another one's link is up. Helps is as for
+// heard.
+func (m *member) hearsay(now time.Time, node string) (helps bool) {
+	p := m.peers[node]
+	if p == nil {
+		return false
+	}
+	helps = !m.hasLink(now, node)
+	p.rumour = now
+	return helps
+}
+
+// hasLink reports whether a peer's link is up, by its own word or another's.
+func (m *member) hasLink(now time.Time, node string) bool {
+	return m.saidLink(now, node) || m.peers[node] != nil && now.Sub(m.peers[node].rumour) < linkFor
+}
+
+// saidLink reports whether the peer itself said so.
+func (m *member) saidLink(now time.Time, node string) bool {
+	p := m.peers[node]
+	return p != nil && now.Sub(p.linked) < linkFor
 }
 
 // saidBy is what a peer last said of itself.
@@ -270,9 +336,9 @@ func (m *member) decide(now time.Time) (upstream string, ok bool, wait time.Dura
 	if m.bad.IsZero() {
 		m.bad = now
 		if m.isQuick() {
-			m.leave = m.draw(m.ofLeader())
+			m.leave, m.settle = m.draw(m.ofLeader()), leaderSettle
 		} else {
-			m.leave = m.draw(m.ofMember())
+			m.leave, m.settle = m.draw(m.ofMember()), m.draw(memberSettle, startSpread)
 		}
 	}
 	if now.Sub(m.bad) < m.leave {
@@ -280,6 +346,10 @@ func (m *member) decide(now time.Time) (upstream string, ok bool, wait time.Dura
 	}
 	switch {
 	case best >= 0:
+		_, answers := m.anyAlive(now, order[:best])
+		if left := m.settle - now.Sub(m.good[order[best]]); left > 0 && answers {
+			return m.current, true, min(startPoll, left)
+		}
 		m.choose(order[best])
 	case !m.isAlive(now, m.current):
 		// Nobody hears the cloud. Who lives may still know more.
@@ -384,20 +454,21 @@ func (m *member) usable(now time.Time, avoid func(string) bool) (string, bool) {
 }
 
 // asked are those of whom the hub wants to know how they do: whom it follows,
-// whom it would rather follow, and, when it needs help, some of the others.
+// whom it would rather follow than the cloud, and, when it needs help, some of
+// the others.
 func (m *member) asked(now time.Time) []string {
 	order := m.order()
-	upTo := slices.Index(order, cloud)
-	if i := slices.Index(order, m.current); m.chosen && i >= 0 {
-		upTo = max(i, upTo)
+	at, upTo := slices.Index(order, m.current), slices.Index(order, cloud)
+	var out []string
+	if m.chosen && at >= 0 && m.current != cloud {
+		out = append(out, m.current)
 	}
 	// While all is well with a leader nobody needs the deputy.
-	led := m.chosen && m.bad.IsZero() && slices.Index(order, m.current) < slices.Index(order, m.deputy)
-	out := slices.DeleteFunc(slices.Clone(order[:upTo+1]), func(node string) bool {
-		return node == cloud || led && node == m.deputy
-	})
-	if i := slices.Index(out, m.current); m.chosen && i > 0 {
-		out = slices.Insert(slices.Delete(out, i, i+1), 0, m.current)
+	led := m.chosen && m.bad.IsZero() && at < slices.Index(order, m.deputy)
+	for _, node := range order[:upTo] {
+		if !slices.Contains(out, node) && (!led || node != m.deputy) {
+			out = append(out, node)
+		}
 	}
 	out = out[:min(len(out), maxPolled)]
 	if live, _ := m.live(now); live || m.link {
@@ -407,27 +478,34 @@ func (m *member) asked(now time.Time) []string {
 	if m.alone.IsZero() {
 		m.alone = now
 	}
-	return append(out, m.helpers(now, order[upTo+1:])...)
+	others := slices.DeleteFunc(order[upTo+1:], func(node string) bool { return slices.Contains(out, node) })
+	return append(out, m.helpers(now, others)...)
 }
 
-// helpers are those of the others to ask next: who hears the cloud is asked
-// before that is forgotten, then who was asked longest ago. All are asked once
-// soon after the hub is alone, and then less often: where a whole pool is cut
-// off, all of them ask all others for as long as that lasts.
+// helpers are those of the others to ask next: who hears the cloud, or says so,
+// is asked before that is forgotten, then who was asked longest ago. All are
+// asked once soon after the hub is alone, and then less often: where a whole pool
+// is cut off that goes on for as long as it lasts. A hub whose upstream answers
+// leaves it to that one, or each would keep up connections to all others.
 func (m *member) helpers(now time.Time, others []string) []string {
-	others = slices.Clone(others)
+	may := func(node string) bool { return m.isGood(now, node) || m.peers[node].hints }
 	most := 1 + len(others)/20
+	switch answers := m.chosen && m.current != cloud && m.isAlive(now, m.current); {
+	case answers && slices.ContainsFunc(others, func(node string) bool { return now.Sub(m.asks(node)) < seekEvery }):
+		others = slices.DeleteFunc(others, func(node string) bool { return !may(node) })
+	case answers:
+		most = 1
+	case slices.ContainsFunc(others, func(node string) bool { return m.asks(node).Before(m.alone) }):
+		most = 2 + len(others)/10
+	}
 	slices.SortStableFunc(others, func(a, b string) int {
-		switch lives := m.isGood(now, a); {
-		case lives == m.isGood(now, b):
+		switch first := may(a); {
+		case first == may(b):
 			return m.asks(a).Compare(m.asks(b))
-		case lives:
+		case first:
 			return -1
 		}
 		return 1
 	})
-	if slices.ContainsFunc(others, func(node string) bool { return m.asks(node).Before(m.alone) }) {
-		most = 2 + len(others)/10
-	}
 	return others[:min(len(others), most, maxPolled)]
 }

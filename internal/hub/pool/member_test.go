@@ -90,6 +90,8 @@ func (w *world) step(t *testing.T) {
 				s.Link = w.passes(other, cloud)
 				s.Live, s.Via = o.live(w.now)
 				h.machine.heard(w.now, other, s)
+				live, _ := h.machine.live(w.now)
+				o.hint(w.now, node, h.machine.link, live)
 			}
 		}
 		before, was := h.machine.current, h.machine.chosen
@@ -97,9 +99,7 @@ func (w *world) step(t *testing.T) {
 		if wait <= 0 {
 			t.Fatalf("%s: %s waits for %s", w.now, node, wait)
 		}
-		if h.wait = pollEvery; !ok {
-			h.wait = wait
-		}
+		h.wait = wait
 		if was && upstream != before {
 			h.switches++
 		}
@@ -286,6 +286,68 @@ func TestDeputy(t *testing.T) {
 	}
 }
 
+// TestPoolReturnsTogether cuts a whole pool off and lets its links return within
+// two seconds, in any order: one hub asks the cloud, and all others hear that
+// one. Where the first leader's link does not return, the second or the deputy
+// does, or both.
+func TestPoolReturnsTogether(t *testing.T) {
+	t.Parallel()
+	for seed := range uint64(20) {
+		w := newWorld(seed, 2+int(seed)*2, 1+int(seed)%2)
+		lost := seed%4 >= 2 && len(w.nodes) > 2
+		for _, node := range w.nodes {
+			w.deputy[node] = w.nodes[len(w.nodes)-1]
+		}
+		w.elect(w.leaders)
+		for range int(time.Minute / tick) {
+			w.step(t)
+		}
+		for _, node := range w.nodes {
+			w.cut[[2]string{node, cloud}] = true
+		}
+		for range int((5*time.Second + time.Duration(w.rand.Int64N(int64(30*time.Second)))) / tick) {
+			w.step(t)
+		}
+		begun, back, asked := w.now, map[string]time.Duration{}, map[string]bool{}
+		for _, node := range w.nodes {
+			back[node] = time.Duration(w.rand.Int64N(int64(2 * time.Second)))
+		}
+		if lost {
+			delete(back, "n0")
+		}
+		for range int(15 * time.Second / tick) {
+			for node, after := range back {
+				if w.now.Sub(begun) >= after {
+					delete(w.cut, [2]string{node, cloud})
+				}
+			}
+			w.step(t)
+			for node, h := range w.hubs {
+				if h.machine.current == cloud && w.passes(node, cloud) {
+					asked[node] = true
+				}
+			}
+		}
+		want := w.leaders[:1]
+		if lost {
+			want = append(slices.Clone(w.leaders[1:]), w.deputy["n0"])
+		}
+		for node := range asked {
+			if !slices.Contains(want, node) {
+				t.Errorf("seed %d: %d hubs, the leader's link returns: %v; the cloud was asked by %v", seed, len(w.nodes), !lost, asked)
+			}
+		}
+		if len(asked) == 0 {
+			t.Errorf("seed %d: %d hubs, the leader's link returns: %v; nobody asked the cloud", seed, len(w.nodes), !lost)
+		}
+		for node, h := range w.hubs {
+			if w.cloud-h.version > 8 {
+				t.Errorf("seed %d: %s is %d versions behind, follows %q", seed, node, w.cloud-h.version, h.machine.current)
+			}
+		}
+	}
+}
+
 // TestHiccupsMoveNobody breaks anything for less than the least grace.
 func TestHiccupsMoveNobody(t *testing.T) {
 	t.Parallel()
@@ -362,41 +424,98 @@ func TestOneHubAsksTheCloud(t *testing.T) {
 	}
 }
 
-// TestCutPoolAsksLittle: where a whole pool is cut off, each hub asks all others
-// once, and goes on to ask a few of them at a time, each again and again.
+// TestCutPoolAsksLittle: where a whole pool is cut off, its leader asks all
+// others once, and goes on to ask a few of them at a time, each again and again.
+// The others leave that to it while it answers, and then to its deputy.
 func TestCutPoolAsksLittle(t *testing.T) {
+	t.Parallel()
 	const nodes = 40
-	w := newWorld(1, nodes, 2)
-	for range int(time.Minute / tick) {
-		w.step(t)
+	w := newWorld(1, nodes, 1)
+	for _, node := range w.nodes {
+		w.deputy[node] = "n7"
 	}
+	w.elect(w.leaders)
+	run := func(d time.Duration, each func()) {
+		t.Helper()
+		for range int(d / tick) {
+			w.step(t)
+			each()
+		}
+	}
+	run(time.Minute, func() {})
 	for _, node := range w.nodes {
 		w.cut[[2]string{node, cloud}] = true
 	}
+	asksAll := func(node string, since time.Time) {
+		t.Helper()
+		for other, p := range w.hubs[node].machine.peers {
+			if !p.heard.After(since) && !p.failed.After(since) {
+				t.Errorf("%s has not asked %s in %s", node, other, w.now.Sub(since))
+			}
+		}
+	}
+	asked := map[string]map[string]bool{} // but for the leader
 	begun := w.now
-	for range int(30 * time.Second / tick) {
-		w.step(t)
-	}
-	for node, h := range w.hubs {
-		for other, p := range h.machine.peers {
-			if !p.heard.After(begun) {
-				t.Errorf("%s has not asked %s", node, other)
-			}
-		}
-	}
-	for range int(time.Minute / tick) {
-		w.step(t)
+	run(30*time.Second, func() {})
+	asksAll("n0", begun)
+	since := w.now
+	run(time.Minute, func() {
 		for node, h := range w.hubs {
-			if n := len(h.machine.asked(w.now)); n > 2+1+nodes/20 {
-				t.Fatalf("%s: %s asks %d hubs at a time", w.now.Sub(begun), node, n)
+			for other, p := range h.machine.peers {
+				if other != "n0" && other != "n7" && p.heard.After(since) {
+					if asked[node] == nil {
+						asked[node] = map[string]bool{}
+					}
+					asked[node][other] = true
+				}
+			}
+			if n := len(h.machine.asked(w.now)); n > 2+nodes/20 {
+				t.Fatalf("%s asks %d hubs at a time", node, n)
 			}
 		}
+	})
+	asksAll("n0", w.now.Add(-45*time.Second))
+	for node := range w.hubs {
+		if n := len(asked[node]); node != "n0" && n > int(time.Minute/seekEvery)+1 {
+			t.Errorf("%s asked %d hubs in a minute, though its leader does", node, n)
+		}
 	}
-	for node, h := range w.hubs {
-		for other, p := range h.machine.peers {
-			if ago := w.now.Sub(p.heard); ago > 45*time.Second {
-				t.Errorf("%s asked %s %s ago", node, other, ago)
+	w.hubs["n0"].dead = true
+	begun = w.now
+	run(time.Minute, func() {})
+	asksAll("n7", begun)
+}
+
+// TestHelpIsFound gives one hub of a pool that is cut off its link back: all
+// others hear the cloud through it.
+func TestHelpIsFound(t *testing.T) {
+	t.Parallel()
+	for seed := range uint64(10) {
+		w := newWorld(seed, 30, 1)
+		for range int(time.Minute / tick) {
+			w.step(t)
+		}
+		for _, node := range w.nodes {
+			w.cut[[2]string{node, cloud}] = true
+		}
+		for range int(time.Minute / tick) {
+			w.step(t)
+		}
+		helper := w.nodes[1+w.rand.IntN(29)]
+		delete(w.cut, [2]string{helper, cloud})
+		took := time.Duration(0)
+		for all := false; !all; took += tick {
+			if w.step(t); took > 20*time.Second {
+				t.Fatalf("seed %d: %s helps nobody", seed, helper)
 			}
+			all = true
+			for _, h := range w.hubs {
+				all = all && w.cloud-h.version <= 8*2
+			}
+		}
+		m := w.hubs["n0"].machine
+		if m.current != helper || !m.hasLink(w.now, helper) {
+			t.Errorf("seed %d: the leader follows %q, %s has a link: %v", seed, m.current, helper, m.hasLink(w.now, helper))
 		}
 	}
 }

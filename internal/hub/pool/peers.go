@@ -15,7 +15,7 @@ import (
 
 const (
 	dialPatience = 3 * time.Second
-	idleConn     = 90 * time.Second
+	idleConn     = 30 * time.Second
 	// pingAfter and pingPatience find out that a peer is gone without a word.
 	pingAfter    = 5 * time.Second
 	pingPatience = 5 * time.Second

@@ -228,7 +228,8 @@ type Peer struct {
 	Node    string
 	Address string
 	Leader  bool
-	// Link and Live are what it last said of itself, false if nothing.
+	// Link tells whether its link is up, as it or another has said in the last ten
+	// seconds. Live is what it last said of itself, false if nothing.
 	Link, Live bool
 	Seen       time.Time // when it last called or answered; zero: never
 }
@@ -247,11 +248,13 @@ func (p *Pool) Address() string {
 func (p *Pool) Peers() []Peer {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	now := time.Now()
 	var out []Peer
 	add := func(node string, leader bool) {
 		if e, ok := p.book[node]; ok && e.address != "" {
-			said := p.machine.saidBy(node)
-			out = append(out, Peer{Node: node, Address: e.address, Leader: leader, Seen: e.seen, Link: said.Link, Live: said.Live})
+			out = append(out, Peer{
+				Node: node, Address: e.address, Leader: leader, Seen: e.seen, Link: p.machine.hasLink(now, node), Live: p.machine.saidBy(node).Live,
+			})
 		}
 	}
 	for _, l := range p.member.Leaders {

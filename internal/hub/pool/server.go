@@ -22,8 +22,11 @@ import (
 
 // What the listener serves beside lists and watches.
 const (
-	// StatePath says how the hub does, see [State].
+	// StatePath says how the hub does, see [State]. Who asks says of itself whether
+	// its link is up, and whether it hears the cloud.
 	StatePath = "/pool/v1/state"
+	linkParam = "link"
+	liveParam = "live"
 	// HeartbeatsPath takes the heartbeats of hubs without a link.
 	HeartbeatsPath = "/pool/v1/heartbeats"
 	// PodsPath says what the node's kubelet says of its pods.
@@ -269,6 +272,8 @@ func (p *Pool) route(w http.ResponseWriter, r *http.Request, peer string) {
 		return
 	}
 	if r.URL.Path == StatePath {
+		says := r.URL.Query()
+		p.hint(peer, says.Get(linkParam) == "true", says.Get(liveParam) == "true")
 		w.Header().Set("Content-Type", "application/json")
 		_ = json.NewEncoder(w).Encode(p.State()) // the peer may be gone
 		return

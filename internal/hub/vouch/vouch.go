@@ -46,10 +46,11 @@ const (
 	// soon bounds the pause before the first time after the link went down,
 	// so that a pool that is cut does not speak in one voice.
 	soon = time.Second
-	// patience is how long one peer may take, for all that is handed to it,
-	// and tries how many are asked.
+	// patience is how long one peer may take, for all that is handed to it, tries
+	// how many are asked, and keepers how many keep it that have no link.
 	patience = 3 * time.Second
 	tries    = 4
+	keepers  = 2
 	// held is how long a heartbeat is kept, at most, and no longer than three
 	// quarters of the life of a lease. By then there is a newer one.
 	held = 30 * time.Second
@@ -367,8 +368,8 @@ func (v *Vouch) carries() bool {
 // speak hands the node's heartbeat to peers until one carries it, and reports
 // whether one does.
 func (v *Vouch) speak(ctx context.Context, own Own) bool {
-	peers := v.order()
-	for i, peer := range peers {
+	kept := 0
+	for i, peer := range v.order() {
 		a, err := v.tell(ctx, peer, own)
 		if err == nil && a.Refused[v.cfg.Node] != "" && v.correct(a.Time) {
 			a, err = v.tell(ctx, peer, own)
@@ -383,13 +384,14 @@ func (v *Vouch) speak(ctx context.Context, own Own) bool {
 			v.cfg.Log.Warn("a peer does not vouch for this node", "peer", peer, "why", a.Refused[v.cfg.Node])
 		case !a.Link:
 			result = "kept"
+			kept++
 		}
 		v.sent.WithLabelValues(result).Inc()
 		if result == "link" {
 			v.carriedBy(peer)
 			return true
 		}
-		if ctx.Err() != nil || i == tries-1 {
+		if ctx.Err() != nil || i == tries-1 || kept == keepers {
 			break
 		}
 	}
