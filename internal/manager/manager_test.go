@@ -24,6 +24,8 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/runtime/schema"
+	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/client-go/rest"
 	"k8s.io/client-go/util/retry"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
@@ -1106,6 +1108,43 @@ func at(ns string) string {
 }
 
 // TestFailover kills the replica that works.
+// TestRenewalsAreAsKubelets: to a busy API server the manager's renewals of
+// nodes' leases are what kubelets' are, and nothing else of that account is.
+func TestRenewalsAreAsKubelets(t *testing.T) {
+	c := theCluster(t)
+	level, err := c.kube.FlowcontrolV1().PriorityLevelConfigurations().Get(t.Context(), "node-high", metav1.GetOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	cfg := c.cp.RESTConfig()
+	cfg.Impersonate = rest.ImpersonationConfig{UserName: "system:serviceaccount:" + namespace + ":yurt-manager-delegate-lease-controller"}
+	account, err := rest.HTTPClientFor(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for path, want := range map[string]bool{
+		"/apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases/none": true,
+		"/api/v1/nodes/none": false,
+	} {
+		await(t, "the API server classes "+path, func() error {
+			req, err := http.NewRequestWithContext(t.Context(), http.MethodPatch, cfg.Host+path, strings.NewReader("{}"))
+			if err != nil {
+				return err
+			}
+			req.Header.Set("Content-Type", string(types.MergePatchType))
+			resp, err := account.Do(req)
+			if err != nil {
+				return err
+			}
+			defer resp.Body.Close()
+			if got := resp.Header.Get("X-Kubernetes-Pf-Prioritylevel-Uid"); resp.StatusCode != http.StatusNotFound || (got == string(level.UID)) != want {
+				return fmt.Errorf("%s, of priority level %s", resp.Status, got)
+			}
+			return nil
+		})
+	}
+}
+
 func TestFailover(t *testing.T) {
 	c := theCluster(t)
 	holder := func() string {

@@ -13,6 +13,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"time"
 
@@ -32,6 +33,7 @@ import (
 
 	"github.com/yurt-edge/yurt/api/apps"
 	"github.com/yurt-edge/yurt/api/apps/v1beta2"
+	"github.com/yurt-edge/yurt/internal/heartbeat"
 	"github.com/yurt-edge/yurt/internal/manager/nodepool"
 	"github.com/yurt-edge/yurt/internal/manager/vouch"
 )
@@ -145,7 +147,43 @@ func (c *watcher) members(ctx context.Context, pool string) ([]member, error) {
 		heard := c.ear.Last(nodes[i].Name)
 		members[i] = member{node: &nodes[i], Heard: heard, silent: later(heard.Any, c.ear.Began(c.clock.Now()))}
 	}
+	if slices.ContainsFunc(members, func(m member) bool { return gone(m.node) != "" }) {
+		return members, c.carry(ctx, members)
+	}
 	return members, nil
+}
+
+// carry looks for the nodes of which another that is heard carries a heartbeat
+// that came to nothing yet. Who vouches is believed by another controller, which
+// may be behind: the API server has much to do when many nodes fall silent.
+func (c *watcher) carry(ctx context.Context, members []member) error {
+	brought, taken := map[string]time.Time{}, map[string]time.Time{}
+	for i := range members {
+		m := &members[i]
+		var lease coordinationv1.Lease
+		err := c.read.Get(ctx, client.ObjectKey{Namespace: corev1.NamespaceNodeLease, Name: m.node.Name}, &lease)
+		if client.IgnoreNotFound(err) != nil {
+			return fmt.Errorf("read lease of node: %w", err)
+		}
+		taken[m.node.Name] = vouch.Remembered(&lease).Time.Time
+		if c.clock.Since(m.Own) > c.grace {
+			continue
+		}
+		all, err := heartbeat.Split(lease.Annotations[apps.Heartbeats])
+		if err != nil {
+			continue // it is refused elsewhere
+		}
+		for _, s := range all {
+			if b := s.Claimed(); b.Node != m.node.Name {
+				brought[b.Node] = later(brought[b.Node], b.Time.Time)
+			}
+		}
+	}
+	for i := range members {
+		node := members[i].node.Name
+		members[i].carried = brought[node].After(taken[node])
+	}
+	return nil
 }
 
 func (c *watcher) pool(np *v1beta2.NodePool, now time.Time) *pool {

@@ -13,6 +13,11 @@ import (
 	"github.com/yurt-edge/yurt/internal/manager/vouch"
 )
 
+// judged is within how many times the patience with a silent node a heartbeat
+// that another brought of it has been judged at the latest. What is left then is
+// none: nobody keeps a dead node alive with words that prove nothing.
+const judged = 3
+
 // pool is what the manager remembers of a pool.
 type pool struct {
 	buried time.Time            // when it last took a node of it for dead
@@ -43,6 +48,9 @@ type member struct {
 	// silent is since when nothing was heard of it, by itself or by another;
 	// since when the manager listens if it was never heard.
 	silent time.Time
+	// carried tells that another brought a heartbeat of it that nobody has judged
+	// yet, or that is none.
+	carried bool
 }
 
 // knew reports whether the hub of the node, when it last spoke to the cloud, can
@@ -104,6 +112,9 @@ func (p *pool) dying(members []member, grace time.Duration, now time.Time) *core
 	for i := range members {
 		m := &members[i]
 		if gone(m.node) == "" || isDead(m.node) || m.node.DeletionTimestamp != nil {
+			continue
+		}
+		if m.carried && now.Sub(m.silent) < judged*wait {
 			continue
 		}
 		// Who comes silent from another pool knows nobody of this one.

@@ -59,6 +59,10 @@ func TestDying(t *testing.T) {
 		m.Own, m.Spoke = own, alone
 		return m
 	}
+	carried := func(m member) member {
+		m.carried = true
+		return m
+	}
 	buried := lost("b", ago(time.Hour))
 	bury(buried.node, now)
 	speaks := heard("r", epoch, now)
@@ -89,6 +93,10 @@ func TestDying(t *testing.T) {
 		"in two turns, too early":    {since(ago(2*grace-1), heartbeat.MaxCarried+2), ""},
 		"in two turns":               {since(ago(2*grace), heartbeat.MaxCarried+2), "c00"},
 		"in one turn":                {since(ago(grace), heartbeat.MaxCarried+1), "c00"},
+
+		"its heartbeat is not judged yet":   {[]member{speaks, carried(lost("a", ago(judged*grace-1)))}, ""},
+		"its heartbeat is none":             {[]member{speaks, carried(lost("a", ago(judged*grace)))}, "a"},
+		"the heartbeat of one, not another": {[]member{speaks, carried(lost("a", ago(2*grace))), lost("b", ago(grace))}, "b"},
 
 		// Who came after it fell silent is not known to its hub, and cannot vouch.
 		"a new node is heard":                       {[]member{created(heard("r", ago(20*time.Minute), now), ago(30*time.Minute)), lost("a", ago(40*time.Minute))}, ""},
