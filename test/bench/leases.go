@@ -82,7 +82,7 @@ func (b *bench) vouched(ctx context.Context) error {
 	pools = len(sites)
 	// What the manager still has to say of new nodes is not measured. If it does
 	// not come to its end, what follows says so.
-	_ = until(ctx, time.Minute, 2*time.Second, func() (bool, error) { //nolint:errcheck // see above
+	_ = until(ctx, time.Minute, 2*time.Second, func() (bool, error) {
 		known, err := b.countSites(ctx, func(s *v1beta2.NodePoolStatus) int { return len(s.Nodes) })
 		return known >= pools*sitePool, err
 	})

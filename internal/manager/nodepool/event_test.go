@@ -63,6 +63,7 @@ func TestNodesOfAPoolAreGathered(t *testing.T) {
 			time.Sleep(took / nodes)
 		}
 		last := time.Now()
+		synctest.Wait()
 		for i, gather := range every {
 			for pool, at := range seen[i] {
 				if most := int(took/gather) + 1; len(at) > most {
