@@ -2,6 +2,8 @@ package nodepool
 
 import (
 	"fmt"
+	"slices"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -24,7 +26,13 @@ func TestNodesOfAPoolAreGathered(t *testing.T) {
 		const pools, nodes, took = 3, 100, 3 * time.Second
 		every := []time.Duration{Gather, Gather / 2}
 		queues := make([]priorityqueue.PriorityQueue[reconcile.Request], len(every))
+		var mu sync.Mutex                                  // guards seen
 		seen := make([]map[string][]time.Time, len(every)) // by pool, when a controller saw to it
+		times := func(i int, pool string) []time.Time {
+			mu.Lock()
+			defer mu.Unlock()
+			return slices.Clone(seen[i][pool])
+		}
 		for i := range queues {
 			queues[i], seen[i] = priorityqueue.New[reconcile.Request](fmt.Sprintf("gathered-%d", i)), map[string][]time.Time{}
 		}
@@ -43,8 +51,10 @@ func TestNodesOfAPoolAreGathered(t *testing.T) {
 					if down {
 						return
 					}
+					mu.Lock()
 					seen[i][req.Name] = append(seen[i][req.Name], time.Now())
-					if len(seen[i][req.Name]) < nodes { // else it would never end
+					mu.Unlock()
+					if len(times(i, req.Name)) < nodes { // else it would never end
 						wrote(req.Name, 1)
 					}
 					q.Done(req)
@@ -65,9 +75,9 @@ func TestNodesOfAPoolAreGathered(t *testing.T) {
 		last := time.Now()
 		synctest.Wait()
 		for i, gather := range every {
-			for pool, at := range seen[i] {
-				if most := int(took/gather) + 1; len(at) > most {
-					t.Errorf("controller %d saw to pool %s %d times, want at most %d", i, pool, len(at), most)
+			for p := range pools {
+				if at, most := times(i, fmt.Sprintf("p-%d", p)), int(took/gather)+1; len(at) > most {
+					t.Errorf("controller %d saw to pool %d %d times, want at most %d", i, p, len(at), most)
 				}
 			}
 		}
@@ -75,16 +85,16 @@ func TestNodesOfAPoolAreGathered(t *testing.T) {
 		synctest.Wait()
 		for i := range every {
 			for p := range pools {
-				at := seen[i][fmt.Sprintf("p-%d", p)]
+				at := times(i, fmt.Sprintf("p-%d", p))
 				if len(at) == 0 || at[len(at)-1].Before(last.Add(-took/nodes)) {
 					t.Errorf("controller %d did not see the last node of pool %d: seen to at %v", i, p, at)
 				}
 			}
 		}
-		before := len(seen[0]["p-0"])
+		before := len(times(0, "p-0"))
 		wrote("p-0", 2)
 		synctest.Wait()
-		if got := seen[0]["p-0"]; len(got) != before+1 || got[before] != time.Now() {
+		if got := times(0, "p-0"); len(got) != before+1 || got[before] != time.Now() {
 			t.Errorf("a new spec was seen to at %v, now is %v", got[before:], time.Now())
 		}
 		for _, q := range queues {
