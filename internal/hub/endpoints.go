@@ -70,12 +70,12 @@ const (
 	podsLimit    = 2 << 20
 	// podsMost bounds the hubs that are asked in a round, as vouching does,
 	// podsDirect those that are by a hub which follows another, and podsAtOnce
-	// those that are at a time. If that other one has not answered in podsFailed
-	// rounds in a row, it is as if there was none.
+	// those that are at a time. If that other one has not answered in more than
+	// podsFailed rounds in a row, it is as if there was none.
 	podsMost   = 96
 	podsDirect = 4
 	podsAtOnce = 16
-	podsFailed = 4
+	podsFailed = 3
 	// podsAll asks a hub for what it knows of others, too.
 	podsAll = "all"
 )
@@ -117,7 +117,8 @@ func (p *peersPods) wanted() bool {
 	return !p.asked.IsZero() && time.Since(p.asked) <= endpoint.Good
 }
 
-func (p *peersPods) ask() {
+// want notes that another hub asks for them.
+func (p *peersPods) want() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.asked = time.Now()
@@ -136,7 +137,7 @@ type toldPods struct {
 func (h *Hub) tellPods(w http.ResponseWriter, r *http.Request) {
 	told := map[string]toldPods{}
 	if r.URL.Query().Has(podsAll) {
-		h.peersPods.ask()
+		h.peersPods.want()
 		for node, w := range h.peersPods.fresh() {
 			told[node] = toldPods{time.Since(w.At).Milliseconds(), w.Pods}
 		}
@@ -165,7 +166,7 @@ func (h *Hub) hearPods(ctx context.Context) error {
 	tick := time.NewTicker(podsEvery)
 	defer tick.Stop()
 	var since time.Time // it is wanted; zero: it is not
-	failed := 0
+	failed := 0         // rounds in a row in which whom this hub follows did not answer
 	for {
 		select {
 		case <-ctx.Done():
@@ -179,23 +180,23 @@ func (h *Hub) hearPods(ctx context.Context) error {
 		case since.IsZero():
 			since = time.Now()
 		}
-		h.askPods(ctx, since, &failed)
+		if failed++; h.askPods(ctx, since, failed > podsFailed) {
+			failed = 0
+		}
 		h.endpoints.Hear(h.peersPods.fresh())
 	}
 }
 
-// askPods is one round, of those since. Failed are the rounds in a row in which
-// whom this hub follows has not answered.
-func (h *Hub) askPods(ctx context.Context, since time.Time, failed *int) {
+// askPods is one round, of those since. It reports whether whom this hub follows
+// has answered. If not, nobody else is asked either, since soon another one is
+// followed; unless the hub is alone.
+func (h *Hub) askPods(ctx context.Context, since time.Time, alone bool) (answered bool) {
 	silence, most := time.Duration(0), podsMost // of a node before it is asked directly, and how many are
-	switch up, _ := h.pool.Following(); {
-	case up == "":
-	case h.podsOf(ctx, up, true):
-		*failed = 0
-		silence, most = 2*podsEvery+podsPatience, podsDirect
-	default: // soon another one is followed, unless there is none
-		if *failed++; *failed < podsFailed {
-			return
+	if up, _ := h.pool.Following(); up != "" {
+		if answered = h.podsOf(ctx, up, true); answered {
+			silence, most = 2*podsEvery+podsPatience, podsDirect
+		} else if !alone {
+			return false
 		}
 	}
 	words := h.peersPods.fresh()
@@ -221,6 +222,7 @@ func (h *Hub) askPods(ctx context.Context, since time.Time, failed *int) {
 		})
 	}
 	_ = asks.Wait() // it has no error
+	return answered
 }
 
 // podsOf asks the hub of a node for its pods, or for all that it knows, and

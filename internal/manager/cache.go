@@ -39,8 +39,8 @@ func newScheme() *runtime.Scheme {
 }
 
 // readRules are what the caches read everywhere, and what servicetopology
-// (EndpointSlices) and nodelifecycle (a pool) read past them; readIn what they read in the working
-// namespace. They say what cacheOptions does.
+// (EndpointSlices) and nodelifecycle (a pool) read past them; readIn what they
+// read in the working namespace. They say what cacheOptions does.
 var (
 	readRules = []rbacv1.PolicyRule{
 		{APIGroups: []string{""}, Resources: []string{"nodes", "pods", "services"}, Verbs: []string{"list", "watch"}},

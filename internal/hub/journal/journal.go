@@ -45,8 +45,9 @@ const (
 
 	// retryEvery is the pause after a delivery that failed for now.
 	retryEvery = 2 * time.Second
-	// returned is how long the link was waited for at least if it was down.
-	returned = 100 * time.Millisecond
+	// returned is how long the link was waited for at least if what came after it
+	// is a return, and no doubt that a probe has settled.
+	returned = 5 * time.Second
 	// deniedAfter is how long the cloud must say that the node may not write
 	// this before it is believed: an API server that has just started denies
 	// everybody for a moment.
@@ -376,18 +377,21 @@ func (j *Journal) refresh(t target) {
 
 // Run delivers whenever the link is up, until ctx ends.
 func (j *Journal) Run(ctx context.Context) error {
-	var events time.Time // when they may go
+	var events time.Time // when they may go; zero: now
 	for {
 		begun := time.Now()
 		if j.cfg.WaitUp(ctx) != nil {
 			return nil //nolint:nilerr // ctx has ended
 		}
-		if j.cfg.Spread > 0 && time.Since(begun) > returned {
+		if events.IsZero() && j.cfg.Spread > 0 && time.Since(begun) > returned {
 			events = time.Now().Add(rand.N(j.cfg.Spread))
 		}
+		if !time.Now().Before(events) {
+			events = time.Time{} // so a link that comes and goes puts them off once
+		}
 		var again, due <-chan time.Time // nil: there is nothing left
-		switch err := j.deliver(ctx, !time.Now().Before(events)); {
-		case err == nil && time.Now().Before(events):
+		switch err := j.deliver(ctx, events.IsZero()); {
+		case err == nil && !events.IsZero():
 			due = time.After(time.Until(events))
 		case err != nil && ctx.Err() == nil:
 			j.cfg.Log.Info("journal waits", "err", err)

@@ -730,6 +730,23 @@ func TestReturnIsSpread(t *testing.T) {
 	})
 }
 
+// TestSpreadEnds: a link that comes and goes does not put events off for ever.
+func TestSpreadEnds(t *testing.T) {
+	inBubble(t, Config{Spread: 10 * time.Second}, func(t *testing.T, b *bed) {
+		const down, up = 2 * returned, time.Millisecond
+		for i := range 20 {
+			b.cloud.cut()
+			b.event(fmt.Sprint(i))
+			pass(down)
+			b.cloud.heal()
+			pass(up)
+			if n := b.journal.Stats().Events; n > 2 {
+				t.Fatalf("return %d: %d events wait", i, n)
+			}
+		}
+	})
+}
+
 func TestEventsAreBoundedInBytes(t *testing.T) {
 	inBubble(t, Config{MaxEventBytes: 2000}, func(t *testing.T, b *bed) {
 		b.cloud.cut()

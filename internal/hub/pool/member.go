@@ -81,13 +81,13 @@ type State struct {
 
 // peer is what a member knows of another hub.
 type peer struct {
-	heard  time.Time // when it last said how it does
-	failed time.Time // when it last did not answer
-	there  bool      // its machine did, then
-	said   State
-	linked time.Time // when it last said that its link is up
-	rumour time.Time // when another said so
-	hints  bool      // it says that it hears the cloud, and was not asked since
+	heard   time.Time // when it last said how it does
+	failed  time.Time // when it last did not answer
+	there   bool      // its machine did, then
+	said    State
+	linked  time.Time // when it last said that its link is up
+	hearsay time.Time // when another said so
+	hints   bool      // it says that it hears the cloud, and was not asked since
 }
 
 // member decides whom a hub follows for what its pool shares. It has no input
@@ -183,7 +183,7 @@ func (m *member) heard(now time.Time, node string, s State) (helps bool) {
 		return false
 	}
 	helps = s.Link && !m.hasLink(now, node)
-	p.heard, p.said, p.hints, p.rumour = now, s, false, time.Time{}
+	p.heard, p.said, p.hints, p.hearsay = now, s, false, time.Time{}
 	p.says(now, s.Link)
 	return helps
 }
@@ -197,7 +197,7 @@ func (p *peer) says(now time.Time, link bool) {
 // failedOf is told that a peer did not answer; there: its machine did.
 func (m *member) failedOf(now time.Time, node string, there bool) {
 	if p := m.peers[node]; p != nil {
-		p.failed, p.there, p.hints, p.linked, p.rumour = now, there, false, time.Time{}, time.Time{}
+		p.failed, p.there, p.hints, p.linked, p.hearsay = now, there, false, time.Time{}, time.Time{}
 	}
 }
 
@@ -222,13 +222,13 @@ func (m *member) hearsay(now time.Time, node string) (helps bool) {
 		return false
 	}
 	helps = !m.hasLink(now, node)
-	p.rumour = now
+	p.hearsay = now
 	return helps
 }
 
 // hasLink reports whether a peer's link is up, by its own word or another's.
 func (m *member) hasLink(now time.Time, node string) bool {
-	return m.saidLink(now, node) || m.peers[node] != nil && now.Sub(m.peers[node].rumour) < linkFor
+	return m.saidLink(now, node) || m.peers[node] != nil && now.Sub(m.peers[node].hearsay) < linkFor
 }
 
 // saidLink reports whether the peer itself said so.
